@@ -1,0 +1,1 @@
+"""mert_jax: pretraining of MERT music models in JAX."""

@@ -1,0 +1,42 @@
+"""How every command starts and fails: absl flags, one clear line, exit code 2."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+
+class UserError(ValueError):
+    """A mistake of the caller, worded for the caller: what was given, what is needed, what to change."""
+
+
+def fail(message: str) -> None:
+    """Print one line on standard error and exit with code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    # config_flags raises these for an unknown key, a wrong type and a config file that is not there
+    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+        return fail(f"{e} (see --help)")
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parse the flags, call `main` and exit with the code it returns.
+
+    A `UserError` ends in one line and exit code 2; any other exception is our fault and keeps its
+    traceback.
+    """
+
+    def guarded(argv: list[str]) -> int | None:
+        if len(argv) > 1:
+            fail(f"unexpected argument {argv[1]!r}; options are written --name=value (see --help)")
+        try:
+            return main()
+        except UserError as e:
+            return fail(e)
+
+    app.run(guarded, flags_parser=_parse)
