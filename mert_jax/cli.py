@@ -7,7 +7,7 @@ from absl import app, flags
 
 
 class UserError(ValueError):
-    """A mistake of the caller, worded for the caller: what was given, what is needed, what to change."""
+    """A mistake of the caller, in the caller's words: what was given, needed, and to change."""
 
 
 def fail(message: str) -> None:

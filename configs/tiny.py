@@ -1,0 +1,41 @@
+"""A student of 1 M parameters that learns from minutes of music on two CPU cores, in minutes.
+
+    python -m mert_jax.train --config=configs/tiny.py --workdir=DIR --config.data.dir=PREPARED
+
+The recipe is base.py's; sizes, clips and schedule are small enough to watch.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """The laptop recipe."""
+    config = base.get_config()
+    config.total_steps = 500
+    config.batch_size = 8
+    config.group = 8
+    config.log_every = 10
+    config.eval_every = 50
+    config.data.update(num_samples=48_000, threads=2)  # 2 s
+    config.checkpoint.update(every_steps=250, every_minutes=10.0)
+    config.objective.mixture_length = (4_800, 9_600)
+    config.model.update(
+        conv_dim=64,
+        hidden_size=128,
+        num_layers=2,
+        num_heads=4,
+        intermediate_size=512,
+        final_dim=32,
+        pos_conv_kernel=64,
+        pos_conv_groups=8,
+        feature_grad_mult=1.0,  # in 500 updates the front end has to learn at full speed
+        input_dropout=0.0,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        layerdrop=0.0,
+        dtype="float32",  # bf16 is emulated on CPUs
+    )
+    config.optimizer.update(peak_learning_rate=2e-3, warmup_steps=50)
+    return config

@@ -1,0 +1,109 @@
+"""The input stream: crops of a prepared dataset, where global batch k depends on (seed, k) only."""
+
+import collections
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import grain
+import numpy as np
+
+from mert_jax.cli import UserError
+
+X = TypeVar("X")
+
+
+class Indexed:
+    """A random-access source whose records know their own index."""
+
+    def __init__(self, source: Any):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"record": int(index), "audio": self._source[int(index)]["audio"]}
+
+
+class RandomCrop(grain.transforms.RandomMap):
+    """`num_samples` samples from a start that is a multiple of `hop`, so that frames of stored
+    targets line up; a record that is shorter is looped."""
+
+    def __init__(self, num_samples: int, hop: int):
+        self._num_samples, self._hop = num_samples, hop
+
+    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        audio = element["audio"]
+        last = (len(audio) - self._num_samples) // self._hop
+        start = self._hop * int(rng.integers(max(last, 0) + 1))
+        looped = len(audio) < self._num_samples
+        crop = audio[start : start + self._num_samples]
+        if looped:
+            crop = np.resize(audio, self._num_samples)
+        return {
+            "audio": np.asarray(crop, np.int16),
+            "record": np.int64(element["record"]),
+            "start": np.int32(start),
+            "looped": np.bool_(looped),
+        }
+
+
+def _crops(source: Any, num_samples: int, hop: int, seed: int, shuffle: bool) -> grain.MapDataset:
+    dataset = grain.MapDataset.source(Indexed(source)).seed(seed)
+    if shuffle:
+        dataset = dataset.shuffle()  # another order each epoch, by an index permutation: no memory
+    # the crop is drawn on the global index, before anything is divided among hosts
+    return dataset.repeat().random_map(RandomCrop(num_samples, hop))
+
+
+def train_stream(
+    source: Any,
+    *,
+    num_samples: int,
+    hop: int,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    host: int = 0,
+    num_hosts: int = 1,
+    threads: int = 4,
+    workers: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """This host's rows of global batches `start`, `start` + 1, ..., without end.
+
+    A batch has `audio` int16 [B / hosts, N], `record` int64 (index in `source`), `start` int32 (of
+    the crop, in samples) and `looped` bool. Host h has block h of the batch's rows. Every record
+    comes once an epoch, in a new order and with a new crop. `threads` read ahead, in as many
+    processes as `workers` where that is above 0. Raises UserError when hosts do not divide
+    `batch_size`.
+    """
+    if batch_size % num_hosts:
+        raise UserError(
+            f"batch_size {batch_size} cannot be split over {num_hosts} hosts; make it a multiple"
+        )
+    dataset = _crops(source, num_samples, hop, seed, shuffle=True).batch(batch_size // num_hosts)
+    dataset = dataset.slice(slice(start * num_hosts + host, None, num_hosts))
+    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(threads, 1))
+    stream = dataset.to_iter_dataset(read)
+    if workers:
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(stream)
+
+
+def validation_batches(
+    source: Any, *, num_samples: int, hop: int, batch_size: int, host: int = 0, num_hosts: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+    """One crop of every record, the same each time; the last batch is filled from the beginning."""
+    dataset = _crops(source, num_samples, hop, seed=0, shuffle=False).batch(batch_size // num_hosts)
+    for i in range(-(-len(source) // batch_size)):
+        yield dataset[i * num_hosts + host]
+
+
+def prefetch(batches: Iterator[Any], put: Callable[[Any], X], depth: int = 2) -> Iterator[X]:
+    """`put` of each batch, begun `depth` batches ahead, so that the device need not wait."""
+    ahead: collections.deque[X] = collections.deque()
+    for batch in batches:
+        ahead.append(put(batch))
+        if len(ahead) > depth:
+            yield ahead.popleft()
+    yield from ahead

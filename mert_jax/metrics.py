@@ -1,0 +1,183 @@
+"""From sums to the numbers people read, and where they are written."""
+
+import datetime
+import json
+import os
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from mert_jax.step import Sums
+
+# Peak dense bf16 FLOP/s of one device, by the prefix of jax's device_kind. Sources: the vendors'
+# data sheets (cloud.google.com/tpu/docs/system-architecture-tpu-vm, NVIDIA A100, H100 and H200).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def perplexity(counts: np.ndarray) -> np.ndarray:
+    """exp(entropy) of each row of `counts` [K, V]: how many codes are in effective use, [K]."""
+    p = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+    return np.exp(-np.sum(p * np.log(np.where(p > 0, p, 1)), -1))
+
+
+def reduce(sums: Sums) -> dict[str, Any]:
+    """Means over masked frames, in nats; lists have one entry a codebook, in the order of teachers.
+
+    `code_perplexity` is the targets', `prediction_perplexity` the student's: a collapsed teacher
+    shows in the first, a collapsed student in the second. `majority_accuracy` is what always
+    guessing each codebook's most frequent target of these same frames would have got.
+    """
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+    frames = sums.frames
+    codes = list(sums.codes.values())
+    per_book = lambda values: [round(float(x), 6) for value in values for x in value]
+    row = {
+        "loss": float(sums.loss / frames),
+        "loss_codes": float(sum(c.cross_entropy.sum() for c in codes) / frames),
+        **{f"loss_{name}": float(value / frames) for name, value in sums.features.items()},
+        "features_penalty": float(sums.penalty / frames),
+        "masked_accuracy": per_book(c.correct / frames for c in codes),
+        "majority_accuracy": per_book(c.targets.max(-1) / frames for c in codes),
+        "code_perplexity": per_book(perplexity(c.targets) for c in codes),
+        "prediction_perplexity": per_book(perplexity(c.predictions) for c in codes),
+    }
+    if len(codes) > 1:
+        for name, c in sums.codes.items():
+            row[f"loss_codes_{name}"] = float(c.cross_entropy.sum() / frames)
+    return row
+
+
+def add(total: Sums | None, sums: Sums) -> Sums:
+    """Sum of two `Sums`; None is zero."""
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+    return sums if total is None else jax.tree.map(np.add, total, sums)
+
+
+def mfu(flops_per_second: float) -> float | None:
+    """Model FLOP/s as a share of all devices' peak, None where the peak is unknown (CPU)."""
+    kind = jax.devices()[0].device_kind
+    peaks = [flops for prefix, flops in PEAK_FLOPS.items() if kind.startswith(prefix)]
+    return flops_per_second / (peaks[0] * jax.device_count()) if peaks else None
+
+
+class Speed:
+    """Audio seconds per second, model FLOPs utilisation and time left, from step to step.
+
+    The first measurement after a start or a pause has compilation in it and only sets the clock.
+    """
+
+    def __init__(self, start: int, total_steps: int, audio_seconds: float, flops: float):
+        self._total, self._audio, self._flops = total_steps, audio_seconds, flops
+        self._step, self._time, self._rate = start, None, 0.0
+
+    def measure(self, step: int) -> dict[str, float | None]:
+        """The rates since the last call, for metrics.jsonl."""
+        now = time.monotonic()
+        if self._time is not None and step > self._step:
+            self._rate = (step - self._step) / (now - self._time)
+        self._step, self._time = step, now
+        flops = mfu(self._rate * self._flops) if self._rate else None
+        return {"audio_seconds_per_second": self._rate * self._audio, "mfu": flops}
+
+    def pause(self) -> None:
+        """Leave out what happened since `measure`, such as validation."""
+        self._time = time.monotonic()
+
+    def eta(self, step: int) -> str:
+        """Time left, h:mm:ss."""
+        if not self._rate:
+            return "?"
+        return str(datetime.timedelta(seconds=round((self._total - step) / self._rate)))
+
+
+def mean(values: list[float]) -> float:
+    """Mean of a list, 0 of an empty one."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def console_line(row: dict[str, Any], total_steps: int, eta: str) -> str:
+    """One line of `row` for people."""
+    books = lambda name: " ".join(f"{x:.2f}" for x in row[name])
+    used = lambda name: " ".join(f"{x:.0f}" for x in row[name])
+    features = " ".join(
+        f"{name.removeprefix('loss_')} {row[name]:.4f}"
+        for name in row
+        if name.startswith("loss_") and not name.startswith("loss_codes")
+    )
+    line = (
+        f"step {row['step']}/{total_steps}  loss {row['loss']:.3f} = codes {row['loss_codes']:.3f}"
+        f" {features} penalty {row['features_penalty']:.4f}  accuracy [{books('masked_accuracy')}]"
+        f"  perplexity [{used('code_perplexity')}]  lr {row['learning_rate']:.2e}"
+        f"  {row['audio_seconds_per_second']:.0f} s/s  eta {eta}"
+    )
+    if "validation_loss" in row:
+        line += (
+            f"\n  validation loss {row['validation_loss']:.3f}, masked accuracy"
+            f" {mean(row['validation_masked_accuracy']):.4f} (always the most frequent code:"
+            f" {mean(row['validation_majority_accuracy']):.4f})"
+        )
+    return line
+
+
+class Writer:
+    """Appends rows to WORKDIR/metrics.jsonl, on the console and, with the extra, TensorBoard.
+
+    Lines after step `start` are dropped, so that a resumed run has each step once.
+    """
+
+    def __init__(self, workdir: str, start: int, tensorboard: bool):
+        self._path = os.path.join(workdir, "metrics.jsonl")
+        rows = [row for row in read(self._path) if row["step"] <= start]
+        temporary = self._path + ".tmp"
+        with open(temporary, "w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+        os.replace(temporary, self._path)
+        self._file = open(self._path, "a")  # noqa: SIM115 (closed by close)
+        self._board = None
+        if tensorboard:
+            from clu import metric_writers  # imports TensorFlow
+
+            self._board = metric_writers.SummaryWriter(os.path.join(workdir, "tensorboard"))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; lists become one TensorBoard scalar an entry."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board:
+            scalars = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+            for name, values in row.items():
+                if isinstance(values, list):
+                    scalars |= {f"{name}/{i}": v for i, v in enumerate(values)}
+            self._board.write_scalars(row["step"], scalars)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def read(path: str) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, [] where there is none; a last line cut off by a crash is left
+    out."""
+    if not os.path.exists(path):
+        return []
+    rows = []
+    with open(path) as f:
+        for line in f:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                if line.endswith("\n"):
+                    raise ValueError(f"{path}: line {len(rows) + 1} is not JSON") from None
+    return rows

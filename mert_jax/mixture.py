@@ -1,0 +1,91 @@
+"""In-batch noise mixture: pieces of neighbouring clips added to a clip as noise."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Draws(NamedTuple):
+    """The random choices of a mixture, S segments a row.
+
+    mixed: bool [B]; count: int [B], segments used; starts, durations, positions: int [B, S], where
+    a segment begins in the pool of the group's other clips, its samples, and where it is added.
+    """
+
+    mixed: Array
+    count: Array
+    starts: Array
+    durations: Array
+    positions: Array
+
+
+def draw(
+    keys: Array,
+    num_samples: int,
+    group: int,
+    *,
+    prob: float,
+    count: tuple[int, int],
+    length: tuple[int, int],
+) -> Draws:
+    """Draw a mixture for each PRNG key of `keys` [B]; every range is inclusive.
+
+    A row is mixed with probability `prob` (upstream: 1 - mixture_prob) with `count` segments of
+    `length` samples.
+    """
+    pool = (group - 1) * num_samples
+
+    def row(key: Array) -> Draws:
+        keys = jax.random.split(key, 5)
+        mixed = jax.random.uniform(keys[0]) < prob
+        number = jax.random.randint(keys[1], (), count[0], count[1] + 1)
+        starts = jax.random.randint(keys[2], (count[1],), 0, pool - length[1] + 1)
+        durations = jax.random.randint(keys[3], (count[1],), length[0], length[1] + 1)
+        positions = jax.random.randint(keys[4], (count[1],), 0, num_samples - durations + 1)
+        return Draws(mixed, number, starts, durations, positions)
+
+    return jax.vmap(row)(keys)
+
+
+def mix(wave: Array, draws: Draws, *, group: int, max_length: int, volume: float) -> Array:
+    """Add the drawn segments to `wave` f32[B, N], within groups of `group` neighbouring clips.
+
+    A row's pool is its group's other clips, unmixed, end to end; segments may straddle two clips
+    and overlap each other; nothing is renormalised or clipped. Source: yizhilll/MERT, in-batch
+    noise mixture of `mert_fairseq` (training only here; upstream mixes in evaluation too).
+    """
+    if group < 2:
+        return wave
+    num_samples = wave.shape[-1]
+    offsets = jnp.arange(max_length)
+
+    def segment(pool: Array, own: Array, start: Array, duration: Array) -> Array:
+        # `pool` still holds the row's own clip: from there on, read one clip further
+        before = jax.lax.dynamic_slice(pool, (start,), (max_length,))
+        after = jax.lax.dynamic_slice(pool, (start + num_samples,), (max_length,))
+        piece = jnp.where(start + offsets < own * num_samples, before, after)
+        return jnp.where(offsets < duration, piece, 0)
+
+    def row(clip: Array, pool: Array, own: Array, draws: Draws) -> Array:
+        noisy = jnp.pad(clip, (0, max_length))
+        for i in range(draws.starts.shape[0]):
+            piece = segment(pool, own, draws.starts[i], draws.durations[i])
+            piece = jnp.where(draws.mixed & (i < draws.count), volume * piece, 0)
+            at = draws.positions[i]
+            here = jax.lax.dynamic_slice(noisy, (at,), (max_length,))
+            noisy = jax.lax.dynamic_update_slice(noisy, here + piece, (at,))
+        return noisy[:num_samples]
+
+    def one_group(clips: Array, draws: Draws) -> Array:
+        # padded, so that a slice near the end is never clamped back
+        pool = jnp.pad(clips.reshape(-1), (0, max_length))
+        return jax.vmap(row, in_axes=(0, None, 0, 0))(clips, pool, jnp.arange(group), draws)
+
+    def grouped(x: Array) -> Array:
+        return x.reshape(-1, group, *x.shape[1:])
+
+    noisy = jax.vmap(one_group)(grouped(wave), jax.tree.map(grouped, draws))
+    return noisy.reshape(wave.shape)

@@ -1,0 +1,423 @@
+"""The student: a convolutional front end and a BERT-style encoder over raw music.
+
+Shapes: B clips, N samples, T frames, C conv channels, D width, H heads, L layers, K codebooks,
+V codebook size, F feature bins. Names are Hugging Face's; numerics are the official fairseq code's
+(yizhilll/MERT, `mert_fairseq/models/mert`, on fairseq's wav2vec 2.0 encoder).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn.initializers import Initializer, normal, uniform, variance_scaling
+
+Array = jax.Array
+EPSILON = 1e-5  # of every norm; flax's own default is 1e-6
+
+conv_init = variance_scaling(2.0, "fan_in", "normal")
+fan_in_uniform = variance_scaling(1 / 3, "fan_in", "uniform")  # U(+-1/sqrt(fan_in))
+encoder_init = normal(0.02)
+gelu = functools.partial(jax.nn.gelu, approximate=False)
+
+
+def full_precision(dtype: Any) -> Any:
+    """The dtype of norms, softmax, heads and losses: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def num_frames(num_samples: int, kernels: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Frames that the front end makes of `num_samples` samples."""
+    for kernel, stride in zip(kernels, strides, strict=True):
+        num_samples = max(num_samples - kernel, -stride) // stride + 1
+    return num_samples
+
+
+class Head(NamedTuple):
+    """What the student predicts of one teacher: codes (K books of V) or F features (K = 0)."""
+
+    name: str
+    size: int
+    num_codebooks: int = 0
+
+
+class Output(NamedTuple):
+    """What one pass returns.
+
+    last_hidden_state: [B, T, D]; features_penalty: scalar, mean square of the conv features;
+    predictions: by teacher, features [B, T, F] or (projections [B, T, K, d], codebooks [K, V, d]).
+    """
+
+    last_hidden_state: Array
+    features_penalty: Array
+    predictions: dict[str, Any]
+
+
+def _logical(init: Initializer, *axes: str | None) -> Initializer:
+    return nn.with_logical_partitioning(init, axes)
+
+
+def scale_gradient(x: Array, factor: float) -> Array:
+    """`x` itself, with its gradient multiplied by `factor` (fairseq's GradMultiply)."""
+    if factor == 1.0:
+        return x
+    frozen = jax.lax.stop_gradient(x)
+    return frozen + factor * (x - frozen)
+
+
+def attention_weights(query: Array, key: Array, padding: Array | None, relax: float = 0.0) -> Array:
+    """Softmax of scaled dot products, in full precision: [B, H, T, T].
+
+    `query` and `key` are [B, T, H, head_dim], `padding` [B, T] is True at frames nobody may attend
+    to. `relax` > 0 divides the query by it, subtracts the row's maximum there and scales back, so
+    that half-precision scores cannot overflow; the result is the same. (MERT's `attention_relax`
+    was meant to do this and never ran: its attention returns through torch's fused path before.)
+    """
+    scale = query.shape[-1] ** -0.5
+    query = query * jnp.asarray(scale / (relax or 1.0), query.dtype)
+    scores = jnp.einsum("bthd,bshd->bhts", query, key).astype(full_precision(query.dtype))
+    if padding is not None:
+        scores = jnp.where(padding[:, None, None, :], -jnp.inf, scores)
+    if relax:
+        scores = (scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))) * relax
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def linear(features: int, fan_in: int, dtype: Any, name: str) -> nn.Dense:
+    """A dense layer with torch's default initialisation, which the official code keeps outside the
+    encoder: weight and bias uniform within 1/sqrt(fan_in)."""
+
+    def bias_init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -1, 1) * fan_in**-0.5
+
+    kernel_init = _logical(fan_in_uniform, "embed", None)
+    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, bias_init=bias_init, name=name)
+
+
+class Norm(nn.Module):
+    """Layer norm in full precision, returned in the dtype of the computation."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        norm = nn.LayerNorm(
+            EPSILON, dtype=full_precision(self.dtype), use_fast_variance=False, name="norm"
+        )
+        nn.share_scope(self, norm)
+        return norm(x).astype(self.dtype)
+
+
+class FeatureEncoder(nn.Module):
+    """Seven strided convolutions, the first one group-normed over time: [B, N] -> [B, T, C]."""
+
+    conv_dim: int
+    kernels: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, wave: Array) -> Array:
+        x = wave[..., None].astype(self.dtype)
+        for i, (kernel, stride) in enumerate(zip(self.kernels, self.strides, strict=True)):
+            x = nn.Conv(
+                self.conv_dim,
+                (kernel,),
+                stride,
+                padding="VALID",
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=_logical(conv_init, None, None, "embed"),
+                name=f"conv_layers_{i}",
+            )(x)
+            if i == 0:  # one group a channel: statistics over all frames, zero padding included
+                x = nn.GroupNorm(
+                    self.conv_dim,
+                    epsilon=EPSILON,
+                    dtype=full_precision(self.dtype),
+                    use_fast_variance=False,
+                    name="layer_norm",
+                )(x).astype(self.dtype)
+            x = gelu(x)
+            self.sow("intermediates", f"conv_layer{i}", x)
+        return x
+
+
+class FeatureProjection(nn.Module):
+    """Norm and projection to width D, which equal widths lack: [B, T, C] -> [B, T, D]."""
+
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, features: Array) -> Array:
+        x = Norm(self.dtype, name="layer_norm")(features)
+        self.sow("intermediates", "features_ln", x)
+        if x.shape[-1] == self.width:
+            return x
+        return linear(self.width, x.shape[-1], self.dtype, "projection")(x)
+
+
+class PosConvEmbed(nn.Module):
+    """Positions by a grouped convolution with weight norm over each tap: [B, T, D] -> [B, T, D]."""
+
+    kernel: int
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        v_init = normal((4 / (self.kernel * width)) ** 0.5)
+        shape = (self.kernel, width // self.groups, width)
+        v = self.param("weight_v", _logical(v_init, None, None, "embed"), shape)
+        g = self.param("weight_g", lambda _: jnp.linalg.norm(v, axis=(1, 2)))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+        weight = v * (g[:, None, None] / jnp.linalg.norm(v, axis=(1, 2), keepdims=True))
+        # an even kernel makes one frame too many: the official code drops the last one
+        padding = (self.kernel // 2, self.kernel // 2 - (self.kernel % 2 == 0))
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            weight.astype(self.dtype),
+            (1,),
+            [padding],
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            feature_group_count=self.groups,
+        )
+        return gelu(y + bias.astype(self.dtype)[None, None, :])
+
+
+class Attention(nn.Module):
+    """Self-attention with H heads: [B, T, D] -> [B, T, D]."""
+
+    num_heads: int
+    dropout: float
+    relax: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, padding: Array | None, deterministic: bool) -> Array:
+        width = x.shape[-1]
+
+        def project(name: str) -> Array:
+            kernel_init = _logical(encoder_init, "embed", "heads")
+            y = nn.Dense(width, dtype=self.dtype, kernel_init=kernel_init, name=name)(x)
+            return y.reshape(*x.shape[:2], self.num_heads, width // self.num_heads)
+
+        query, key, value = (project(name) for name in ("q_proj", "k_proj", "v_proj"))
+        weights = attention_weights(query, key, padding, self.relax).astype(self.dtype)
+        weights = nn.Dropout(self.dropout)(weights, deterministic)
+        y = jnp.einsum("bhts,bshd->bthd", weights, value).reshape(x.shape)
+        kernel_init = _logical(encoder_init, "heads", "embed")
+        return nn.Dense(width, dtype=self.dtype, kernel_init=kernel_init, name="out_proj")(y)
+
+
+class EncoderLayer(nn.Module):
+    """One transformer layer, post-norm (95M) or pre-norm (330M): [B, T, D] -> [B, T, D]."""
+
+    num_heads: int
+    intermediate_size: int
+    pre_norm: bool
+    hidden_dropout: float
+    attention_dropout: float
+    activation_dropout: float
+    layerdrop: float
+    attention_relax: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, padding: Array | None, deterministic: bool) -> tuple[Array, None]:
+        drop = nn.Dropout(self.hidden_dropout, deterministic=deterministic)
+        attention = Attention(
+            self.num_heads,
+            self.attention_dropout,
+            self.attention_relax,
+            self.dtype,
+            name="attention",
+        )
+        norm1 = Norm(self.dtype, name="layer_norm")
+        norm2 = Norm(self.dtype, name="final_layer_norm")
+
+        def feed_forward(y: Array) -> Array:
+            up, down = (
+                _logical(encoder_init, *axes) for axes in (("embed", "mlp"), ("mlp", "embed"))
+            )
+            y = nn.Dense(
+                self.intermediate_size, dtype=self.dtype, kernel_init=up, name="intermediate_dense"
+            )(y)
+            y = nn.Dropout(self.activation_dropout)(gelu(y), deterministic)
+            return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=down, name="output_dense")(y)
+
+        if self.pre_norm:
+            y = x + drop(attention(norm1(x), padding, deterministic))
+            y = y + drop(feed_forward(norm2(y)))
+        else:
+            y = norm1(x + drop(attention(x, padding, deterministic)))
+            y = norm2(y + drop(feed_forward(y)))
+        if self.layerdrop and not deterministic:  # whole batch, no rescaling, as in fairseq
+            keep = jax.random.uniform(self.make_rng("dropout")) > self.layerdrop
+            y = jnp.where(keep, y, x)
+        self.sow("intermediates", "hidden_states", y)
+        return y, None
+
+
+class Encoder(nn.Module):
+    """Positions and L layers, whose parameters are stacked on a leading axis: [B, T, D] -> same."""
+
+    num_layers: int
+    pos_conv_kernel: int
+    pos_conv_groups: int
+    remat: str
+    unroll: int
+    layer: dict[str, Any]
+
+    @nn.compact
+    def __call__(self, x: Array, padding: Array | None, deterministic: bool) -> Array:
+        layer = dict(self.layer)
+        dtype, pre_norm = layer["dtype"], layer["pre_norm"]
+        if padding is not None:
+            x = jnp.where(padding[..., None], 0, x)
+        positions = PosConvEmbed(
+            self.pos_conv_kernel, self.pos_conv_groups, dtype, name="pos_conv_embed"
+        )(x)
+        self.sow("intermediates", "pos_conv_out", positions)
+        norm = Norm(dtype, name="layer_norm")
+        x = x + positions
+        if not pre_norm:
+            x = norm(x)
+        x = nn.Dropout(layer["hidden_dropout"])(x, deterministic)
+        self.sow("intermediates", "encoder_input", x)
+        layers = nn.scan(
+            rematerialised(EncoderLayer, self.remat),
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=self.num_layers,
+            unroll=self.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = layers(**layer, name="layers")(x, padding, deterministic)
+        return norm(x) if pre_norm else x
+
+
+def rematerialised(module: type[nn.Module], policy: str) -> type[nn.Module]:
+    """The layer with what its backward pass recomputes: nothing ("none"), all but matrix products
+    ("dots") or everything ("full")."""
+    if policy == "none":
+        return module
+    policies = {"dots": jax.checkpoint_policies.checkpoint_dots, "full": None}
+    return nn.remat(module, policy=policies[policy], prevent_cse=False, static_argnums=(3,))
+
+
+class Student(nn.Module):
+    """MERT: wave [B, N] -> hidden states [B, T, D] and a prediction for each teacher.
+
+    `num_frames` crops the conv features where a teacher has fewer frames. `mask` and `padding` are
+    [B, T]; True hides a frame, or says that it is padding. Intermediate activations are sown under
+    "intermediates": `hidden_states` of the layers come stacked, [L, B, T, D].
+    """
+
+    conv_dim: int
+    conv_kernels: tuple[int, ...]
+    conv_strides: tuple[int, ...]
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    pre_norm: bool
+    heads: tuple[Head, ...] = ()
+    final_dim: int = 64
+    pos_conv_kernel: int = 128
+    pos_conv_groups: int = 16
+    feature_grad_mult: float = 1.0
+    input_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    layerdrop: float = 0.0
+    attention_relax: float = 0.0
+    remat: str = "none"
+    unroll: int = 1
+    dtype: Any = jnp.float32
+
+    def num_frames(self, num_samples: int) -> int:
+        """Frames of a clip of `num_samples` samples."""
+        return num_frames(num_samples, self.conv_kernels, self.conv_strides)
+
+    def flops(self, num_samples: int) -> float:
+        """FLOPs of one forward pass of one clip: products of the front end, layers, positions and
+        heads, two a multiply-add; norms and activations left out. A training step costs 3 times as
+        many."""
+        frames, width, total, channels = num_samples, self.hidden_size, 0, 1
+        for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
+            frames = (frames - kernel) // stride + 1
+            total += frames * kernel * channels * self.conv_dim
+            channels = self.conv_dim
+        attention = 4 * width**2 + 2 * frames * width
+        layer = attention + 2 * width * self.intermediate_size
+        positions = width**2 // self.pos_conv_groups * self.pos_conv_kernel
+        heads = 0
+        for _, size, books in self.heads:
+            heads += books * self.final_dim * (width + size) if books else width * size
+        total += frames * (channels * width + positions + self.num_layers * layer + heads)
+        return 2.0 * total
+
+    @nn.compact
+    def __call__(
+        self,
+        wave: Array,
+        mask: Array | None = None,
+        padding: Array | None = None,
+        num_frames: int | None = None,
+        deterministic: bool = True,
+    ) -> Output:
+        full = full_precision(self.dtype)
+        features = FeatureEncoder(
+            self.conv_dim, self.conv_kernels, self.conv_strides, self.dtype, name="feature_encoder"
+        )(wave)
+        features = scale_gradient(features, self.feature_grad_mult)[:, :num_frames]
+        features_penalty = jnp.mean(jnp.square(features.astype(full)))
+        self.sow("intermediates", "conv_features", features)
+
+        x = FeatureProjection(self.hidden_size, self.dtype, name="feature_projection")(features)
+        self.sow("intermediates", "features_proj", x)
+        x = nn.Dropout(self.input_dropout)(x, deterministic)
+        embed = self.param("masked_spec_embed", uniform(1.0), (self.hidden_size,))
+        if mask is not None:
+            x = jnp.where(mask[..., None], embed.astype(self.dtype)[None, None, :], x)
+        self.sow("intermediates", "masked_input", x)
+
+        x = Encoder(
+            self.num_layers,
+            self.pos_conv_kernel,
+            self.pos_conv_groups,
+            self.remat,
+            self.unroll,
+            dict(
+                num_heads=self.num_heads,
+                intermediate_size=self.intermediate_size,
+                pre_norm=self.pre_norm,
+                hidden_dropout=self.hidden_dropout,
+                attention_dropout=self.attention_dropout,
+                activation_dropout=self.activation_dropout,
+                layerdrop=self.layerdrop,
+                attention_relax=self.attention_relax,
+                dtype=self.dtype,
+            ),
+            name="encoder",
+        )(x, padding, deterministic)
+        predictions = {head.name: self._predict(head, x.astype(full)) for head in self.heads}
+        return Output(x, features_penalty, predictions)
+
+    def _predict(self, head: Head, x: Array) -> Any:
+        if not head.num_codebooks:
+            return linear(head.size, self.hidden_size, x.dtype, f"{head.name}_proj")(x)
+        size = head.num_codebooks * self.final_dim
+        proj = linear(size, self.hidden_size, x.dtype, f"{head.name}_proj")(x)
+        codebooks = self.param(
+            f"{head.name}_codebooks",
+            _logical(uniform(1.0), None, "vocab", None),
+            (head.num_codebooks, head.size, self.final_dim),
+        )
+        return proj.reshape(*x.shape[:2], head.num_codebooks, self.final_dim), codebooks

@@ -1,0 +1,169 @@
+"""From a config to the things a run is made of; the one place that reads it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from mert_jax import cli, masking, mixture, model, optimizer, records, step, teachers
+
+
+def check(config: ConfigDict | None) -> ConfigDict:
+    """`config` itself, if its numbers go together; UserError otherwise."""
+    if config is None:
+        raise cli.UserError("--config=FILE is needed, such as --config=configs/tiny.py")
+    micro_batch, rest = divmod(config.batch_size, config.accumulation)
+    if rest or micro_batch % config.group:
+        raise cli.UserError(
+            f"batch_size {config.batch_size} does not split into accumulation="
+            f"{config.accumulation} micro-batches of whole groups of {config.group} clips; make it "
+            f"a multiple of {config.accumulation * config.group} or change group"
+        )
+    if config.model.hidden_size % config.model.num_heads:
+        raise cli.UserError(
+            f"hidden_size {config.model.hidden_size} is no multiple of num_heads "
+            f"{config.model.num_heads}"
+        )
+    if config.model.remat not in ("none", "dots", "full"):
+        raise cli.UserError(f"model.remat is {config.model.remat!r}; it is none, dots or full")
+    longest = config.objective.mixture_length[1]
+    if longest > config.data.num_samples:
+        raise cli.UserError(
+            f"objective.mixture_length reaches {longest} samples, more than the "
+            f"{config.data.num_samples} of a clip (data.num_samples)"
+        )
+    return config
+
+
+def open_dataset(config: ConfigDict, split: str) -> Any:
+    """The prepared dataset's records; UserError when the clips asked for cannot be cut from it."""
+    if not config.data.dir:
+        raise cli.UserError(
+            "--config.data.dir=DIR is needed: a folder made by python -m mert_jax.prepare"
+        )
+    overlap = records.metadata(config.data.dir)["overlap_samples"]
+    if config.data.num_samples > overlap:
+        raise cli.UserError(
+            f"clips of {config.data.num_samples} samples (data.num_samples) are longer than the "
+            f"{overlap} that {config.data.dir} was prepared for; prepare it again with "
+            f"--crop_seconds={config.data.num_samples / records.SAMPLE_RATE:g}"
+        )
+    return records.open_source(config.data.dir, split)
+
+
+def make_teachers(config: ConfigDict) -> dict[str, teachers.Teacher]:
+    """The teachers of `config.teachers`, by name, in their order."""
+    made = {}
+    for name in config.teachers:
+        options = dict(config.teacher.get(name, {}))
+        options.pop("weight", None)
+        made[name] = teachers.make(name, **options)
+    return made
+
+
+def student(config: ConfigDict, made: dict[str, teachers.Teacher]) -> model.Student:
+    """The student, with a head for each teacher."""
+    heads = []
+    for name, teacher in made.items():
+        wave = jax.ShapeDtypeStruct((1, config.data.num_samples), jnp.float32)
+        target = jax.eval_shape(teacher.apply, teacher.params, wave)
+        if jnp.issubdtype(target.dtype, jnp.integer):
+            classes = teacher.size + config.objective.special_codes
+            heads.append(model.Head(name, classes, target.shape[-1]))
+        else:
+            heads.append(model.Head(name, teacher.size))
+    options = dict(config.model)
+    return model.Student(heads=tuple(heads), **options | {"dtype": jnp.dtype(options["dtype"])})
+
+
+def objective(
+    config: ConfigDict, student: model.Student, made: dict[str, teachers.Teacher]
+) -> step.Objective:
+    """What the step minimises."""
+    o, group = config.objective, config.group
+
+    def apply_student(params, wave, mask, num_frames, key):
+        rngs = None if key is None else {"dropout": key}
+        variables = {"params": params}
+        return student.apply(
+            variables, wave, mask, num_frames=num_frames, deterministic=key is None, rngs=rngs
+        )
+
+    def mask(keys, length):
+        frames = jnp.full(keys.shape, length)
+        probabilities = dict(mask_prob=o.mask_prob, mask_length=o.mask_length)
+        return masking.span_mask(keys, frames, length, group=group, **probabilities)
+
+    def mix(keys, wave):
+        if group < 2:
+            return wave
+        draws = mixture.draw(
+            keys,
+            wave.shape[-1],
+            group,
+            prob=o.mixture_prob,
+            count=tuple(o.mixture_count),
+            length=tuple(o.mixture_length),
+        )
+        longest = o.mixture_length[1]
+        return mixture.mix(wave, draws, group=group, max_length=longest, volume=o.mixture_volume)
+
+    return step.Objective(
+        student=apply_student,
+        num_frames=student.num_frames,
+        teachers={name: teacher.apply for name, teacher in made.items()},
+        weights={name: config.teacher.get(name, {}).get("weight", 1.0) for name in made},
+        mask=mask,
+        mixture=mix,
+        logit_temperature=o.logit_temperature,
+        special_codes=o.special_codes,
+        penalty=o.features_penalty,
+    )
+
+
+def schedule(config: ConfigDict) -> optax.Schedule:
+    """The learning rate of each update."""
+    o = config.optimizer
+    return optimizer.warmup_linear_decay(o.peak_learning_rate, o.warmup_steps, config.total_steps)
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """The official optimiser with the config's numbers."""
+    o = config.optimizer
+    return optimizer.make(
+        schedule(config),
+        clip_norm=o.clip_norm,
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+    )
+
+
+def init(
+    config: ConfigDict, student: model.Student, optimizer: optax.GradientTransformation
+) -> step.TrainState:
+    """The state of a new run, with flax's logical axis names still on its parameters."""
+    # parameters do not depend on the clip's length, so the shortest will do
+    wave = jnp.zeros((1, 4000))
+    params = student.init(jax.random.key(config.seed), wave)["params"]
+    return step.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def describe(config: ConfigDict, student: model.Student, table: bool) -> str:
+    """The number of parameters, computed without making any; with `table`, each of them."""
+    from clu import parameter_overview
+    from flax import linen as nn
+
+    params = jax.eval_shape(lambda: nn.unbox(student.init(jax.random.key(0), jnp.zeros((1, 4000)))))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    seconds = config.batch_size * config.data.num_samples / records.SAMPLE_RATE
+    line = (
+        f"parameters: {count:,}  (width {student.hidden_size}, {student.num_layers} layers); "
+        f"{config.batch_size} clips = {seconds / 3600:.2f} h of audio an update"
+    )
+    if not table:
+        return line
+    return parameter_overview.get_parameter_overview(params["params"], include_stats=False) + line

@@ -1,0 +1,74 @@
+"""The device mesh and what of the model lies where on it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mert_jax.cli import UserError
+
+AXES = ("data", "fsdp", "tensor")
+# logical axis of a parameter -> mesh axis; everything else is whole on every device
+RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
+BATCH = PartitionSpec(("data", "fsdp"))
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh of all devices; one size may be -1, which means the rest.
+
+    Raises UserError when the sizes do not multiply to the number of devices.
+    """
+    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    if sizes.count(-1) == 1:
+        rest = devices // max(math.prod(s for s in sizes if s != -1), 1)
+        sizes = [rest if s == -1 else s for s in sizes]
+    if math.prod(sizes) != devices or min(sizes) < 1:
+        raise UserError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not make {devices} devices; set "
+            "mesh.data, mesh.fsdp and mesh.tensor so that their product does (-1: the rest)"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def check_batch(micro_batch: int, mesh: Mesh) -> None:
+    """Raises UserError when the clips of a micro-batch cannot be split over the mesh."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if micro_batch % shards:
+        raise UserError(
+            f"micro-batches of {micro_batch} clips (batch_size / accumulation) cannot be split "
+            f"over mesh.data * mesh.fsdp = {shards} shards; make them a multiple of it"
+        )
+
+
+def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """`spec` in mesh axes, without those that do not divide the dimension they would split."""
+    axes = [RULES.get(name) for name in spec] + [None] * (len(shape) - len(spec))
+    fits = lambda axis, size: axis is not None and size % mesh.shape[axis] == 0
+    axes = [axis if fits(axis, size) else None for axis, size in zip(axes, shape, strict=True)]
+    return PartitionSpec(*axes)
+
+
+def state_shardings(init: Callable[[], Any], mesh: Mesh) -> Any:
+    """Shardings of what `init` makes (with flax's logical axis names still on it), computed without
+    making it."""
+    boxed = jax.eval_shape(init)
+    specs = nn.get_partition_spec(boxed)
+    return jax.tree.map(
+        lambda leaf, spec: NamedSharding(mesh, _fitting(spec or (), leaf.shape, mesh)),
+        nn.unbox(boxed),
+        specs,
+    )
+
+
+def global_batch(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """The global array [B, ...] of which `rows` is this host's block, sharded on the batch."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), rows)
+
+
+def replicated(tree: Any, mesh: Mesh) -> Any:
+    """`tree` whole on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

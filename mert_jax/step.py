@@ -1,0 +1,187 @@
+"""One training step and one evaluation step: pure functions of state and batch.
+
+Shapes: B clips, A micro-batches, N samples, T frames, K codebooks, V classes, F feature bins.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mert_jax import losses
+
+Array = jax.Array
+
+
+class TrainState(NamedTuple):
+    """Everything a checkpoint holds: completed updates, parameters, optimiser state."""
+
+    step: Array
+    params: Any
+    opt_state: Any
+
+
+class Objective(NamedTuple):
+    """What is trained on what: functions and plain numbers, fixed for a run.
+
+    student: (params, wave, mask, num_frames, rngs or None) -> model.Output; num_frames: N -> T;
+    teachers: name -> apply; weights: name -> loss weight; mask: (keys [B], T) -> bool [B, T];
+    mixture: (keys [B], wave) -> wave; special_codes: classes before code 0 (fairseq's dictionary
+    has 4); penalty: weight of the features penalty.
+    """
+
+    student: Callable[..., Any]
+    num_frames: Callable[[int], int]
+    teachers: Mapping[str, Callable[[Any, Array], Array]]
+    weights: Mapping[str, float]
+    mask: Callable[[Array, int], Array]
+    mixture: Callable[[Array, Array], Array]
+    logit_temperature: float
+    special_codes: int
+    penalty: float
+
+
+class Sums(NamedTuple):
+    """Sums over masked frames, which add up over micro-batches, batches and devices.
+
+    frames: masked frames; loss: the whole objective; codes: name -> CodeLoss; features: name ->
+    sum of the regression losses; penalty: features penalty times masked frames.
+    """
+
+    frames: Array
+    loss: Array
+    codes: dict[str, losses.CodeLoss]
+    features: dict[str, Array]
+    penalty: Array
+
+
+def row_keys(key: Array, rows: Array) -> Array:
+    """A key for each global row, so that draws do not depend on micro-batches or hosts."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+
+
+def targets(objective: Objective, teacher_params: Any, wave: Array, length: int) -> dict:
+    """What each teacher says of the clean `wave` [B, N], cut at the end to T frames.
+
+    T is `length` or the shortest row of codes. Features and codes are never shifted: frame i of a
+    teacher goes with frame i of the student.
+    """
+    full = {
+        name: jax.lax.stop_gradient(apply(teacher_params[name], wave))
+        for name, apply in objective.teachers.items()
+    }
+    frames = [length] + [target.shape[1] for target in full.values()]
+    return {name: target[:, : min(frames)] for name, target in full.items()}
+
+
+def masked_sums(
+    objective: Objective, output: Any, target: Mapping[str, Array], mask: Array
+) -> Sums:
+    """The objective at the masked frames: weighted sums of cross-entropy over codebooks and of
+    squared error, plus the features penalty once a frame (MERT, arXiv 2306.00107, eq. 1 to 3)."""
+    frames = mask.sum()
+    penalty = output.features_penalty * frames
+    loss = objective.penalty * penalty
+    codes, features = {}, {}
+    for name, expected in target.items():
+        predicted = output.predictions[name]
+        if jnp.issubdtype(expected.dtype, jnp.integer):
+            proj, codebooks = predicted
+            logits = losses.cosine_logits(proj, codebooks, objective.logit_temperature)
+            codes[name] = losses.code_loss(logits, expected + objective.special_codes, mask)
+            loss += objective.weights[name] * codes[name].cross_entropy.sum()
+        else:
+            features[name] = losses.feature_loss(predicted, expected.astype(predicted.dtype), mask)
+            loss += objective.weights[name] * features[name]
+    return Sums(frames, loss, codes, features, penalty)
+
+
+def loss_fn(
+    params: Any,
+    teacher_params: Any,
+    audio: Array,
+    rows: Array,
+    key: Array,
+    objective: Objective,
+    train: bool,
+) -> tuple[Array, Sums]:
+    """The summed objective of int16 `audio` [B, N] with global row numbers `rows` [B]."""
+    wave = audio.astype(jnp.float32) / 32768
+    target = targets(objective, teacher_params, wave, objective.num_frames(wave.shape[-1]))
+    length = next(iter(target.values())).shape[1]
+    mask_key, mixture_key, dropout_key = jax.random.split(key, 3)
+    mask = objective.mask(row_keys(mask_key, rows), length)
+    if train:
+        wave = objective.mixture(row_keys(mixture_key, rows), wave)
+        # one stream a micro-batch, named by its first row
+        dropout_key = jax.random.fold_in(dropout_key, rows[0])
+    output = objective.student(params, wave, mask, length, dropout_key if train else None)
+    sums = masked_sums(objective, output, target, mask)
+    return sums.loss, sums
+
+
+def split(x: Array, accumulation: int, group: int) -> Array:
+    """[B, ...] -> [A, B / A, ...], dealing out whole groups in turn, so that each micro-batch has
+    rows of every device."""
+    x = x.reshape(-1, accumulation, group, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 0).reshape(accumulation, -1, *x.shape[3:])
+
+
+def train_step(
+    state: TrainState,
+    teacher_params: Any,
+    batch: Mapping[str, Array],
+    key: Array,
+    *,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    accumulation: int,
+    group: int,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One update on the global batch (`audio` int16 [B, N], `looped` bool [B]); returns the state
+    and the metrics.
+
+    `key` is the run's; the step's own is folded in. The gradient is that of the whole batch's sum
+    over its masked frames, however many micro-batches it is computed in.
+    """
+    key = jax.random.fold_in(key, state.step)
+    gradient = jax.grad(loss_fn, has_aux=True)
+
+    def micro_batch(audio: Array, rows: Array) -> tuple[Any, Sums]:
+        return gradient(state.params, teacher_params, audio, rows, key, objective, True)
+
+    audio = batch["audio"]
+    rows = jnp.arange(audio.shape[0])
+    if accumulation == 1:
+        grads, sums = micro_batch(audio, rows)
+    else:
+        batches = (split(audio, accumulation, group), split(rows, accumulation, group))
+        first = jax.eval_shape(micro_batch, *(x[0] for x in batches))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+        add = lambda total, batch: (jax.tree.map(jnp.add, total, micro_batch(*batch)), None)
+        (grads, sums), _ = jax.lax.scan(add, zeros, batches)
+    grads = jax.tree.map(lambda g: g / sums.frames, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "sums": sums,
+        "grad_norm": optax.global_norm(grads),
+        "looped": batch["looped"].sum(),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def eval_step(
+    params: Any,
+    teacher_params: Any,
+    batch: Mapping[str, Array],
+    key: Array,
+    *,
+    objective: Objective,
+) -> Sums:
+    """Sums over one validation batch: masked, but neither mixed nor dropped out."""
+    audio = batch["audio"]
+    rows = jnp.arange(audio.shape[0])
+    return loss_fn(params, teacher_params, audio, rows, key, objective, False)[1]

@@ -1,0 +1,40 @@
+"""Teachers: what the student learns to predict of the clean wave. One function each."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from mert_jax.cli import UserError
+
+
+class Teacher(NamedTuple):
+    """A frozen function from audio to targets.
+
+    apply: (params, wave f32[B, N]) -> codes int32[B, T, K] or features f32[B, T, F]; integers mean
+    cross-entropy, floats regression. params: every array it needs, none depending on N. size: V of
+    codes, F of features.
+    """
+
+    apply: Callable[[Any, jax.Array], jax.Array]
+    params: Any
+    size: int
+
+
+def make(name: str, **options) -> Teacher:
+    """Make the teacher called `name` ("cqt", "random_projection"); options are its own keywords.
+
+    Raises UserError for an unknown name or option.
+    """
+    from mert_jax.teachers import cqt, random_projection
+
+    table = {"cqt": cqt.make, "random_projection": random_projection.make}
+    if name not in table:
+        raise UserError(f"unknown teacher {name!r}; there are {', '.join(sorted(table))}")
+    known = inspect.signature(table[name]).parameters
+    if unknown := sorted(set(options) - set(known)):
+        raise UserError(
+            f"teacher {name!r} has no option {', '.join(unknown)}; it has {', '.join(known)}"
+        )
+    return table[name](**options)
