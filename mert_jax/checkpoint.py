@@ -63,7 +63,10 @@ class Checkpoints:
 
 
 # what may differ between two calls on the same workdir: how long and how it is watched and spread
-FREE = ("total_steps", "log_every", "eval_every", "checkpoint", "mesh", "data", "tensorboard")
+FREE = (
+    *("total_steps", "log_every", "eval_every", "checkpoint", "mesh", "tensorboard"),
+    *("data.dir", "data.threads", "data.workers"),
+)
 
 
 def claim(workdir: str, config: dict[str, Any]) -> None:
@@ -76,19 +79,21 @@ def claim(workdir: str, config: dict[str, Any]) -> None:
     try:
         os.makedirs(workdir, exist_ok=True)
         if not os.path.exists(path):
-            with open(path + ".tmp", "w") as f:
+            # the hosts of a run come here together, often in one shared directory
+            temporary = f"{path}.{jax.process_index()}.tmp"
+            with open(temporary, "w") as f:
                 json.dump(config, f, indent=1)
-            os.replace(path + ".tmp", path)
+            os.replace(temporary, path)
             return
         with open(path) as f:
             before = json.load(f)
-    except (OSError, json.JSONDecodeError) as e:
+    except (OSError, ValueError) as e:  # ValueError: neither JSON nor text
         raise UserError(f"--workdir={workdir} cannot be used: {e}") from e
     old, new = _flat(before), _flat(json.loads(json.dumps(config)))
     changed = [
         f"{key}: {old.get(key)} there, {new.get(key)} now"
         for key in sorted(old | new)
-        if old.get(key) != new.get(key) and key.split(".")[0] not in FREE
+        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{x}." for x in FREE))
     ]
     if changed:
         raise UserError(

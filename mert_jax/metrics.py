@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mert_jax.cli import UserError
 from mert_jax.step import Sums
 
 # Peak dense bf16 FLOP/s of one device, by the prefix of jax's device_kind. Sources: the vendors'
@@ -16,9 +17,11 @@ from mert_jax.step import Sums
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
     "TPU v5p": 459e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
@@ -32,7 +35,7 @@ def perplexity(counts: np.ndarray) -> np.ndarray:
 
 
 def reduce(sums: Sums) -> dict[str, Any]:
-    """Means over masked frames, in nats; lists have one entry a codebook, in the order of teachers.
+    """Means over masked frames, in nats; lists have one entry a codebook, teachers by name.
 
     `code_perplexity` is the targets', `prediction_perplexity` the student's: a collapsed teacher
     shows in the first, a collapsed student in the second. `majority_accuracy` is what always
@@ -169,7 +172,7 @@ class Writer:
 
 def read(path: str) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, [] where there is none; a last line cut off by a crash is left
-    out."""
+    out. Raises UserError for any other line that is not JSON."""
     if not os.path.exists(path):
         return []
     rows = []
@@ -179,5 +182,5 @@ def read(path: str) -> list[dict[str, Any]]:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
                 if line.endswith("\n"):
-                    raise ValueError(f"{path}: line {len(rows) + 1} is not JSON") from None
+                    raise UserError(f"{path}: line {len(rows) + 1} is not JSON") from None
     return rows

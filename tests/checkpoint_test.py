@@ -1,0 +1,130 @@
+"""When a run saves, and what a workdir must agree with."""
+
+import copy
+import json
+import os
+
+import pytest
+
+from mert_jax import checkpoint
+from mert_jax.cli import UserError
+
+CONFIG = {
+    "seed": 1,
+    "total_steps": 100,
+    "data": {"dir": "/a", "num_samples": 48_000, "threads": 2},
+    "checkpoint": {"every_steps": 10},
+    "teachers": ("random_projection", "cqt"),
+    "teacher": {"cqt": {"weight": 1.0}},
+}
+
+
+def changed(path: str, value) -> dict:
+    config = copy.deepcopy(CONFIG)
+    *parents, name = path.split(".")
+    tree = config
+    for parent in parents:
+        tree = tree[parent]
+    tree[name] = value
+    return config
+
+
+class Clock:
+    """Seconds that pass only when told to."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_saves_by_steps():
+    policy = checkpoint.SavePolicy(3, 0, Clock())
+    assert [step for step in range(1, 10) if policy.due(step)] == [3, 6, 9]
+
+
+def test_saves_by_minutes_since_the_last_save_of_either_kind():
+    clock = Clock()
+    policy = checkpoint.SavePolicy(100, 2.0, clock)
+    due = []
+    for step in range(97, 105):
+        clock.now += 50
+        due.append(policy.due(step))
+    # 150 s: by minutes; step 100: by steps, from where two minutes count anew
+    assert due == [False, False, True, True, False, False, True, False]
+
+
+def test_zero_never_saves():
+    clock = Clock()
+    policy = checkpoint.SavePolicy(0, 0, clock)
+    clock.now += 1e6
+    assert not any(policy.due(step) for step in range(1, 100))
+
+
+def test_claim_writes_the_config_once(tmp_path):
+    workdir = tmp_path / "new" / "run"
+    checkpoint.claim(str(workdir), CONFIG)
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(CONFIG))
+    assert os.listdir(workdir) == ["config.json"]
+    checkpoint.claim(str(workdir), changed("total_steps", 200))
+    assert json.loads((workdir / "config.json").read_text())["total_steps"] == 100
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("total_steps", 5), ("data.dir", "/b"), ("data.threads", 9), ("checkpoint.every_steps", 1)],
+)
+def test_how_long_and_where_may_change(tmp_path, path, value):
+    checkpoint.claim(str(tmp_path), CONFIG)
+    checkpoint.claim(str(tmp_path), changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("seed", 2, "seed: 1 there, 2 now"),
+        ("data.num_samples", 24_000, "data.num_samples: 48000 there, 24000 now"),
+        ("teacher.cqt.weight", 0.5, "teacher.cqt.weight: 1.0 there, 0.5 now"),
+        ("teachers", ("cqt",), r"teachers: \['random_projection', 'cqt'\] there, \['cqt'\] now"),
+        ("group", 8, "group: None there, 8 now"),
+    ],
+)
+def test_other_settings_are_refused_with_both_values(tmp_path, path, value, said):
+    checkpoint.claim(str(tmp_path), CONFIG)
+    with pytest.raises(UserError, match=said):
+        checkpoint.claim(str(tmp_path), changed(path, value))
+
+
+def test_every_change_is_named(tmp_path):
+    checkpoint.claim(str(tmp_path), CONFIG)
+    with pytest.raises(UserError, match=r"(?s)data.num_samples.*seed"):
+        checkpoint.claim(str(tmp_path), changed("data.num_samples", 1) | {"seed": 3})
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be used"):
+        checkpoint.claim(str(tmp_path / "file" / "run"), CONFIG)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe"], ids=["cut off", "not text"])
+def test_a_config_that_cannot_be_read(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match="cannot be used"):
+        checkpoint.claim(str(tmp_path), CONFIG)
+
+
+def test_two_hosts_claim_one_directory_at_once(tmp_path, monkeypatch):
+    replace, host = os.replace, [0]
+
+    def while_another_claims(source, target):
+        if host[0] == 0:
+            host[0] = 1
+            checkpoint.claim(str(tmp_path), CONFIG)
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint.jax, "process_index", lambda: host[0])
+    monkeypatch.setattr(checkpoint.os, "replace", while_another_claims)
+    checkpoint.claim(str(tmp_path), CONFIG)
+    assert os.listdir(tmp_path) == ["config.json"]
