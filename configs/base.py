@@ -39,8 +39,12 @@ def get_config() -> ConfigDict:
     config.teachers = ("random_projection", "cqt")
     config.teacher = ConfigDict(
         dict(
-            random_projection=ConfigDict(dict(weight=1.0, seed=0, books=8, size=1024)),
-            cqt=ConfigDict(dict(weight=1.0)),
+            # checkpoint: statistics of the log-mel; none: those of the dataset at the run's start
+            random_projection=ConfigDict(
+                dict(weight=1.0, checkpoint="", seed=0, books=8, size=1024, n_fft=2048)
+            ),
+            # 7 octaves from C1 (32.7 Hz) on, a quarter of a semitone a bin
+            cqt=ConfigDict(dict(weight=1.0, fmin=32.7, n_bins=336, bins_per_octave=48)),
         )
     )
     config.objective = ConfigDict(

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 class UserError(ValueError):
@@ -19,8 +19,10 @@ def fail(message: str) -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    # config_flags raises these for an unknown key, a wrong type and a config file that is not there
-    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+    except (AttributeError, KeyError) as e:  # what config_flags raises for a key that is not there
+        key = str(e).strip("\"'")
+        return fail(f"unknown config key {key!r}; the config file lists its keys, --help the flags")
+    except (flags.Error, TypeError, ValueError, OSError) as e:
         return fail(f"{e} (see --help)")
 
 
@@ -34,6 +36,9 @@ def run(main: Callable[[], int | None]) -> None:
     def guarded(argv: list[str]) -> int | None:
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; options are written --name=value (see --help)")
+        # the libraries' progress would drown ours; --verbosity=0 brings it back
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
         try:
             return main()
         except UserError as e:

@@ -52,8 +52,9 @@ def _crops(source: Any, num_samples: int, hop: int, seed: int, shuffle: bool) ->
     dataset = grain.MapDataset.source(Indexed(source)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()  # another order each epoch, by an index permutation: no memory
+    epochs = 2**48 // len(source) + 1  # without end in practice; grain's own for ever overflows
     # the crop is drawn on the global index, before anything is divided among hosts
-    return dataset.repeat().random_map(RandomCrop(num_samples, hop))
+    return dataset.repeat(epochs).random_map(RandomCrop(num_samples, hop))
 
 
 def train_stream(
@@ -68,7 +69,7 @@ def train_stream(
     num_hosts: int = 1,
     threads: int = 4,
     workers: int = 0,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """This host's rows of global batches `start`, `start` + 1, ..., without end.
 
     A batch has `audio` int16 [B / hosts, N], `record` int64 (index in `source`), `start` int32 (of

@@ -29,13 +29,14 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
-from mert_jax import assemble, cli, records, sources, staging
+from mert_jax import cli, records
 from mert_jax.cli import UserError
 from mert_jax.decode import SAMPLE_RATE
-from mert_jax.selection import Settings, describe, select
-from mert_jax.sources import Outcome, Source
-from mert_jax.summary import REPORT, make_report, print_summary
-from mert_jax.workers import run_jobs
+from mert_jax.preparation import assemble, sources, staging
+from mert_jax.preparation.selection import Settings, describe, select
+from mert_jax.preparation.sources import Outcome, Source
+from mert_jax.preparation.summary import REPORT, make_report, print_summary
+from mert_jax.preparation.workers import run_jobs
 
 _INPUT = flags.DEFINE_multi_string(
     "input", None, "Directories and audio files; repeat the flag or separate them by commas."

@@ -12,6 +12,8 @@ def nearest(x: Array, codebook: Array) -> Array:
     Highest matmul precision: on TPU the default would flip nearly tied codes. The first of equally
     near rows wins.
     """
-    dots = jnp.einsum("...d,vd->...v", x, codebook, precision=jax.lax.Precision.HIGHEST)
-    norms = jnp.sum(jnp.square(codebook), -1)
-    return jnp.argmin(norms.reshape((1,) * (x.ndim - 1) + (-1,)) - 2 * dots, -1).astype(jnp.int32)
+    # |e|^2 - 2 x.e as one product, [x, 1] . [-2 e, |e|^2]: arithmetic beside it would slow argmin
+    rows = jnp.concatenate([-2 * codebook, jnp.sum(jnp.square(codebook), -1, keepdims=True)], -1)
+    vectors = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
+    distances = jnp.einsum("...d,vd->...v", vectors, rows, precision=jax.lax.Precision.HIGHEST)
+    return jnp.argmin(distances, -1).astype(jnp.int32)

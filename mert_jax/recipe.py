@@ -1,19 +1,28 @@
 """From a config to the things a run is made of; the one place that reads it."""
 
+import itertools
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mert_jax import cli, masking, mixture, model, optimizer, records, step, teachers
+from mert_jax import cli, data, masking, mixture, model, optimizer, records, step, teachers
+from mert_jax.teachers import random_projection
 
 
 def check(config: ConfigDict | None) -> ConfigDict:
     """`config` itself, if its numbers go together; UserError otherwise."""
     if config is None:
         raise cli.UserError("--config=FILE is needed, such as --config=configs/tiny.py")
+    for key in ("total_steps", "batch_size", "accumulation", "group", "log_every", "eval_every"):
+        if config[key] < 1:
+            raise cli.UserError(f"{key} is {config[key]}; it must be at least 1")
+    if not config.teachers or len(set(config.teachers)) < len(config.teachers):
+        raise cli.UserError(f"teachers are {config.teachers}; name at least one, and each once")
     micro_batch, rest = divmod(config.batch_size, config.accumulation)
     if rest or micro_batch % config.group:
         raise cli.UserError(
@@ -55,12 +64,31 @@ def open_dataset(config: ConfigDict, split: str) -> Any:
 
 def make_teachers(config: ConfigDict) -> dict[str, teachers.Teacher]:
     """The teachers of `config.teachers`, by name, in their order."""
-    made = {}
-    for name in config.teachers:
-        options = dict(config.teacher.get(name, {}))
-        options.pop("weight", None)
-        made[name] = teachers.make(name, **options)
-    return made
+    return {name: _make_teacher(config, name) for name in config.teachers}
+
+
+def _make_teacher(config: ConfigDict, name: str, **overrides: Any) -> teachers.Teacher:
+    options = dict(config.teacher.get(name, {}))
+    options.pop("weight", None)
+    return teachers.make(name, **options | overrides)
+
+
+def fit_teachers(
+    config: ConfigDict, made: dict[str, teachers.Teacher], source: Any, workdir: str
+) -> dict[str, teachers.Teacher]:
+    """`made`, with the random projection's log-mel statistics from the dataset where its checkpoint
+    was left empty: of 256 random crops, kept in WORKDIR, so that a resumed run has the same codes.
+    """
+    name = "random_projection"
+    if name not in made or config.teacher.get(name, {}).get("checkpoint"):
+        return made
+    path = os.path.join(workdir, f"{name}.npz")
+    if not os.path.exists(path):
+        clips = dict(num_samples=config.data.num_samples, hop=records.HOP_LENGTH)
+        stream = data.train_stream(source, batch_size=16, seed=config.seed, **clips)
+        waves = (batch["audio"] / np.float32(32768) for batch in itertools.islice(stream, 16))
+        random_projection.save(path, made[name], random_projection.fit(made[name], waves))
+    return made | {name: _make_teacher(config, name, checkpoint=path)}
 
 
 def student(config: ConfigDict, made: dict[str, teachers.Teacher]) -> model.Student:
@@ -162,8 +190,9 @@ def describe(config: ConfigDict, student: model.Student, table: bool) -> str:
     seconds = config.batch_size * config.data.num_samples / records.SAMPLE_RATE
     line = (
         f"parameters: {count:,}  (width {student.hidden_size}, {student.num_layers} layers); "
-        f"{config.batch_size} clips = {seconds / 3600:.2f} h of audio an update"
+        f"{config.batch_size} clips = {seconds:,.0f} s ({seconds / 3600:.2f} h) of audio an update"
     )
     if not table:
         return line
-    return parameter_overview.get_parameter_overview(params["params"], include_stats=False) + line
+    overview = parameter_overview.get_parameter_overview(params["params"], include_stats=False)
+    return f"{overview}\n{line}"

@@ -38,7 +38,10 @@ class Stop:
 
 def main() -> int:
     """Train to `total_steps`; returns the exit code."""
-    config = recipe.check(_CONFIG.value)
+    try:
+        config = recipe.check(_CONFIG.value)
+    except OSError as e:  # config_flags keeps a missing file to itself until a value is read
+        raise cli.UserError(str(e)) from e
     teachers = recipe.make_teachers(config)
     student = recipe.student(config, teachers)
     print(recipe.describe(config, student, table=_DESCRIBE.value), flush=True)
@@ -51,6 +54,7 @@ def main() -> int:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(config.batch_size // config.accumulation, mesh)
     checkpoint.claim(_WORKDIR.value, json.loads(config.to_json()))
+    teachers = recipe.fit_teachers(config, teachers, source, _WORKDIR.value)
     with jax.set_mesh(mesh):
         return train(config, _WORKDIR.value, student, teachers, mesh, source, validation)
 
@@ -150,6 +154,7 @@ def train(config, workdir, student, teachers, mesh, source, validation) -> int:
             checkpoints.save(number, state)
         if last:
             break
+    stream.close()
     checkpoints.close()
     if writer:
         writer.close()

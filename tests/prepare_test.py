@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from mert_jax import assemble, prepare, records, selection, sources, staging, workers
+from mert_jax import prepare, records
 from mert_jax.cli import UserError
+from mert_jax.preparation import assemble, selection, sources, staging, workers
+from mert_jax.preparation.staging import stage as real_stage
 from mert_jax.prepare import Settings
-from mert_jax.staging import stage as real_stage
 
 # Small chunks, so that short files make many records.
 SMALL = Settings(chunk_seconds=1.0, crop_seconds=0.32, min_seconds=0.5, validation_fraction=0.3)

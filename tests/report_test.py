@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib import figure, image
 
-from mert_jax import cli, report
+from mert_jax import cli, curves, report
 
 CONFIG = {"batch_size": 36, "total_steps": 500, "data": {"num_samples": 240_000}}
 
@@ -102,7 +102,7 @@ def test_the_page_needs_no_network_and_escapes_what_it_is_told(tmp_path):
     rows, config = report.load(workdir)
     said = ["<b>collapsed</b>"]
     figures = report.summarize(rows, config)
-    page = Elements(report.page(report.panels(rows)[:2], figures, said, config, workdir))
+    page = Elements(report.page(curves.panels(rows)[:2], figures, said, config, workdir))
     tags = {tag for tag, _ in page.elements}
     assert not tags & {"b", "script", "link", "iframe", "object"}
     assert "img" in tags
@@ -119,14 +119,14 @@ def test_the_page_needs_no_network_and_escapes_what_it_is_told(tmp_path):
 
 def test_a_panel_for_everything_there_is():
     rows = make_rows(5, {50: 1.0})
-    assert [panel.title for panel in report.panels(rows)] == [
+    assert [panel.title for panel in curves.panels(rows)] == [
         *("Loss", "Loss of the codes", "Loss of cqt", "Masked accuracy"),
         *("Perplexity of the targets", "Perplexity of the predictions", "Features penalty"),
         *("Gradient norm", "Learning rate", "Speed"),
     ]
     for row in rows:
         row |= {"loss_chroma": 0.1, "mfu": 0.4, "loss_codes_rvq": 2.0, "loss_codes_kmeans": 1.0}
-    made = {panel.title: panel for panel in report.panels(rows)}
+    made = {panel.title: panel for panel in curves.panels(rows)}
     assert {"Loss of cqt", "Loss of chroma", "Model FLOPs utilisation"} < made.keys()
     assert [line.label for line in made["Loss of the codes"].lines] == [
         *("training", "validation", "rvq", "kmeans")
@@ -142,7 +142,7 @@ def test_a_panel_for_everything_there_is():
 
 def test_a_teacher_of_features_alone_has_no_codebooks():
     rows = make_rows(3, {30: 1.0}, books=0)
-    made, figures = report.panels(rows), report.summarize(rows, {})
+    made, figures = curves.panels(rows), report.summarize(rows, {})
     assert "Masked accuracy" not in [panel.title for panel in made]
     assert report.warnings(rows, figures) == []
     assert "<td>mean</td><td>0</td>" in report.page(made[:1], figures, [], {}, "")
@@ -154,8 +154,8 @@ def test_draws_any_number_of_rows_and_codebooks_without_a_warning(count, books):
     rows = make_rows(count, {10: 50.0}, books)
     rows[-1] |= {"loss": float("nan"), "grad_norm": float("inf")}
     rows[-1]["prediction_perplexity"] = [1] * books
-    made = report.panels(rows)
-    assert report.png(made, rows[-1]["step"], title=r"$\frac$").startswith(b"\x89PNG")
+    made = curves.panels(rows)
+    assert curves.png(made, rows[-1]["step"], title=r"$\frac$").startswith(b"\x89PNG")
 
 
 def test_long_runs_are_thinned_to_means_within_their_range():
@@ -164,8 +164,8 @@ def test_long_runs_are_thinned_to_means_within_their_range():
     rows[2000]["grad_norm"] = float("nan")
     for row in rows[100:110]:
         row["grad_norm"] = float("nan")
-    norm = next(p for p in report.panels(rows) if p.title == "Gradient norm").lines[0]
-    assert len(norm.steps) == len(norm.values) == report.POINTS
+    norm = next(p for p in curves.panels(rows) if p.title == "Gradient norm").lines[0]
+    assert len(norm.steps) == len(norm.values) == curves.POINTS
     real = [row["grad_norm"] for row in rows[1230:1240]]
     assert norm.values[123] == pytest.approx(np.mean(real))
     assert (norm.low[123], norm.high[123]) == (min(real), 400)
@@ -177,9 +177,9 @@ def test_axes_of_a_panel():
     rows = make_rows(30, {100: 3.0})
     rows[3] |= {"loss_cqt": 50.0, "features_penalty": 0.0}
     axes = {}
-    for panel in report.panels(rows):
+    for panel in curves.panels(rows):
         axes[panel.title] = figure.Figure().add_subplot()
-        report.draw(axes[panel.title], panel, 300)
+        curves.draw(axes[panel.title], panel, 300)
         assert axes[panel.title].get_xlabel() == "step"
         assert axes[panel.title].get_xlim() == (0, 306)
     # collapse is a line on the floor

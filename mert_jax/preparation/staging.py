@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from mert_jax.decode import SAMPLE_RATE, LeftOut, decode, to_int16
-from mert_jax.sources import Outcome, Source, read_lines
+from mert_jax.preparation.sources import Outcome, Source, read_lines
 
 # Quieter than this everywhere (-80 dBFS), a track is silence, dithered perhaps.
 SILENCE_PEAK = 3

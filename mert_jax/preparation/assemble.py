@@ -18,7 +18,7 @@ import numpy as np
 
 from mert_jax import records
 from mert_jax.cli import UserError
-from mert_jax.staging import audio_path
+from mert_jax.preparation.staging import audio_path
 
 TRACKS = "tracks.jsonl"
 SHARD_BYTES = 256 * 1000**2

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mert_jax import assemble, records
+from mert_jax import records
 from mert_jax.decode import SAMPLE_RATE
-from mert_jax.sources import Outcome, Source
+from mert_jax.preparation import assemble
+from mert_jax.preparation.sources import Outcome, Source
 
 _FORMAT = 1  # of the decoding and the records; a dataset of another one is not added to
 

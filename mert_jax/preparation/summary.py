@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mert_jax.decode import SAMPLE_RATE, is_audio_name
-from mert_jax.selection import Selection
+from mert_jax.preparation.selection import Selection
 
 REPORT = "report.json"
 _EXAMPLES = 10  # left-out files named on the screen; the report names all

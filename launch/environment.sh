@@ -1,0 +1,36 @@
+# Sourced by the other scripts: `install EXTRA...` makes .venv in the checkout, with mert_jax and the
+# given extras in the versions of constraints.txt, and puts it first on the PATH. Needs Python 3.11 or
+# newer; PYTHON=... names one. Nothing is installed again while pyproject.toml and constraints.txt stay.
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-} python3 python3.11 python3.12 python3.13 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python 3.11 or newer found; install one, or name it with PYTHON=/path/to/python" >&2
+    return 2
+}
+
+install() {
+    local python stamp extras
+    extras=$(IFS=,; echo "$*")
+    python=$(find_python) || return
+    # two extras may share one environment: each leaves a stamp of its own
+    stamp=.venv/installed-${extras//,/-}-$(cat pyproject.toml constraints.txt | cksum | tr ' ' -)
+    if [ ! -e "$stamp" ]; then
+        echo "setting up .venv with $("$python" --version) and the extras [$extras]: a few minutes"
+        if ! "$python" -m venv .venv; then
+            echo "error: python -m venv failed; on Debian and Ubuntu, apt-get install python3-venv" >&2
+            return 2
+        fi
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+            --constraint constraints.txt --editable ".[$extras]" || return
+        rm -f .venv/installed-"${extras//,/-}"-*
+        touch "$stamp"
+    fi
+    PATH="$PWD/.venv/bin:$PATH"
+    export PATH
+}

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs the linter and the tests: `bash launch/test.sh [--with-peers] [PYTEST_ARGS]`.
+# --with-peers adds the comparisons with PyTorch's libraries; `-m slow` runs the long ones only.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+extras=(test)
+selection=(-m "not slow and not peers")
+if [ "${1:-}" = --with-peers ]; then
+    shift
+    extras+=(peers)
+    selection=(-m "not slow")
+fi
+source launch/environment.sh
+install "${extras[@]}"
+
+ruff check .
+ruff format --check .
+exec python -m pytest "${selection[@]}" "$@"

@@ -1,0 +1,1 @@
+"""The steps of `mert_jax.prepare`: find sources, stage them decoded, select, assemble, report."""

@@ -1,0 +1,136 @@
+"""The stream: global batch k depends on (seed, k) only, and every crop is what it says."""
+
+import itertools
+
+import numpy as np
+import pytest
+from absl import flags
+
+from mert_jax import data
+from mert_jax.cli import UserError
+
+HOP = 320
+
+
+class Source:
+    """Records whose samples name the record and the position: record * 1000 + sample // HOP."""
+
+    def __init__(self, lengths):
+        self._lengths = lengths
+
+    def __len__(self):
+        return len(self._lengths)
+
+    def __getitem__(self, index):
+        frames = np.arange(self._lengths[index]) // HOP
+        return {"audio": (index * 1000 + frames).astype(np.int16)}
+
+
+SOURCE = Source([HOP * (20 + i) + 7 for i in range(12)])
+CLIP = dict(num_samples=HOP * 5, hop=HOP)
+
+
+def batches(number, source=SOURCE, **options):
+    options = dict(batch_size=4, seed=3, threads=2) | CLIP | options
+    return list(itertools.islice(data.train_stream(source, **options), number))
+
+
+def same(a, b):
+    return all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_crops_are_what_they_say():
+    for batch in batches(6):
+        assert batch["audio"].dtype == np.int16
+        assert batch["audio"].shape == (4, HOP * 5)
+        for audio, record, start in zip(
+            batch["audio"], batch["record"], batch["start"], strict=True
+        ):
+            assert start % HOP == 0
+            np.testing.assert_array_equal(audio, SOURCE[record]["audio"][start:][: HOP * 5])
+
+
+def test_every_start_is_drawn_the_last_one_included():
+    source = Source([HOP * 8 + 5])
+    starts = np.concatenate([b["start"] for b in batches(40, source=source)])
+    assert set(starts // HOP) == {0, 1, 2, 3}
+
+
+def test_an_epoch_has_each_record_once_then_another_order_and_other_crops():
+    first, second = batches(3), batches(6)[3:]
+    records = [np.concatenate([b["record"] for b in epoch]) for epoch in (first, second)]
+    assert sorted(records[0]) == sorted(records[1]) == list(range(12))
+    assert list(records[0]) != list(records[1])
+    starts = [
+        dict(zip(records[i], np.concatenate([b["start"] for b in epoch]), strict=True))
+        for i, epoch in enumerate((first, second))
+    ]
+    assert sum(starts[0][r] != starts[1][r] for r in range(12)) > 6
+
+
+def test_another_seed_gives_other_batches():
+    assert not same(batches(1)[0], batches(1, seed=4)[0])
+
+
+@pytest.mark.parametrize("num_hosts", [2, 4])
+def test_hosts_make_up_the_same_global_batch(num_hosts):
+    whole = batches(5)
+    parts = [batches(5, host=host, num_hosts=num_hosts) for host in range(num_hosts)]
+    for k, batch in enumerate(whole):
+        for name, rows in batch.items():
+            together = np.concatenate([part[k][name] for part in parts])
+            np.testing.assert_array_equal(together, rows)
+
+
+@pytest.fixture(autouse=True)
+def _parsed_flags():
+    flags.FLAGS.mark_as_parsed()  # grain's worker processes inherit absl's flags
+
+
+@pytest.mark.parametrize("options", [dict(threads=0), dict(threads=8), dict(workers=2)])
+def test_threads_and_workers_change_nothing(options):
+    assert all(map(same, batches(5), batches(5, **options)))
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 7])
+def test_starting_later_gives_the_later_batches(start):
+    assert all(map(same, batches(start + 2)[start:], batches(2, start=start)))
+    halves = [batches(2, start=start, host=h, num_hosts=2) for h in range(2)]
+    together = np.concatenate([half[0]["audio"] for half in halves])
+    np.testing.assert_array_equal(together, batches(start + 1)[start]["audio"])
+
+
+def test_short_records_are_looped_and_marked():
+    source = Source([HOP * 2 + 3, HOP * 9])
+    batch = batches(1, source=source, batch_size=2)[0]
+    for audio, record, looped in zip(batch["audio"], batch["record"], batch["looped"], strict=True):
+        assert looped == (record == 0)
+        if looped:
+            np.testing.assert_array_equal(audio, np.resize(source[0]["audio"], HOP * 5))
+
+
+def test_hosts_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(UserError, match=r"batch_size 4 .* 3 hosts"):
+        batches(1, num_hosts=3)
+
+
+def test_validation_sees_every_record_and_is_the_same_each_time():
+    one, two = (list(data.validation_batches(SOURCE, batch_size=8, **CLIP)) for _ in range(2))
+    assert all(map(same, one, two))
+    records = np.concatenate([b["record"] for b in one])
+    assert list(records) == [*range(12), 0, 1, 2, 3]
+    halves = [
+        list(data.validation_batches(SOURCE, batch_size=8, host=h, num_hosts=2, **CLIP))
+        for h in range(2)
+    ]
+    for k, batch in enumerate(one):
+        together = np.concatenate([half[k]["audio"] for half in halves])
+        np.testing.assert_array_equal(together, batch["audio"])
+
+
+def test_prefetch_keeps_order_and_runs_ahead():
+    put = []
+    stream = data.prefetch(iter(range(5)), lambda x: put.append(x) or x, depth=2)
+    assert next(stream) == 0
+    assert put == [0, 1, 2]
+    assert list(stream) == [1, 2, 3, 4]

@@ -1,0 +1,172 @@
+"""The command, end to end on a prepared folder of sound, as its user runs it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+
+from tests import small
+
+CONTRACT = {
+    *("step", "loss", "loss_codes", "loss_cqt", "features_penalty", "masked_accuracy"),
+    *("code_perplexity", "grad_norm", "learning_rate", "audio_seconds_per_second", "mfu"),
+}
+
+
+def command(module, *flags):
+    return [sys.executable, "-m", f"mert_jax.{module}", *flags]
+
+
+def run(module, *flags):
+    return subprocess.run(command(module, *flags), capture_output=True, text=True, timeout=300)
+
+
+def flags(dataset, workdir, *extra):
+    return [
+        *("--config=configs/tiny.py", f"--workdir={workdir}", f"--config.data.dir={dataset}"),
+        *(*small.command_line(), *extra),
+    ]
+
+
+def rows(workdir):
+    """The metrics that do not depend on the clock."""
+    with open(workdir / "metrics.jsonl") as f:
+        found = [json.loads(line) for line in f]
+    return [
+        {k: v for k, v in row.items() if k not in ("audio_seconds_per_second", "mfu")}
+        for row in found
+    ]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Four prepared tracks of plucked partials, one shorter than a clip."""
+    folder = tmp_path_factory.mktemp("music")
+    rng = np.random.default_rng(0)
+    for track, seconds in enumerate((9, 8, 7, 1.1)):
+        t = np.arange(int(seconds * 24_000)) / 24_000
+        pluck, partials = np.exp(-2 * (t % 0.5)), rng.uniform(80, 900, 5)
+        tones = [np.sin(2 * np.pi * f * t) * pluck for f in partials]
+        wave = 0.1 * np.sum(tones, 0) + 0.003 * rng.normal(size=t.size)
+        soundfile.write(folder / f"{track}.wav", wave, 24_000)
+    output = tmp_path_factory.mktemp("prepared") / "data"
+    done = run("prepare", f"--input={folder}", f"--output={output}", "--crop_seconds=2")
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+    """The workdir of a finished run, and what it printed."""
+    workdir = tmp_path_factory.mktemp("run") / "workdir"
+    done = run("train", *flags(dataset, workdir))
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout
+
+
+def test_metrics_are_those_of_the_contract(finished):
+    workdir, printed = finished
+    with open(workdir / "metrics.jsonl") as f:
+        found = [json.loads(line) for line in f]
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
+    for row in found:
+        assert set(row) >= CONTRACT
+        assert len(row["masked_accuracy"]) == len(row["code_perplexity"]) == 2
+        assert ("validation_loss" in row) == (row["step"] in (3, 6))
+    assert found[0]["learning_rate"] == 0
+    assert "step 6/6" in printed
+    assert "validation loss" in printed
+
+
+def test_a_second_run_says_that_it_is_finished(dataset, finished):
+    workdir, _ = finished
+    before = rows(workdir)
+    done = run("train", *flags(dataset, workdir))
+    assert done.returncode == 0
+    assert "finished: 6 of 6 steps" in done.stdout
+    assert rows(workdir) == before
+
+
+def test_resuming_gives_the_run_that_was_never_stopped(dataset, finished, tmp_path):
+    workdir, _ = finished
+    resumed = tmp_path / "resumed"
+    shutil.copytree(workdir, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "6")  # as if killed before its last save
+    done = run("train", *flags(dataset, resumed))
+    assert done.returncode == 0, done.stderr
+    assert "at step 3 of 6" in done.stdout
+    assert rows(resumed) == rows(workdir)
+
+
+def test_other_settings_on_a_workdir_are_refused(dataset, finished):
+    workdir, _ = finished
+    done = run("train", *flags(dataset, workdir, "--config.model.num_layers=3"))
+    assert done.returncode == 2
+    assert "model.num_layers: 2 there, 3 now" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_control_c_saves_and_the_same_command_goes_on(dataset, tmp_path):
+    workdir = tmp_path / "stopped"
+    long = flags(dataset, workdir, "--config.total_steps=100000", "--config.eval_every=100000")
+    process = subprocess.Popen(command("train", *long), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGINT)
+            break
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "run the same command to go on" in printed
+    stopped = rows(workdir)[-1]["step"]
+    assert (workdir / "checkpoints" / str(stopped)).is_dir()
+    done = run("train", *flags(dataset, workdir, f"--config.total_steps={stopped + 1}"))
+    assert done.returncode == 0, done.stderr
+    assert rows(workdir)[-1]["step"] == stopped + 1
+
+
+def test_a_nan_stops_the_run_and_names_the_step(dataset, tmp_path):
+    explode = ("--config.optimizer.peak_learning_rate=1e30", "--config.log_every=1")
+    done = run("train", *flags(dataset, tmp_path / "nan", *explode))
+    assert done.returncode == 2
+    assert "at step" in done.stderr
+    assert "peak_learning_rate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--config.nope=1"], "unknown config key 'nope'"),
+        (["--config.seed=abc"], "invalid literal for int"),
+        (["--config.data.dir=/nowhere"], "no prepared dataset in /nowhere"),
+        (["--config.data.num_samples=96000"], "--crop_seconds=4"),
+        (["--config.teachers=('nope',)"], "unknown teacher 'nope'"),
+        (["--config.mesh.data=3"], "does not make 8 devices"),
+        (["--workdir=/proc/nowhere"], "cannot be used"),
+        (["--config=configs/nope.py"], "configs/nope.py"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(dataset, tmp_path, extra, message):
+    workdir = tmp_path / "none"
+    done = run("train", *flags(dataset, workdir, *extra))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not os.path.exists(workdir)
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"), [("base", "95,550,160"), ("large", "317,875,664")]
+)
+def test_describe_counts_the_official_parameters(config, parameters):
+    start = time.monotonic()
+    done = run("train", f"--config=configs/{config}.py", "--describe")
+    assert done.returncode == 0
+    assert f"parameters: {parameters}" in done.stdout
+    assert time.monotonic() - start < 60  # abstract: nothing of that size is ever made
