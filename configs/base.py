@@ -39,10 +39,7 @@ def get_config() -> ConfigDict:
     config.teachers = ("random_projection", "cqt")
     config.teacher = ConfigDict(
         dict(
-            # checkpoint: statistics of the log-mel; none: those of the dataset at the run's start
-            random_projection=ConfigDict(
-                dict(weight=1.0, checkpoint="", seed=0, books=8, size=1024, n_fft=2048)
-            ),
+            random_projection=ConfigDict(dict(weight=1.0, seed=0, books=8, size=1024, n_fft=2048)),
             # 7 octaves from C1 (32.7 Hz) on, a quarter of a semitone a bin
             cqt=ConfigDict(dict(weight=1.0, fmin=32.7, n_bins=336, bins_per_octave=48)),
         )
@@ -60,6 +57,7 @@ def get_config() -> ConfigDict:
             # never targets but stand in every softmax
             special_codes=4,
             features_penalty=10.0,
+            unmasked_weight=0.0,  # of the cross-entropy at frames that are not masked
         )
     )
     config.model = ConfigDict(

@@ -13,16 +13,20 @@ from configs import base
 def get_config() -> ConfigDict:
     """The laptop recipe."""
     config = base.get_config()
-    config.total_steps = 500
-    # clips of 1 s: below some 1000 masked frames an update, gradients are too noisy to learn from
-    config.batch_size = 32
+    config.total_steps = 600
+    config.batch_size = 16
     config.group = 8
     config.log_every = 10
     config.eval_every = 50
     config.data.update(num_samples=24_000, threads=2)
-    config.checkpoint.update(every_steps=250, every_minutes=10.0)
-    config.teacher.random_projection.size = 256  # codes frequent enough to be met in 500 updates
+    config.checkpoint.update(every_steps=200, every_minutes=10.0)
+    # fewer codes, of longer windows (171 ms): such codes outlast a masked span, and each comes often
+    # enough to be learned in 600 updates
+    config.teacher.random_projection.update(size=256, n_fft=4096)
     config.objective.mixture_length = (2_400, 4_800)
+    # the front end learns from all frames: without it, the first 300 updates teach no more
+    # than how frequent each code is
+    config.objective.unmasked_weight = 1.0
     config.model.update(
         conv_dim=64,
         # three wide convolutions instead of seven: still 320 samples a frame, a quarter of the cost
@@ -36,12 +40,12 @@ def get_config() -> ConfigDict:
         final_dim=32,
         pos_conv_kernel=16,
         pos_conv_groups=8,
-        feature_grad_mult=1.0,  # in 500 updates the front end has to learn at full speed
+        feature_grad_mult=1.0,  # in 600 updates the front end has to learn at full speed
         input_dropout=0.0,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         layerdrop=0.0,
         dtype="float32",  # bf16 is emulated on CPUs
     )
-    config.optimizer.update(peak_learning_rate=2e-3, warmup_steps=50)
+    config.optimizer.update(peak_learning_rate=4e-3, warmup_steps=30)
     return config

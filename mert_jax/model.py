@@ -145,16 +145,17 @@ class FeatureEncoder(nn.Module):
 
 
 class FeatureProjection(nn.Module):
-    """Norm and projection to width D, which equal widths lack: [B, T, C] -> [B, T, D]."""
+    """Norm and projection to width D, which equal widths may lack: [B, T, C] -> [B, T, D]."""
 
     width: int
+    always: bool
     dtype: Any
 
     @nn.compact
     def __call__(self, features: Array) -> Array:
         x = Norm(self.dtype, name="layer_norm")(features)
         self.sow("intermediates", "features_ln", x)
-        if x.shape[-1] == self.width:
+        if x.shape[-1] == self.width and not self.always:
             return x
         return linear(self.width, x.shape[-1], self.dtype, "projection")(x)
 
@@ -328,6 +329,7 @@ class Student(nn.Module):
     pre_norm: bool
     heads: tuple[Head, ...] = ()
     final_dim: int = 64
+    project_equal_widths: bool = False  # where C = D; Hugging Face does, fairseq does not
     pos_conv_kernel: int = 128
     pos_conv_groups: int = 16
     feature_grad_mult: float = 1.0
@@ -372,6 +374,8 @@ class Student(nn.Module):
         num_frames: int | None = None,
         deterministic: bool = True,
     ) -> Output:
+        if wave.ndim != 2:  # channels would pass for clips
+            raise ValueError(f"wave is {wave.shape}, not [B, N]; average its channels first")
         full = full_precision(self.dtype)
         features = FeatureEncoder(
             self.conv_dim, self.conv_kernels, self.conv_strides, self.dtype, name="feature_encoder"
@@ -380,7 +384,9 @@ class Student(nn.Module):
         features_penalty = jnp.mean(jnp.square(features.astype(full)))
         self.sow("intermediates", "conv_features", features)
 
-        x = FeatureProjection(self.hidden_size, self.dtype, name="feature_projection")(features)
+        x = FeatureProjection(
+            self.hidden_size, self.project_equal_widths, self.dtype, name="feature_projection"
+        )(features)
         self.sow("intermediates", "features_proj", x)
         x = nn.Dropout(self.input_dropout)(x, deterministic)
         embed = self.param("masked_spec_embed", uniform(1.0), (self.hidden_size,))

@@ -1,17 +1,13 @@
 """From a config to the things a run is made of; the one place that reads it."""
 
-import itertools
-import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mert_jax import cli, data, masking, mixture, model, optimizer, records, step, teachers
-from mert_jax.teachers import random_projection
+from mert_jax import cli, masking, mixture, model, optimizer, records, step, teachers
 
 
 def check(config: ConfigDict | None) -> ConfigDict:
@@ -64,31 +60,12 @@ def open_dataset(config: ConfigDict, split: str) -> Any:
 
 def make_teachers(config: ConfigDict) -> dict[str, teachers.Teacher]:
     """The teachers of `config.teachers`, by name, in their order."""
-    return {name: _make_teacher(config, name) for name in config.teachers}
-
-
-def _make_teacher(config: ConfigDict, name: str, **overrides: Any) -> teachers.Teacher:
-    options = dict(config.teacher.get(name, {}))
-    options.pop("weight", None)
-    return teachers.make(name, **options | overrides)
-
-
-def fit_teachers(
-    config: ConfigDict, made: dict[str, teachers.Teacher], source: Any, workdir: str
-) -> dict[str, teachers.Teacher]:
-    """`made`, with the random projection's log-mel statistics from the dataset where its checkpoint
-    was left empty: of 256 random crops, kept in WORKDIR, so that a resumed run has the same codes.
-    """
-    name = "random_projection"
-    if name not in made or config.teacher.get(name, {}).get("checkpoint"):
-        return made
-    path = os.path.join(workdir, f"{name}.npz")
-    if not os.path.exists(path):
-        clips = dict(num_samples=config.data.num_samples, hop=records.HOP_LENGTH)
-        stream = data.train_stream(source, batch_size=16, seed=config.seed, **clips)
-        waves = (batch["audio"] / np.float32(32768) for batch in itertools.islice(stream, 16))
-        random_projection.save(path, made[name], random_projection.fit(made[name], waves))
-    return made | {name: _make_teacher(config, name, checkpoint=path)}
+    made = {}
+    for name in config.teachers:
+        options = dict(config.teacher.get(name, {}))
+        options.pop("weight", None)
+        made[name] = teachers.make(name, **options)
+    return made
 
 
 def student(config: ConfigDict, made: dict[str, teachers.Teacher]) -> model.Student:
@@ -148,6 +125,7 @@ def objective(
         logit_temperature=o.logit_temperature,
         special_codes=o.special_codes,
         penalty=o.features_penalty,
+        unmasked_weight=o.unmasked_weight,
     )
 
 

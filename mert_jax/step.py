@@ -29,7 +29,8 @@ class Objective(NamedTuple):
     student: (params, wave, mask, num_frames, rngs or None) -> model.Output; num_frames: N -> T;
     teachers: name -> apply; weights: name -> loss weight; mask: (keys [B], T) -> bool [B, T];
     mixture: (keys [B], wave) -> wave; special_codes: classes before code 0 (fairseq's dictionary
-    has 4); penalty: weight of the features penalty.
+    has 4); penalty: weight of the features penalty; unmasked_weight: of the cross-entropy at frames
+    that are not masked.
     """
 
     student: Callable[..., Any]
@@ -41,6 +42,7 @@ class Objective(NamedTuple):
     logit_temperature: float
     special_codes: int
     penalty: float
+    unmasked_weight: float = 0.0
 
 
 class Sums(NamedTuple):
@@ -92,6 +94,10 @@ def masked_sums(
             logits = losses.cosine_logits(proj, codebooks, objective.logit_temperature)
             codes[name] = losses.code_loss(logits, expected + objective.special_codes, mask)
             loss += objective.weights[name] * codes[name].cross_entropy.sum()
+            if objective.unmasked_weight:  # HuBERT, arXiv 2106.07447, eq. 2
+                visible = losses.code_loss(logits, expected + objective.special_codes, ~mask)
+                weight = objective.weights[name] * objective.unmasked_weight
+                loss += weight * visible.cross_entropy.sum()
         else:
             features[name] = losses.feature_loss(predicted, expected.astype(predicted.dtype), mask)
             loss += objective.weights[name] * features[name]

@@ -54,7 +54,6 @@ def main() -> int:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(config.batch_size // config.accumulation, mesh)
     checkpoint.claim(_WORKDIR.value, json.loads(config.to_json()))
-    teachers = recipe.fit_teachers(config, teachers, source, _WORKDIR.value)
     with jax.set_mesh(mesh):
         return train(config, _WORKDIR.value, student, teachers, mesh, source, validation)
 
