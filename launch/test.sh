@@ -16,4 +16,5 @@ install "${extras[@]}"
 
 ruff check .
 ruff format --check .
-exec python -m pytest "${selection[@]}" "$@"
+# a file a worker: XLA compiles on one core, and fixtures are shared within a file
+exec python -m pytest -n auto --dist loadfile "${selection[@]}" "$@"

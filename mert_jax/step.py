@@ -173,7 +173,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     metrics = {
         "sums": sums,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "looped": batch["looped"].sum(),
     }
     return TrainState(state.step + 1, params, opt_state), metrics

@@ -13,4 +13,4 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="session", autouse=True)
 def _eight_devices():
-    assert jax.device_count() == 8, "tests need 8 fake CPU devices: do not import jax before conftest"
+    assert jax.device_count() == 8, "8 fake CPU devices are needed: jax was set up earlier"
