@@ -55,6 +55,8 @@ def reduce(sums: Sums) -> dict[str, Any]:
         "code_perplexity": per_book(perplexity(c.targets) for c in codes),
         "prediction_perplexity": per_book(perplexity(c.predictions) for c in codes),
     }
+    if sums.visible is not None:
+        row["loss_codes_visible"] = float(sums.visible / frames)
     if len(codes) > 1:
         for name, c in sums.codes.items():
             row[f"loss_codes_{name}"] = float(c.cross_entropy.sum() / frames)
@@ -118,11 +120,12 @@ def console_line(row: dict[str, Any], total_steps: int, eta: str) -> str:
         for name in row
         if name.startswith("loss_") and not name.startswith("loss_codes")
     )
+    visible = f" + {row['loss_codes_visible']:.3f}" if "loss_codes_visible" in row else ""
     line = (
         f"step {row['step']}/{total_steps}  loss {row['loss']:.3f} = codes {row['loss_codes']:.3f}"
-        f" {features} penalty {row['features_penalty']:.4f}  accuracy [{books('masked_accuracy')}]"
-        f"  perplexity [{used('code_perplexity')}]  lr {row['learning_rate']:.2e}"
-        f"  {row['audio_seconds_per_second']:.0f} s/s  eta {eta}"
+        f"{visible} {features} penalty {row['features_penalty']:.4f}"
+        f"  accuracy [{books('masked_accuracy')}]  perplexity [{used('code_perplexity')}]"
+        f"  lr {row['learning_rate']:.2e}  {row['audio_seconds_per_second']:.0f} s/s  eta {eta}"
     )
     if "validation_loss" in row:
         line += (

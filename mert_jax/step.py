@@ -49,7 +49,8 @@ class Sums(NamedTuple):
     """Sums over masked frames, which add up over micro-batches, batches and devices.
 
     frames: masked frames; loss: the whole objective; codes: name -> CodeLoss; features: name ->
-    sum of the regression losses; penalty: features penalty times masked frames.
+    sum of the regression losses; penalty: features penalty times masked frames; visible: weighted
+    cross-entropy at the frames that are not masked, None where it has no weight.
     """
 
     frames: Array
@@ -57,6 +58,7 @@ class Sums(NamedTuple):
     codes: dict[str, losses.CodeLoss]
     features: dict[str, Array]
     penalty: Array
+    visible: Array | None = None
 
 
 def row_keys(key: Array, rows: Array) -> Array:
@@ -86,7 +88,7 @@ def masked_sums(
     frames = mask.sum()
     penalty = output.features_penalty * frames
     loss = objective.penalty * penalty
-    codes, features = {}, {}
+    codes, features, visible = {}, {}, None
     for name, expected in target.items():
         predicted = output.predictions[name]
         if jnp.issubdtype(expected.dtype, jnp.integer):
@@ -95,13 +97,14 @@ def masked_sums(
             codes[name] = losses.code_loss(logits, expected + objective.special_codes, mask)
             loss += objective.weights[name] * codes[name].cross_entropy.sum()
             if objective.unmasked_weight:  # HuBERT, arXiv 2106.07447, eq. 2
-                visible = losses.code_loss(logits, expected + objective.special_codes, ~mask)
+                seen = losses.code_loss(logits, expected + objective.special_codes, ~mask)
                 weight = objective.weights[name] * objective.unmasked_weight
-                loss += weight * visible.cross_entropy.sum()
+                visible = (0 if visible is None else visible) + weight * seen.cross_entropy.sum()
         else:
             features[name] = losses.feature_loss(predicted, expected.astype(predicted.dtype), mask)
             loss += objective.weights[name] * features[name]
-    return Sums(frames, loss, codes, features, penalty)
+    loss += 0 if visible is None else visible
+    return Sums(frames, loss, codes, features, penalty, visible)
 
 
 def loss_fn(

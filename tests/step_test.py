@@ -128,6 +128,15 @@ def test_evaluation_neither_mixes_nor_drops_out(run):
     assert float(dropping.evaluate(*given).loss) == float(run.evaluate(*given).loss)
 
 
+def test_visible_frames_count_where_they_have_a_weight(run):
+    given = (run.init().params, run.teacher_params, {"audio": music(8)}, run.key)
+    masked, both = run.evaluate(*given), Run(objective__unmasked_weight=0.5).evaluate(*given)
+    assert masked.visible is None
+    assert float(both.visible) > 0
+    assert float(both.loss) == pytest.approx(float(masked.loss + both.visible), rel=1e-6)
+    np.testing.assert_array_equal(*(s.codes["random_projection"].correct for s in (masked, both)))
+
+
 def test_targets_are_of_the_clean_wave(run):
     """A teacher that repeats the wave and a student that repeats it too disagree by the mixture."""
     audio = music(4)
