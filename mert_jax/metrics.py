@@ -152,8 +152,12 @@ class Writer:
         self._file = open(self._path, "a")  # noqa: SIM115 (closed by close)
         self._board = None
         if tensorboard:
-            from clu import metric_writers  # imports TensorFlow
-
+            try:
+                from clu import metric_writers  # imports TensorFlow
+            except ImportError as e:
+                raise UserError(
+                    f"tensorboard=True needs an extra: pip install -e .[tensorboard] ({e})"
+                ) from e
             self._board = metric_writers.SummaryWriter(os.path.join(workdir, "tensorboard"))
 
     def write(self, row: dict[str, Any]) -> None:

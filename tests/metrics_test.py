@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import types
 
 import jax
@@ -152,3 +153,9 @@ def test_read(tmp_path):
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(cli.UserError, match="line 2 is not JSON"):
         metrics.read(path)
+
+
+def test_tensorboard_without_its_extra_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "clu", None)  # importing it fails
+    with pytest.raises(cli.UserError, match=r"pip install -e \.\[tensorboard\]"):
+        metrics.Writer(str(tmp_path), 0, tensorboard=True)
