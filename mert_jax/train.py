@@ -130,12 +130,12 @@ def train(config, workdir, student, teachers, mesh, source, validation) -> int:
         last = number == config.total_steps or stop.signal
         save = policy.due(number) or last
         evaluate = number % config.eval_every == 0 or number == config.total_steps
-        if number % config.log_every == 0 or evaluate or save:
+        log = number % config.log_every == 0 or evaluate
+        if log or save:
             row = {"step": number, **metrics.reduce(result["sums"])}
             row["grad_norm"] = float(result["grad_norm"])
             row["learning_rate"] = float(learning_rate(number - 1))
             row["looped_clips"] = int(result["looped"])
-            row |= speed.measure(number)
             if not math.isfinite(row["loss"] + row["grad_norm"]):
                 checkpoints.close()
                 raise cli.UserError(
@@ -143,6 +143,8 @@ def train(config, workdir, student, teachers, mesh, source, validation) -> int:
                     f"stopped; the last checkpoint is of step {checkpoints.latest_step}. Lower "
                     "optimizer.peak_learning_rate or optimizer.clip_norm, in a new workdir"
                 )
+        if log:  # not what was only saved: when that is depends on the clock
+            row |= speed.measure(number)
             if evaluate:
                 row |= validate(state.params)
                 speed.pause()
