@@ -27,7 +27,7 @@ install test
 
 echo "== 1. prepare: $input -> $output/data"
 # small sets need more than the default 5 % held out to say anything
-python -m mert_jax.prepare --input="$input" --output="$output/data" --validation_fraction=0.2
+python -m mert_jax.prepare --input="$input" --output="$output/data" --validation_fraction=0.3
 echo "== 2. train: configs/tiny.py -> $output/tiny"
 python -m mert_jax.train --config=configs/tiny.py --workdir="$output/tiny" \
     --config.data.dir="$output/data"
