@@ -172,7 +172,8 @@ class PosConvEmbed(nn.Module):
         width = x.shape[-1]
         v_init = normal((4 / (self.kernel * width)) ** 0.5)
         shape = (self.kernel, width // self.groups, width)
-        v = self.param("weight_v", _logical(v_init, None, None, "embed"), shape)
+        # whole on every device: the norm of a sharded weight would depend on the mesh
+        v = self.param("weight_v", v_init, shape)
         g = self.param("weight_g", lambda _: jnp.linalg.norm(v, axis=(1, 2)))
         bias = self.param("bias", nn.initializers.zeros, (width,))
         weight = v * (g[:, None, None] / jnp.linalg.norm(v, axis=(1, 2), keepdims=True))
