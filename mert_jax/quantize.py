@@ -1,4 +1,7 @@
-"""Nearest codeword of a codebook. Shapes: K codebooks, V codes each, d dimensions."""
+"""Vectors to codes: nearest codeword, residual encode and decode, k-means step. Pure.
+
+Shapes: K codebooks, V codes each, d dimensions, n vectors.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -17,3 +20,23 @@ def nearest(x: Array, codebook: Array) -> Array:
     vectors = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
     distances = jnp.einsum("...d,vd->...v", vectors, rows, precision=jax.lax.Precision.HIGHEST)
     return jnp.argmin(distances, -1).astype(jnp.int32)
+
+
+def residual_encode(x: Array, codebooks: Array) -> tuple[Array, Array]:
+    """Codes int32 [..., K] of `x` [..., d] by `codebooks` [K, V, d], and the residual's square
+    [..., K] after each: every book quantises what the ones before it left over (EnCodec, arXiv
+    2210.13438, section 3.2; facebookresearch/encodec, `encodec/quantization/core_vq.py`)."""
+
+    def book(residual: Array, codebook: Array) -> tuple[Array, tuple[Array, Array]]:
+        codes = nearest(residual, codebook)
+        residual = residual - codebook[codes]
+        return residual, (codes, jnp.sum(jnp.square(residual), -1))
+
+    _, found = jax.lax.scan(book, x, codebooks)
+    codes, squares = (jnp.moveaxis(each, 0, -1) for each in found)
+    return codes, squares
+
+
+def residual_decode(codes: Array, codebooks: Array) -> Array:
+    """Sum of the rows of `codebooks` [K, V, d] that `codes` int [..., K] name: [..., d]."""
+    return sum(codebooks[k][codes[..., k]] for k in range(codebooks.shape[0]))
