@@ -40,3 +40,25 @@ def residual_encode(x: Array, codebooks: Array) -> tuple[Array, Array]:
 def residual_decode(codes: Array, codebooks: Array) -> Array:
     """Sum of the rows of `codebooks` [K, V, d] that `codes` int [..., K] name: [..., d]."""
     return sum(codebooks[k][codes[..., k]] for k in range(codebooks.shape[0]))
+
+
+def kmeans_step(x: Array, centres: Array) -> tuple[Array, Array, Array]:
+    """One step of Lloyd's algorithm on `x` [chunks, n, d]: the means of the vectors nearest to each
+    of `centres` [V, d], int32 [V] how many those are, and squared distances [chunks, n] before.
+
+    A centre without vectors stays. Chunks bound the memory to n * V distances.
+    """
+    size = centres.shape[0]
+
+    def chunk(sums: Array, vectors: Array) -> tuple[Array, Array]:
+        codes = nearest(vectors, centres)
+        # a product and not a scatter, whose order of additions on a GPU differs from run to run
+        ones = jnp.concatenate([vectors, jnp.ones_like(vectors[:, :1])], -1)
+        members = jax.nn.one_hot(codes, size, dtype=vectors.dtype)
+        sums += jnp.einsum("nv,nd->vd", members, ones, precision=jax.lax.Precision.HIGHEST)
+        return sums, jnp.sum(jnp.square(vectors - centres[codes]), -1)
+
+    sums, squares = jax.lax.scan(chunk, jnp.zeros((size, x.shape[-1] + 1), x.dtype), x)
+    counts = sums[:, -1:]
+    means = jnp.where(counts > 0, sums[:, :-1] / jnp.maximum(counts, 1), centres)
+    return means, counts[:, 0].astype(jnp.int32), squares

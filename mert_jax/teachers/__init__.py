@@ -23,13 +23,18 @@ class Teacher(NamedTuple):
 
 
 def make(name: str, **options) -> Teacher:
-    """Make the teacher called `name` ("cqt", "random_projection"); options are its own keywords.
+    """Make the teacher called `name` ("cqt", "kmeans", ...); options are its own keywords.
 
     Raises UserError for an unknown name or option.
     """
-    from mert_jax.teachers import cqt, random_projection
+    from mert_jax.teachers import cqt, kmeans, mel_rvq, random_projection
 
-    table = {"cqt": cqt.make, "random_projection": random_projection.make}
+    table = {
+        "cqt": cqt.make,
+        "kmeans": kmeans.make,
+        "mel_rvq": mel_rvq.make,
+        "random_projection": random_projection.make,
+    }
     if name not in table:
         raise UserError(f"unknown teacher {name!r}; there are {', '.join(sorted(table))}")
     known = inspect.signature(table[name]).parameters

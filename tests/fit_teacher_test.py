@@ -1,0 +1,163 @@
+"""Fitting on a small prepared dataset: deterministic, readable by make, clear about mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from mert_jax import audio, fit_teacher, records, teachers
+from mert_jax.cli import UserError
+from mert_jax.fitting import Task, kmeans, mel_rvq
+from mert_jax.fitting.sampling import Sampler
+from mert_jax.teachers import fitted
+
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+
+def command(module: str, *flags: str) -> list[str]:
+    return [sys.executable, "-m", f"mert_jax.{module}", *flags]
+
+
+def start(*flags: str) -> subprocess.Popen:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command("fit_teacher", *flags), env=ENVIRONMENT, **pipes)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> str:
+    """Four prepared tracks of plucked partials, 48 s, one of them held out."""
+    folder = tmp_path_factory.mktemp("music")
+    rng = np.random.default_rng(0)
+    for track, seconds in enumerate((14, 12, 12, 10)):
+        t = np.arange(seconds * 24_000) / 24_000
+        notes = rng.uniform(80, 900, (seconds * 2, 5)).repeat(12_000, 0).T
+        pluck = np.exp(-2 * (t % 0.5))
+        wave = 0.1 * np.sin(2 * np.pi * notes * t).sum(0) * pluck + 0.003 * rng.normal(size=t.size)
+        soundfile.write(folder / f"{track}.wav", wave, 24_000)
+    output = str(tmp_path_factory.mktemp("prepared") / "data")
+    flags = [f"--input={folder}", f"--output={output}", "--crop_seconds=2"]
+    done = subprocess.run(
+        command("prepare", *flags, "--validation_fraction=0.25"), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture(scope="module")
+def clip(dataset) -> np.ndarray:
+    """Two seconds of the track held out."""
+    samples = records.open_source(dataset, "validation")[0]["audio"]
+    return samples[None, 24_000:72_000].astype(np.float32) / 32768
+
+
+def test_the_same_seed_gives_the_same_file_in_another_process(dataset, tmp_path, clip):
+    flags = ["--teacher=kmeans", f"--data={dataset}", "--frames=1500", "--iterations=3"]
+    outputs = [tmp_path / name for name in ("one", "two", "other")]
+    seeds = ["--seed=7", "--seed=7", "--seed=8"]
+    running = [
+        start(*flags, f"--output={output}", seed)
+        for output, seed in zip(outputs, seeds, strict=True)
+    ]
+    printed = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], printed
+    one, two, other = ((output / fitted.FILE).read_bytes() for output in outputs)
+    assert one == two
+    assert one != other
+    out, error = printed[0]
+    assert "warning: 1500 frames are few for a codebook of 300" in error
+    assert "3000 (0.7 minutes of music, --frames=3000) are enough" in error
+    assert [line.split()[:2] for line in out.splitlines()[2:]] == [
+        ["log_mel", "300"],
+        ["chroma", "200"],
+    ]
+    assert (outputs[0] / "report.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((outputs[0] / "report.json").read_text())
+    for split, frames in (("train", 1500), ("validation", 375)):
+        assert report["frames"][split] == frames
+        for book in report["figures"][split]:
+            assert sum(book["counts"]) == frames
+            assert 1 < book["perplexity"] <= book["size"] - book["dead"]
+            assert 0 < book["error"] < 1
+    teacher = teachers.make("kmeans", checkpoint=str(outputs[0]))
+    codes = np.asarray(jax.jit(teacher.apply)(teacher.params, clip))
+    assert codes.shape == (1, 151, 2)
+    assert len(np.unique(codes[..., 0])) > 5
+    assert codes[..., 1].max() < 200
+
+
+def test_every_level_of_mel_rvq_leaves_less(dataset, tmp_path, clip):
+    task = Task(Sampler(dataset, seed=0, frames=1200), seed=0, iterations=5)
+    found = mel_rvq.fit(task, books=3, size=32, dim=4)
+    again = mel_rvq.fit(task, books=3, size=32, dim=4)
+    for key, value in found.tensors.items():
+        np.testing.assert_array_equal(value, again.tensors[key])
+    for split in ("train", "validation"):
+        errors = [1, *(book.error for book in found.figures[split])]
+        assert errors == sorted(errors, reverse=True)
+    fitted.save(str(tmp_path), "mel_rvq", found.tensors, found.settings)
+    teacher = teachers.make("mel_rvq", checkpoint=str(tmp_path))
+    codes = np.asarray(jax.jit(teacher.apply)(teacher.params, clip))
+    assert codes.shape == (1, 151, 3)
+    assert len(np.unique(codes)) > 5
+
+
+def test_random_projection_is_fitted_to_the_datasets_bands(dataset, tmp_path, clip):
+    sampler = Sampler(dataset, seed=0, frames=1200)
+    fit_teacher.fit("random_projection", sampler, str(tmp_path), seed=0, iterations=1)
+    options = dict(books=2, size=64)
+    plain = teachers.make("random_projection", **options)
+    teacher = teachers.make("random_projection", checkpoint=str(tmp_path), **options)
+    codes = np.asarray(jax.jit(teacher.apply)(teacher.params, clip))
+    assert codes.shape == (1, 151, 2)
+    mel = lambda wave: audio.log_mel(wave, teacher.params["mel_filters"], 320)
+    frames = sampler.draw("train", mel)
+    np.testing.assert_allclose(teacher.params["mean"], frames.mean(0), rtol=1e-4)
+    normalised = (np.asarray(mel(clip))[0] - frames.mean(0)) / frames.std(0)
+    for book in range(2):
+        vectors = normalised @ teacher.params["projections"][book]
+        expected = (vectors @ teacher.params["codebooks"][book].T).argmax(1)
+        assert (codes[0, :, book] == expected).mean() > 0.98
+    assert (codes != plain.apply(plain.params, clip)).mean() > 0.3
+    with pytest.raises(UserError, match="fitted with n_fft=2048, and the teacher has n_fft=1024"):
+        teachers.make("random_projection", checkpoint=str(tmp_path), n_fft=1024)
+    # another teacher's place is not taken
+    with pytest.raises(UserError, match="holds teacher 'random_projection'"):
+        fit_teacher.fit("kmeans", sampler, str(tmp_path), seed=0, iterations=1)
+
+
+def test_too_little_music(dataset):
+    with pytest.raises(UserError, match=r"200 frames of .* cannot make a codebook of 300"):
+        kmeans.fit(Task(Sampler(dataset, seed=0, frames=200), seed=0, iterations=1))
+
+
+def test_a_mistake_is_one_line_and_ctrl_c_leaves_nothing(dataset, tmp_path):
+    mistakes = {
+        "cannot be fitted; it is one of kmeans": ["--teacher=nope", f"--data={dataset}"],
+        "no prepared dataset in": ["--teacher=kmeans", f"--data={tmp_path}"],
+        "--teacher, --data and --output are needed": ["--teacher=kmeans"],
+    }
+    running = [start(*flags, f"--output={tmp_path / 'x'}") for flags in mistakes.values()]
+    stopped = start("--teacher=mel_rvq", f"--data={dataset}", f"--output={tmp_path / 'y'}")
+    for words, process in zip(mistakes, running, strict=True):
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 2, error
+        assert error.startswith("error: ")
+        assert words in error
+        assert error.count("\n") == 1
+    deadline, seen = time.monotonic() + 120, ""
+    while "level 0" not in seen:
+        assert time.monotonic() < deadline, seen
+        seen += stopped.stderr.read(1)
+    stopped.send_signal(signal.SIGINT)
+    _, error = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130
+    assert "stopped; nothing was written" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "y").exists()
