@@ -37,6 +37,7 @@ def fit(teacher: str, sampler: Sampler, output: str, seed: int, iterations: int)
     Raises UserError for an output that holds something else or cannot be written, and for too
     little music.
     """
+    _check_writable(output)
     file = os.path.join(output, fitted.FILE)
     if os.path.exists(file) and (held := fitted.describe(file)["teacher"]) != teacher:
         raise UserError(
@@ -64,19 +65,25 @@ def fit(teacher: str, sampler: Sampler, output: str, seed: int, iterations: int)
     return report
 
 
+def _check_writable(output: str) -> None:
+    """Raise UserError now for what would fail after minutes of fitting."""
+    if "://" in output:
+        raise UserError(f"--output={output}: written to a local disk only; fit there and copy it")
+    existing = os.path.abspath(output)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
+        raise UserError(f"cannot write {output}: {existing} is no directory that can be written")
+
+
 def _write(
     output: str, found: Fitted, teacher: str, settings: dict[str, Any], report: dict[str, Any]
 ) -> None:
     fitted.save(output, teacher, found.tensors, settings)
+    text = json.dumps(report, indent=1) + "\n"
+    fitted.write(os.path.join(output, "report.json"), text.encode())
     picture = figures.png(found.figures, f"{teacher}, {report['frames']['train']} frames")
-    for name, content in (
-        ("report.json", (json.dumps(report, indent=1) + "\n").encode()),
-        ("report.png", picture),
-    ):
-        path = os.path.join(output, name)
-        with open(path + ".partial", "wb") as file:
-            file.write(content)
-        os.replace(path + ".partial", path)
+    fitted.write(os.path.join(output, "report.png"), picture)
 
 
 def main() -> int:

@@ -132,6 +132,17 @@ def test_random_projection_is_fitted_to_the_datasets_bands(dataset, tmp_path, cl
         fit_teacher.fit("kmeans", sampler, str(tmp_path), seed=0, iterations=1)
 
 
+def test_an_output_that_cannot_be_written_is_told_before_fitting(dataset, tmp_path):
+    (tmp_path / "file").write_text("")
+    sampler = Sampler(dataset, seed=0, frames=200)
+    for output, words in (
+        (str(tmp_path / "file" / "x"), "is no directory that can be written"),
+        ("gs://bucket/x", "local disk only"),
+    ):
+        with pytest.raises(UserError, match=words):
+            fit_teacher.fit("kmeans", sampler, output, seed=0, iterations=1)
+
+
 def test_too_little_music(dataset):
     with pytest.raises(UserError, match=r"200 frames of .* cannot make a codebook of 300"):
         kmeans.fit(Task(Sampler(dataset, seed=0, frames=200), seed=0, iterations=1))

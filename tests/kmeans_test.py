@@ -1,6 +1,7 @@
 """The k-means teacher: codes against librosa's features, its file, and clustering itself."""
 
 import json
+import os
 
 import jax
 import librosa
@@ -72,7 +73,13 @@ def test_equal_teachers_are_equal_files(tmp_path):
     two = fitted.save(str(tmp_path / "b"), "kmeans", turned, SIZES | kmeans.SETTINGS | SIZES)
     with open(one, "rb") as a, open(two, "rb") as b:
         assert a.read() == b.read()
-    assert [path.name for path in (tmp_path / "a").iterdir()] == [fitted.FILE]
+    assert os.listdir(tmp_path / "a") == [fitted.FILE]
+    assert os.stat(one).st_mode & 0o044 == 0o044 & ~_umask()
+
+
+def _umask() -> int:
+    os.umask(before := os.umask(0))
+    return before
 
 
 def test_no_checkpoint_says_how_to_make_one():

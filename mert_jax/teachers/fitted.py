@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialise
 
 from mert_jax.cli import UserError
 
@@ -27,19 +27,25 @@ def save(
 
     Equal arrays and settings give equal bytes.
     """
-    path = os.path.join(directory, FILE)
-    partial = f"{path}.partial"
     header = {KEY: json.dumps({"teacher": name, "settings": dict(settings)}, sort_keys=True)}
     # what is not contiguous would be written in the order of its memory
     arrays = {key: np.ascontiguousarray(value, np.float32) for key, value in tensors.items()}
     os.makedirs(directory, exist_ok=True)
+    path = os.path.join(directory, FILE)
+    write(path, serialise(arrays, header))
+    return path
+
+
+def write(path: str, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    partial = f"{path}.partial"
     try:
-        save_file(arrays, partial, header)
+        with open(partial, "wb") as file:
+            file.write(content)
         os.replace(partial, path)
     finally:
         if os.path.exists(partial):
             os.remove(partial)
-    return path
 
 
 def load(
