@@ -26,7 +26,7 @@ _DATA = flags.DEFINE_string("data", None, "Directory of a prepared dataset.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory of the fitted teacher.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the frames drawn and of the first centres.", 0)
 _FRAMES = flags.DEFINE_integer(
-    "frames", 200_000, "Frames drawn at most (75 a second); 200000 take 1.4 GB of memory.", 1
+    "frames", 100_000, "Frames drawn at most (75 a second); more take more memory and time.", 1
 )
 _ITERATIONS = flags.DEFINE_integer("iterations", 50, "Steps of k-means a codebook at most.", 1)
 

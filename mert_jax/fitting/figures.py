@@ -100,8 +100,8 @@ def png(figures: Mapping[str, list[Book]], title: str) -> bytes:
     middle.scatter(range(len(names)), sizes, marker="_", s=400, color="#444444", label="codes")
     for axes in (left, middle):
         axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > 3 else 0)
-        axes.set_ylim(bottom=0)
-        axes.legend(fontsize=8.5, framealpha=0.7, edgecolor="none")
+        axes.set_ylim(0, 1.12 * axes.get_ylim()[1])  # room for the legend
+        axes.legend(fontsize=8.5, framealpha=0.7, edgecolor="none", loc="upper right", ncols=3)
     shades = colormaps["viridis"](np.linspace(0, 0.9, len(names)))
     for book, shade in zip(figures["train"], shades, strict=True):
         shares = np.array(book.counts) / sum(book.counts)

