@@ -9,9 +9,14 @@ import json
 from absl import flags
 
 from mert_jax import cli
-from tests.benchmarks import prepare, stream
+from tests.benchmarks import cqt, prepare, stream
 
-BENCHMARKS = {"stream": stream.rows, "prepare": prepare.rows}
+BENCHMARKS = {
+    "cqt_nnaudio": cqt.nnaudio_rows,
+    "cqt_librosa": cqt.librosa_rows,
+    "stream": stream.rows,
+    "prepare": prepare.rows,
+}
 
 _ONLY = flags.DEFINE_list("only", None, "Names of benchmarks; all by default.")
 _JSON = flags.DEFINE_string("json", None, "File for the rows.")
