@@ -5,14 +5,12 @@ stacked on the first axis; names of ours are written as paths, "encoder/layer_no
 """
 
 import ast
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
@@ -306,28 +304,3 @@ def student_from_hf(config: Mapping[str, Any]) -> Student:
         pos_conv_kernel=config["num_conv_pos_embeddings"],
         pos_conv_groups=config["num_conv_pos_embedding_groups"],
     )
-
-
-def read_safetensors(path: Any) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file, by name (huggingface/safetensors, README: an 8-byte
-    length, a JSON header of types, shapes and offsets, then the bytes).
-
-    Raises UserError for a file that is cut short or none at all.
-    """
-    types = dict(F64="<f8", F32="<f4", F16="<f2", BF16=ml_dtypes.bfloat16, I64="<i8", I32="<i4")
-    types |= dict(I16="<i2", I8="i1", U8="u1", BOOL="?")
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-        size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + size])
-        header.pop("__metadata__", None)
-        body = memoryview(data)[8 + size :]
-        return {
-            name: np.frombuffer(body[slice(*entry["data_offsets"])], types[entry["dtype"]]).reshape(
-                entry["shape"]
-            )
-            for name, entry in header.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} is no readable safetensors file: {e!r}") from e

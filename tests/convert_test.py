@@ -1,10 +1,7 @@
 """The mapping of names: there and back, every spelling, and what is said of a wrong checkpoint."""
 
-import json
-
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -158,37 +155,3 @@ def test_conv_layers_are_parsed_not_run(text):
 def test_conv_layers():
     parsed = convert.conv_layers("[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2")
     assert parsed == [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2
-
-
-def safetensors(tensors) -> bytes:
-    """A file of [name, type, array]."""
-    header, body = {"__metadata__": {"format": "pt"}}, b""
-    for name, kind, x in tensors:
-        end = len(body) + x.nbytes
-        header[name] = dict(dtype=kind, shape=list(x.shape), data_offsets=[len(body), end])
-        body += x.tobytes()
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + body
-
-
-def test_safetensors(tmp_path):
-    x = np.arange(6, dtype=np.float32).reshape(2, 3)
-    path = tmp_path / "model.safetensors"
-    kinds = dict(F32=np.float32, F16=np.float16, BF16=ml_dtypes.bfloat16, I64=np.int64)
-    path.write_bytes(safetensors([(kind, kind, x.astype(t)) for kind, t in kinds.items()]))
-    read = convert.read_safetensors(path)
-    assert {name: y.dtype for name, y in read.items()} == {k: np.dtype(t) for k, t in kinds.items()}
-    for y in read.values():
-        np.testing.assert_array_equal(y.astype(np.float32), x)
-
-
-@pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{", b"not a file of tensors at all"])
-def test_broken_safetensors(tmp_path, content):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(cli.UserError, match=r"model\.safetensors"):
-        convert.read_safetensors(path)
-    whole = safetensors([("x", "F32", np.zeros(4, np.float32))])
-    path.write_bytes(whole[:-1])
-    with pytest.raises(cli.UserError, match=r"model\.safetensors"):
-        convert.read_safetensors(path)

@@ -27,13 +27,14 @@ def make(name: str, **options) -> Teacher:
 
     Raises UserError for an unknown name or option.
     """
-    from mert_jax.teachers import cqt, kmeans, mel_rvq, random_projection
+    from mert_jax.teachers import cqt, kmeans, mel_rvq, random_projection, rvq_vae
 
     table = {
         "cqt": cqt.make,
         "kmeans": kmeans.make,
         "mel_rvq": mel_rvq.make,
         "random_projection": random_projection.make,
+        "rvq_vae": rvq_vae.make,
     }
     if name not in table:
         raise UserError(f"unknown teacher {name!r}; there are {', '.join(sorted(table))}")
