@@ -1,11 +1,16 @@
-"""Live peers on the CPU: transformers' HuBERT at full size and nnAudio (the extra [peers])."""
+"""Live peers on the CPU: transformers' HuBERT and EnCodec at full size, and nnAudio (the extra
+[peers])."""
+
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mert_jax import convert, masking, teachers
+from mert_jax import codec, convert, encodec, masking, quantize, teachers
+from mert_jax.teachers import rvq_vae
 
 pytestmark = pytest.mark.peers
 torch = pytest.importorskip("torch", reason="torch is missing; pip install mert_jax[peers]")
@@ -84,3 +89,110 @@ def test_nnaudio(record_property):
     record_property("max_error", float(np.abs(ours - theirs).max() / theirs.max()))
     assert np.abs(ours - theirs).max() <= 1e-4 * theirs.max()
     assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)
+
+
+@pytest.fixture(scope="module")
+def encodec_peer():
+    """transformers' EnCodec of random weights, two clips, and their latents, codes and
+    reconstruction."""
+    transformers = pytest.importorskip("transformers", reason="pip install mert_jax[peers]")
+    torch.manual_seed(0)
+    peer = transformers.EncodecModel(transformers.EncodecConfig()).eval()
+    # a chord with a gap and noise; 25 samples short of a whole frame
+    rng, t = np.random.default_rng(0), np.arange(24_295) / 24_000
+    chord = np.sin(2 * np.pi * 220 * np.array([[1], [1.5]]) * t) * (np.sin(9 * t) > 0)
+    wave = (0.3 * chord + 0.1 * rng.normal(size=chord.shape)).astype(np.float32)
+    with torch.no_grad():
+        for name, parameter in peer.named_parameters():
+            parameter += 0.02 * torch.randn_like(parameter)  # norms too, so that a mix-up shows
+            if name.endswith("weight.original0"):
+                parameter *= 2  # so that a signal keeps its size through all the layers
+        latents = peer.encoder(torch.tensor(wave)[:, None])
+        # the first book about the latents' mean, the others about 0, all of half their spread
+        spread, mean = latents.std((0, 2)), latents.mean((0, 2))
+        for k, layer in enumerate(peer.quantizer.layers):
+            layer.codebook.embed[:] = 0.5 * spread * torch.randn(1024, 128) + mean * (k == 0)
+    return peer, wave, latents.numpy().swapaxes(1, 2), *encodec_codes(peer, wave)
+
+
+def encodec_codes(peer, wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [B, T, 8] and reconstruction [B, 320 T] of transformers' EnCodec at 6 kbps."""
+    with torch.no_grad():
+        encoded = peer.encode(torch.tensor(wave)[:, None], bandwidth=6.0)
+        decoded = peer.decode(encoded.audio_codes, encoded.audio_scales)
+    return encoded.audio_codes[0].numpy().swapaxes(1, 2), decoded.audio_values[:, 0].numpy()
+
+
+def clear_codes(latents: np.ndarray, codebooks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [..., K] of `latents` [..., d], and whether at this book and those before it the
+    vector is more than 1e-4 from the boundary to any other code's cell; in float64."""
+    residual, codes, clear = latents.astype(np.float64), [], []
+    for book in codebooks.astype(np.float64):
+        squares = np.square(book).sum(-1)
+        distances = squares - 2 * residual @ book.T
+        code = distances.argmin(-1)
+        apart = np.sqrt(np.maximum(squares[code][..., None] + squares - 2 * book[code] @ book.T, 0))
+        beyond = distances - distances.min(-1, keepdims=True)
+        boundary = np.where(apart > 1e-6, beyond / (2 * np.maximum(apart, 1e-6)), np.inf)
+        residual = residual - book[code]
+        codes.append(code)
+        clear.append(boundary.min(-1) > 1e-4)
+    return np.stack(codes, -1), np.logical_and.accumulate(np.stack(clear, -1), -1)
+
+
+def encodec_checkpoint(kind: str, peer, folder: Path) -> str:
+    """The peer as a Hugging Face directory, or under the official names as a .th file."""
+    if kind == "hugging_face":
+        peer.save_pretrained(folder)
+        return str(folder)
+    shapes = Path(__file__).parent / "golden" / "shapes_encodec_24khz.json"
+    names = json.loads(shapes.read_text())["official_to_hf_new"]
+    state = peer.state_dict()
+    torch.save({name: state[theirs] for name, theirs in names.items()}, folder / "encodec.th")
+    return str(folder / "encodec.th")
+
+
+@pytest.mark.parametrize("kind", ["hugging_face", "official"])
+def test_a_full_size_encodec(kind, encodec_peer, tmp_path, record_property):
+    peer, wave, their_latents, their_codes, their_decoded = encodec_peer
+    path = encodec_checkpoint(kind, peer, tmp_path)
+    teacher = teachers.make("rvq_vae", checkpoint=path)
+    network = rvq_vae.encoder(teacher.params)
+    latents = jax.jit(lambda params, x: network.apply({"params": params["encoder"]}, x))
+    latents = np.asarray(latents(teacher.params, wave))
+    codes = np.asarray(jax.jit(teacher.apply)(teacher.params, wave))
+
+    error = np.abs(latents - their_latents).max()
+    record_property("max_error", float(error))
+    assert error <= 3e-5 * max(1, np.abs(their_latents).max())
+    exact, clear = clear_codes(their_latents, teacher.params["codebooks"])
+    record_property("nearly_tied", int((~clear).sum()))
+    record_property("flipped", int((codes != their_codes).sum()))
+    np.testing.assert_array_equal(codes[clear], their_codes[clear])
+    np.testing.assert_array_equal(codes[clear], exact[clear])
+    assert clear.mean() > 0.9
+    used = [len(np.unique(codes[..., k])) for k in range(8)]
+    assert min(used) > 20, f"too few codes to tell the books apart: {used}"
+
+    params = encodec.read(path)
+    summed = quantize.residual_decode(jnp.asarray(their_codes), params["codebooks"][:8])
+    decoder = jax.jit(codec.Decoder().apply)
+    decoded = np.asarray(decoder({"params": params["decoder"]}, summed))
+    assert np.abs(decoded - their_decoded).max() <= 3e-5 * max(1, np.abs(their_decoded).max())
+
+
+def test_transformers_reads_the_encodec_we_write(encodec_peer, tmp_path):
+    import transformers
+
+    peer, wave, latents, codes, decoded = encodec_peer
+    params = encodec.from_state({name: x.numpy() for name, x in peer.state_dict().items()})
+    books = params["codebooks"][:8]
+    encodec.write(str(tmp_path), params | {"codebooks": books})
+    ours = transformers.EncodecModel.from_pretrained(tmp_path).eval()
+    found_codes, found = encodec_codes(ours, wave)
+    clear = clear_codes(latents, books)[1]
+    np.testing.assert_array_equal(found_codes[clear], codes[clear])
+    same = (found_codes == codes).all((1, 2))  # a clip without a flip
+    assert same.any()
+    scale = max(1, np.abs(decoded).max())
+    assert np.abs(found - decoded)[same].max() <= 3e-5 * scale
