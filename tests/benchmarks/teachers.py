@@ -1,0 +1,110 @@
+"""What the teachers cost: their seconds beside those of a whole training step, on the CPU.
+
+Rows `teachers_SIZE_NAME` of `tiny` (configs/tiny.py, 16 clips of 1 s) and `95m` (configs/base.py in
+float32, 4 clips of 5 s): ours_s is what the teacher (or the teachers, joined by "+") takes for the
+step's clips, the peer is the training step with just those teachers, so that ratio = step / teacher
+and the teacher's share of the step is 1 / ratio. ours_mib and peer_mib are the temporary memory
+that the compiler plans for each.
+
+python -m tests.benchmarks.teachers [tiny | 95m] [NAME ...]
+"""
+
+import functools
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from configs import base, tiny
+from mert_jax import recipe, step
+from mert_jax.teachers import fitted, kmeans, mel_rvq
+from tests.benchmarks import measure, rvq_vae
+
+# base.py's batch of 1024 clips does not fit; what a clip costs hardly depends on the batch
+SIZES = {
+    "tiny": (tiny, dict(batch_size=16, group=8)),
+    "95m": (base, {"batch_size": 4, "group": 2, "model.dtype": "float32"}),
+}
+NAMES = ("cqt", "random_projection", "random_projection+cqt", "rvq_vae", "kmeans", "mel_rvq")
+
+
+def write_checkpoints(folder: str) -> dict[str, str]:
+    """Teachers of full size and random content in `folder`; their paths by name."""
+    rng = np.random.default_rng(0)
+    paths = {name: f"{folder}/{name}" for name in ("rvq_vae", "kmeans", "mel_rvq")}
+    rvq_vae.write_checkpoint(paths["rvq_vae"])
+    for module in (kmeans, mel_rvq):
+        shapes = module.shapes(module.SETTINGS)
+        tensors = {name: abs(rng.normal(size=shape)) + 0.1 for name, shape in shapes.items()}
+        fitted.save(paths[module.NAME], module.NAME, tensors, module.SETTINGS)
+    return paths
+
+
+def functions(size: str, names: Sequence[str], paths: dict[str, str]) -> dict[str, Any]:
+    """A call of the training step with these teachers, one of the teachers alone, and the
+    temporary MiB of each."""
+    module, changes = SIZES[size]
+    config = module.get_config()
+    config.update_from_flattened_dict(changes)
+    config.teachers = tuple(names)
+    for name in set(names) & set(paths):
+        config.teacher[name] = {"checkpoint": paths[name]}
+    made = recipe.make_teachers(recipe.check(config))
+    student = recipe.student(config, made)
+    optimizer = recipe.make_optimizer(config)
+    objective = recipe.objective(config, student, made)
+    state = jax.jit(lambda: nn.unbox(recipe.init(config, student, optimizer)))()
+    params = jax.device_put({name: teacher.params for name, teacher in made.items()})
+    wave = rvq_vae.music(config.batch_size, config.data.num_samples)
+    batch = jax.device_put({"audio": np.int16(10_000 * wave), "looped": np.zeros(len(wave), bool)})
+    sizes = dict(accumulation=config.accumulation, group=config.group)
+    train_step = functools.partial(
+        step.train_step, objective=objective, optimizer=optimizer, **sizes
+    )
+    # as train.py has it: the old state's memory is the new one's
+    train_step = jax.jit(train_step, donate_argnums=0)
+    train_step = train_step.lower(state, params, batch, jax.random.key(0)).compile()
+    wave = jax.device_put(wave)
+    teach = jax.jit(functools.partial(step.targets, objective, length=wave.shape[-1]))
+    teach = teach.lower(params, wave).compile()
+
+    def one_step() -> None:
+        nonlocal state
+        state, metrics = train_step(state, params, batch, jax.random.key(0))
+        jax.block_until_ready((state, metrics))
+
+    def one_lesson() -> None:
+        jax.block_until_ready(teach(params, wave))
+
+    mib = [each.memory_analysis().temp_size_in_bytes / 2**20 for each in (teach, train_step)]
+    return {"step": one_step, "teachers": one_lesson, "mib": tuple(mib)}
+
+
+def _row(size: str, name: str, paths: dict[str, str]) -> dict[str, Any]:
+    made = functions(size, name.split("+"), paths)
+    mib = made.pop("mib")
+    repeats = 7 if size == "tiny" else 3
+    seconds = measure.interleaved(made, repeats)
+    label = f"teachers_{size}_{name}"
+    return measure.row(label, "training step", seconds["teachers"], seconds["step"], mib)
+
+
+def rows(
+    sizes: Sequence[str] = tuple(SIZES), names: Sequence[str] = NAMES
+) -> Iterator[dict[str, Any]]:
+    """The rows `teachers_tiny_...` and `teachers_95m_...`, each as soon as it is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_checkpoints(folder)
+        for size in sizes:
+            for name in names:
+                yield _row(size, name, paths)
+
+
+if __name__ == "__main__":
+    chosen = [each for each in sys.argv[1:] if each in SIZES]
+    for row in rows(chosen or tuple(SIZES), [x for x in sys.argv[1:] if x in NAMES] or NAMES):
+        print(row, f"{1 / row['ratio']:.1%} of the step", flush=True)
