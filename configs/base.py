@@ -35,11 +35,19 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the rest of the devices
 
     # Codes by random projection need no download; the official acoustic teacher is an RVQ-VAE of
-    # the same 8 x 1024 codes.
+    # the same 8 x 1024 codes: mert_v1.py. Any mix of the teachers below goes.
     config.teachers = ("random_projection", "cqt")
     config.teacher = ConfigDict(
         dict(
-            random_projection=ConfigDict(dict(weight=1.0, seed=0, books=8, size=1024, n_fft=2048)),
+            random_projection=ConfigDict(
+                dict(weight=1.0, seed=0, books=8, size=1024, n_fft=2048, checkpoint="")
+            ),
+            # an EnCodec, or empty where the dataset stores the codes (prepare --codes); computed
+            # codes hear half a second more than the clip
+            rvq_vae=ConfigDict(dict(weight=1.0, checkpoint="", books=8, context=12_160)),
+            # what fit_teacher wrote
+            kmeans=ConfigDict(dict(weight=1.0, checkpoint="")),
+            mel_rvq=ConfigDict(dict(weight=1.0, checkpoint="", books=8)),
             # 7 octaves from C1 (32.7 Hz) on, a quarter of a semitone a bin
             cqt=ConfigDict(dict(weight=1.0, fmin=32.7, n_bins=336, bins_per_octave=48)),
         )
@@ -58,6 +66,7 @@ def get_config() -> ConfigDict:
             special_codes=4,
             features_penalty=10.0,
             unmasked_weight=0.0,  # of the cross-entropy at frames that are not masked
+            codebooks_per_step=0,  # a random subset of each teacher's; 0: all of them
         )
     )
     config.model = ConfigDict(

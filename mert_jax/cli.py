@@ -1,13 +1,30 @@
 """How every command starts and fails: absl flags, one clear line, exit code 2."""
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
 
 class UserError(ValueError):
     """A mistake of the caller, in the caller's words: what was given, needed, and to change."""
+
+
+class Stop:
+    """Notes SIGINT and SIGTERM, so that the loop can save before it ends."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        del frame
+        if self.signal:  # asked twice: go at once
+            raise KeyboardInterrupt
+        self.signal = number
 
 
 def fail(message: str) -> None:
@@ -23,7 +40,20 @@ def _parse(argv: Sequence[str]) -> list[str]:
         key = str(e).strip("\"'")
         return fail(f"unknown config key {key!r}; the config file lists its keys, --help the flags")
     except (flags.Error, TypeError, ValueError, OSError) as e:
-        return fail(f"{e} (see --help)")
+        # a config file's own mistake comes with its traceback: the flag and the last line say it
+        flag, traceback, _ = str(e).partition(": Error whilst parsing config file")
+        said = f"{flag}: {str(e).splitlines()[-1]}" if traceback else flag
+        return fail(f"{said} (see --help)")
+
+
+def config_of(flag: flags.FlagHolder) -> Any:
+    """The config a flag names, None where it is not given; UserError where the file is missing."""
+    try:
+        if flag.value is not None:
+            flag.value.keys()
+    except OSError as e:  # config_flags keeps a missing file to itself until a value is read
+        raise UserError(str(e)) from e
+    return flag.value
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -94,7 +94,8 @@ class LSTM(nn.Module):
     @nn.compact
     def __call__(self, x: Array, stream: Stream | None = None) -> Array:
         width = x.shape[-1]
-        kernel = self.param("recurrent", nn.initializers.orthogonal(), (width, 4 * width))
+        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's
+        kernel = self.param("recurrent", uniform, (width, 4 * width))
         # every frame's input product at once; only the recurrent one has to wait
         gates = nn.Dense(4 * width, precision=PRECISION, name="input")(x)
         zeros = jnp.zeros((x.shape[0], width), x.dtype)

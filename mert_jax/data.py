@@ -22,39 +22,48 @@ class Indexed:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"record": int(index), "audio": self._source[int(index)]["audio"]}
+        item = self._source[int(index)]
+        return {"record": int(index), "audio": item["audio"], "codes": item.get("codes", {})}
 
 
 class RandomCrop(grain.transforms.RandomMap):
     """`num_samples` samples from a start that is a multiple of `hop`, so that frames of stored
-    targets line up; a record that is shorter is looped."""
+    targets line up, and the `context` samples before it, zeros where the record begins; a record
+    that is shorter is looped."""
 
-    def __init__(self, num_samples: int, hop: int):
-        self._num_samples, self._hop = num_samples, hop
+    def __init__(self, num_samples: int, hop: int, context: int):
+        self._num_samples, self._hop, self._context = num_samples, hop, context
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         audio = element["audio"]
         last = (len(audio) - self._num_samples) // self._hop
         start = self._hop * int(rng.integers(max(last, 0) + 1))
         looped = len(audio) < self._num_samples
-        crop = audio[start : start + self._num_samples]
+        before = min(start, self._context)
+        crop = audio[start - before : start + self._num_samples]
         if looped:
             crop = np.resize(audio, self._num_samples)
+        crop = np.pad(crop, (self._context - before, 0))
+        # the frame that holds each hop's first sample
+        first = np.arange(start, start + self._num_samples, self._hop) % len(audio) // self._hop
         return {
             "audio": np.asarray(crop, np.int16),
             "record": np.int64(element["record"]),
             "start": np.int32(start),
             "looped": np.bool_(looped),
+            "codes": {name: codes[first] for name, codes in element["codes"].items()},
         }
 
 
-def _crops(source: Any, num_samples: int, hop: int, seed: int, shuffle: bool) -> grain.MapDataset:
+def _crops(
+    source: Any, num_samples: int, hop: int, context: int, seed: int, shuffle: bool
+) -> grain.MapDataset:
     dataset = grain.MapDataset.source(Indexed(source)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()  # another order each epoch, by an index permutation: no memory
     epochs = 2**48 // len(source) + 1  # without end in practice; grain's own for ever overflows
     # the crop is drawn on the global index, before anything is divided among hosts
-    return dataset.repeat(epochs).random_map(RandomCrop(num_samples, hop))
+    return dataset.repeat(epochs).random_map(RandomCrop(num_samples, hop, context))
 
 
 def train_stream(
@@ -64,6 +73,7 @@ def train_stream(
     hop: int,
     batch_size: int,
     seed: int,
+    context: int = 0,
     start: int = 0,
     host: int = 0,
     num_hosts: int = 1,
@@ -72,8 +82,9 @@ def train_stream(
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """This host's rows of global batches `start`, `start` + 1, ..., without end.
 
-    A batch has `audio` int16 [B / hosts, N], `record` int64 (index in `source`), `start` int32 (of
-    the crop, in samples) and `looped` bool. Host h has block h of the batch's rows. Every record
+    A batch has `audio` int16 [B / hosts, context + N], `record` int64 (index in `source`), `start`
+    int32 (of the crop, in samples), `looped` bool and `codes` of the crop, uint16 [B / hosts, T, K]
+    for each teacher that `source` has some of. Host h has block h of the batch's rows. Every record
     comes once an epoch, in a new order and with a new crop. `threads` read ahead, in as many
     processes as `workers` where that is above 0. Raises UserError when hosts do not divide
     `batch_size`.
@@ -82,7 +93,9 @@ def train_stream(
         raise UserError(
             f"batch_size {batch_size} cannot be split over {num_hosts} hosts; make it a multiple"
         )
-    dataset = _crops(source, num_samples, hop, seed, shuffle=True).batch(batch_size // num_hosts)
+    dataset = _crops(source, num_samples, hop, context, seed, shuffle=True).batch(
+        batch_size // num_hosts
+    )
     dataset = dataset.slice(slice(start * num_hosts + host, None, num_hosts))
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(threads, 1))
     stream = dataset.to_iter_dataset(read)
@@ -92,10 +105,19 @@ def train_stream(
 
 
 def validation_batches(
-    source: Any, *, num_samples: int, hop: int, batch_size: int, host: int = 0, num_hosts: int = 1
+    source: Any,
+    *,
+    num_samples: int,
+    hop: int,
+    batch_size: int,
+    context: int = 0,
+    host: int = 0,
+    num_hosts: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """One crop of every record, the same each time; the last batch is filled from the beginning."""
-    dataset = _crops(source, num_samples, hop, seed=0, shuffle=False).batch(batch_size // num_hosts)
+    dataset = _crops(source, num_samples, hop, context, seed=0, shuffle=False).batch(
+        batch_size // num_hosts
+    )
     for i in range(-(-len(source) // batch_size)):
         yield dataset[i * num_hosts + host]
 

@@ -1,15 +1,18 @@
 """From sums to the numbers people read, and where they are written."""
 
 import datetime
+import functools
 import json
 import os
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from mert_jax.cli import UserError
+from mert_jax.losses import CodeLoss
 from mert_jax.step import Sums
 
 # Peak dense bf16 FLOP/s of one device, by the prefix of jax's device_kind. Sources: the vendors'
@@ -34,32 +37,54 @@ def perplexity(counts: np.ndarray) -> np.ndarray:
     return np.exp(-np.sum(p * np.log(np.where(p > 0, p, 1)), -1))
 
 
+def drawn(c: CodeLoss) -> np.ndarray:
+    """Which books were trained on, bool [K]: all, but for a subset a step."""
+    return c.targets.sum(-1) > 0
+
+
+def per_book(
+    codes: Sequence[CodeLoss], value: Callable[[CodeLoss], np.ndarray]
+) -> list[float | None]:
+    """`value` of the sums for each book; None for one that was not drawn."""
+    return [
+        round(float(x), 6) if was_drawn else None
+        for c in codes
+        for x, was_drawn in zip(value(c), drawn(c), strict=True)
+    ]
+
+
+def loss_codes(c: CodeLoss, frames: float) -> float:
+    """Cross-entropy a frame summed over books, nats; those that were not drawn count as the mean of
+    the others."""
+    return float(c.cross_entropy.sum() / frames * len(drawn(c)) / max(drawn(c).sum(), 1))
+
+
 def reduce(sums: Sums) -> dict[str, Any]:
     """Means over masked frames, in nats; lists have one entry a codebook, teachers by name.
 
     `code_perplexity` is the targets', `prediction_perplexity` the student's: a collapsed teacher
     shows in the first, a collapsed student in the second. `majority_accuracy` is what always
-    guessing each codebook's most frequent target of these same frames would have got.
+    guessing each codebook's most frequent target of these same frames would have got. A codebook
+    that was not drawn in this step has None.
     """
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
     frames = sums.frames
     codes = list(sums.codes.values())
-    per_book = lambda values: [round(float(x), 6) for value in values for x in value]
     row = {
         "loss": float(sums.loss / frames),
-        "loss_codes": float(sum(c.cross_entropy.sum() for c in codes) / frames),
+        "loss_codes": sum(loss_codes(c, frames) for c in codes),
         **{f"loss_{name}": float(value / frames) for name, value in sums.features.items()},
         "features_penalty": float(sums.penalty / frames),
-        "masked_accuracy": per_book(c.correct / frames for c in codes),
-        "majority_accuracy": per_book(c.targets.max(-1) / frames for c in codes),
-        "code_perplexity": per_book(perplexity(c.targets) for c in codes),
-        "prediction_perplexity": per_book(perplexity(c.predictions) for c in codes),
+        "masked_accuracy": per_book(codes, lambda c: c.correct / frames),
+        "majority_accuracy": per_book(codes, lambda c: c.targets.max(-1) / frames),
+        "code_perplexity": per_book(codes, lambda c: perplexity(c.targets)),
+        "prediction_perplexity": per_book(codes, lambda c: perplexity(c.predictions)),
     }
     if sums.visible is not None:
         row["loss_codes_visible"] = float(sums.visible / frames)
     if len(codes) > 1:
         for name, c in sums.codes.items():
-            row[f"loss_codes_{name}"] = float(c.cross_entropy.sum() / frames)
+            row[f"loss_codes_{name}"] = loss_codes(c, frames)
     return row
 
 
@@ -106,15 +131,16 @@ class Speed:
         return str(datetime.timedelta(seconds=round((self._total - step) / self._rate)))
 
 
-def mean(values: list[float]) -> float:
-    """Mean of a list, 0 of an empty one."""
-    return sum(values) / len(values) if values else 0.0
+def mean(values: Sequence[float | None]) -> float:
+    """Mean of the numbers in a list, 0 where there is none."""
+    known = [x for x in values if x is not None]
+    return sum(known) / len(known) if known else 0.0
 
 
 def console_line(row: dict[str, Any], total_steps: int, eta: str) -> str:
     """One line of `row` for people."""
-    books = lambda name: " ".join(f"{x:.2f}" for x in row[name])
-    used = lambda name: " ".join(f"{x:.0f}" for x in row[name])
+    each = lambda name, form: " ".join("-" if x is None else f"{x:{form}}" for x in row[name])
+    books, used = (functools.partial(each, form=form) for form in (".2f", ".0f"))
     features = " ".join(
         f"{name.removeprefix('loss_')} {row[name]:.4f}"
         for name in row

@@ -6,6 +6,11 @@ MUSIC is a directory, searched through, or audio files: wav, flac, ogg, opus, mp
 reads where that is installed. `tfds.builder_from_directory(DIR).as_data_source("train")` reads DIR;
 DIR/report.json says what came in and what was left out, and why.
 
+    python -m mert_jax.prepare --output=DIR --codes=CHECKPOINT
+
+stores the codes of whole tracks by an RVQ-VAE (an EnCodec, or one of `fit_teacher`) beside the
+audio; `train` uses them where they are. With --input too, both are done.
+
 May be stopped at any time and run again. Run later, it adds the files that came since, whose music
 alone is decoded (the rest is copied from the old shards), and drops tracks whose files went. While
 it runs it needs room for about twice the dataset, 0.2 GB an hour of music.
@@ -26,6 +31,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -52,6 +58,9 @@ _VALIDATION_FRACTION = flags.DEFINE_float(
 )
 _WORKERS = flags.DEFINE_integer(
     "workers", None, "Decoding processes (default: one for each CPU).", lower_bound=1
+)
+_CODES = flags.DEFINE_string(
+    "codes", None, "Checkpoint of an RVQ-VAE, whose codes of the tracks to store beside the audio."
 )
 
 _SOURCES = "sources.jsonl"
@@ -245,6 +254,29 @@ def _write_text(path: str, text: str) -> None:
     os.replace(path + ".partial", path)
 
 
+def store_codes(output: str, checkpoint: str) -> None:
+    """Store the codes of every track of the dataset in `output`, and say how they are used.
+
+    Raises `UserError` as `encode.encode` does, for a degenerate codebook (the codes stay, training
+    would refuse them too), and for a disk that cannot be written.
+    """
+    from mert_jax import labels
+    from mert_jax.preparation import encode  # jax, which decoding has no need of
+
+    records.metadata(output)
+    try:
+        with _locked(output), _bar("encoding", 0, "s") as bar:  # its rate is the real-time factor
+            made = encode.encode(output, checkpoint, bar)
+    except OSError as e:
+        raise UserError(
+            f"cannot write {output}/codes: {e.strerror or e}; free it and run the command again "
+            "(the tracks that are encoded are kept)"
+        ) from e
+    for split, counts in made.counts.items():
+        frames = sum(counts[0])
+        print(f"  {labels.check(f'codes of {split}', np.array(counts), frames)} of {frames} frames")
+
+
 def _bar(what: str, total: int, unit: str) -> tqdm:
     # into a log file, a line now and then is enough
     interval = 0.2 if sys.stderr.isatty() else 10
@@ -271,8 +303,11 @@ def _cpus() -> int:
 def main() -> int:
     """Run the command and return its exit code."""
     inputs = _inputs(_INPUT.value or [])
-    if not inputs or not _OUTPUT.value:
-        raise UserError("--input and --output are needed: --input=DIR_OR_FILES --output=DIR")
+    if not _OUTPUT.value or not (inputs or _CODES.value):
+        raise UserError(
+            "--input and --output are needed: --input=DIR_OR_FILES --output=DIR; or --output and "
+            "--codes=CHECKPOINT, to store codes beside a dataset that is there"
+        )
     settings = Settings(
         chunk_seconds=_CHUNK_SECONDS.value,
         crop_seconds=_CROP_SECONDS.value,
@@ -281,11 +316,14 @@ def main() -> int:
     )
     started = time.monotonic()
     try:
-        report = prepare(inputs, _OUTPUT.value, settings, _WORKERS.value or _cpus())
+        if inputs:
+            report = prepare(inputs, _OUTPUT.value, settings, _WORKERS.value or _cpus())
+            print_summary(report, _OUTPUT.value)
+        if _CODES.value:
+            store_codes(_OUTPUT.value, _CODES.value)
     except KeyboardInterrupt:
-        _note("stopped; what is decoded is kept: run the same command again to go on")
+        _note("stopped; what is done is kept: run the same command again to go on")
         return 130
-    print_summary(report, _OUTPUT.value)
     _note(f"done in {time.monotonic() - started:.1f} s")
     return 0
 

@@ -1,19 +1,25 @@
 """From a config to the things a run is made of; the one place that reads it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mert_jax import cli, masking, mixture, model, optimizer, records, step, teachers
+from mert_jax import cli, codes, labels, masking, mixture, model, optimizer, records, step, teachers
 
 
 def check(config: ConfigDict | None) -> ConfigDict:
     """`config` itself, if its numbers go together; UserError otherwise."""
     if config is None:
         raise cli.UserError("--config=FILE is needed, such as --config=configs/tiny.py")
+    if config.objective.codebooks_per_step < 0:
+        raise cli.UserError(
+            f"objective.codebooks_per_step is {config.objective.codebooks_per_step}; 0 means all"
+        )
     for key in ("total_steps", "batch_size", "accumulation", "group", "log_every", "eval_every"):
         if config[key] < 1:
             raise cli.UserError(f"{key} is {config[key]}; it must be at least 1")
@@ -42,8 +48,17 @@ def check(config: ConfigDict | None) -> ConfigDict:
     return config
 
 
-def open_dataset(config: ConfigDict, split: str) -> Any:
-    """The prepared dataset's records; UserError when the clips asked for cannot be cut from it."""
+def stored_codes(config: ConfigDict) -> dict[str, codes.Info]:
+    """What the dataset stores of the config's teachers, by name."""
+    if not config.data.dir:
+        return {}
+    found = {name: codes.info(config.data.dir, name) for name in config.teachers}
+    return {name: info for name, info in found.items() if info}
+
+
+def open_dataset(config: ConfigDict, split: str, stored: dict[str, codes.Info]) -> Any:
+    """The prepared dataset's records, with the codes it has `stored`; UserError when the clips
+    asked for cannot be cut from it."""
     if not config.data.dir:
         raise cli.UserError(
             "--config.data.dir=DIR is needed: a folder made by python -m mert_jax.prepare"
@@ -55,23 +70,50 @@ def open_dataset(config: ConfigDict, split: str) -> Any:
             f"{overlap} that {config.data.dir} was prepared for; prepare it again with "
             f"--crop_seconds={config.data.num_samples / records.SAMPLE_RATE:g}"
         )
-    return records.open_source(config.data.dir, split)
+    source = records.open_source(config.data.dir, split)
+    return codes.attach(source, config.data.dir, split, stored)
 
 
-def make_teachers(config: ConfigDict) -> dict[str, teachers.Teacher]:
-    """The teachers of `config.teachers`, by name, in their order."""
+def make_teachers(
+    config: ConfigDict, stored: Mapping[str, codes.Info] | None = None
+) -> dict[str, teachers.Teacher]:
+    """The teachers of `config.teachers`, by name, in their order.
+
+    One whose codes are stored needs no checkpoint; one that has a checkpoint must be the one that
+    made them, else UserError.
+    """
     made = {}
     for name in config.teachers:
         options = dict(config.teacher.get(name, {}))
         options.pop("weight", None)
+        info = (stored or {}).get(name)
+        if info and not options.get("checkpoint"):
+            made[name] = codes.teacher(info)
+            continue
         made[name] = teachers.make(name, **options)
+        if info and (now := teachers.fingerprint(made[name])) != info.fingerprint:
+            raise cli.UserError(
+                f"{config.data.dir} stores codes of another {name} (fingerprint "
+                f"{info.fingerprint[:8]}, {options['checkpoint']} has {now[:8]}); leave "
+                f"teacher.{name}.checkpoint empty to use them, or store this one's: python -m "
+                f"mert_jax.prepare --output={config.data.dir} --codes={options['checkpoint']}"
+            )
+        if info:  # codes of whole tracks have heard all there is
+            made[name] = made[name]._replace(context=0)
     return made
 
 
-def student(config: ConfigDict, made: dict[str, teachers.Teacher]) -> model.Student:
+def student(
+    config: ConfigDict,
+    made: Mapping[str, teachers.Teacher],
+    stored: Mapping[str, codes.Info] | None = None,
+) -> model.Student:
     """The student, with a head for each teacher."""
     heads = []
     for name, teacher in made.items():
+        if info := (stored or {}).get(name):
+            heads.append(model.Head(name, info.size + config.objective.special_codes, info.books))
+            continue
         wave = jax.ShapeDtypeStruct((1, config.data.num_samples), jnp.float32)
         target = jax.eval_shape(teacher.apply, teacher.params, wave)
         if jnp.issubdtype(target.dtype, jnp.integer):
@@ -81,6 +123,23 @@ def student(config: ConfigDict, made: dict[str, teachers.Teacher]) -> model.Stud
             heads.append(model.Head(name, teacher.size))
     options = dict(config.model)
     return model.Student(heads=tuple(heads), **options | {"dtype": jnp.dtype(options["dtype"])})
+
+
+def context(made: Mapping[str, teachers.Teacher]) -> dict[str, int]:
+    """Samples before a clip that teachers hear, by name, of those that hear any."""
+    return {name: teacher.context for name, teacher in made.items() if teacher.context}
+
+
+def check_labels(config: ConfigDict, sums: step.Sums) -> list[str]:
+    """A line on the codes of each acoustic teacher in a batch of the validation split.
+
+    Raises UserError with the numbers when they are degenerate or outside their codebooks.
+    """
+    lines = []
+    for name, found in sums.codes.items():
+        counts = np.asarray(found.targets)[:, config.objective.special_codes :]
+        lines.append(labels.check(f"labels of {name}", counts, int(sums.frames)))
+    return lines
 
 
 def objective(
@@ -115,10 +174,17 @@ def objective(
         longest = o.mixture_length[1]
         return mixture.mix(wave, draws, group=group, max_length=longest, volume=o.mixture_volume)
 
+    def heard(teacher):
+        if not teacher.context:
+            return teacher.apply
+        frames = teacher.context // records.HOP_LENGTH
+        return lambda params, wave: teacher.apply(params, wave)[:, frames:]
+
     return step.Objective(
         student=apply_student,
         num_frames=student.num_frames,
-        teachers={name: teacher.apply for name, teacher in made.items()},
+        teachers={name: heard(teacher) for name, teacher in made.items()},
+        context=context(made),
         weights={name: config.teacher.get(name, {}).get("weight", 1.0) for name in made},
         mask=mask,
         mixture=mix,
@@ -126,6 +192,7 @@ def objective(
         special_codes=o.special_codes,
         penalty=o.features_penalty,
         unmasked_weight=o.unmasked_weight,
+        codebooks_per_step=o.codebooks_per_step,
     )
 
 

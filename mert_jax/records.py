@@ -201,6 +201,10 @@ class Source:
         """The file names of the shards."""
         return sorted(self._builder.info.splits[self._split].filenames)
 
+    def shard_lengths(self) -> list[int]:
+        """How many records each shard holds."""
+        return list(self._builder.info.splits[self._split].shard_lengths)
+
     def __len__(self) -> int:
         return len(self._records)
 

@@ -3,6 +3,7 @@
 Shapes: B clips, A micro-batches, N samples, T frames, K codebooks, V classes, F feature bins.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ import optax
 from mert_jax import losses
 
 Array = jax.Array
+
+
+BOOKS = 0x626F  # folded into a step's key: the draw of codebooks
 
 
 class TrainState(NamedTuple):
@@ -30,7 +34,8 @@ class Objective(NamedTuple):
     teachers: name -> apply; weights: name -> loss weight; mask: (keys [B], T) -> bool [B, T];
     mixture: (keys [B], wave) -> wave; special_codes: classes before code 0 (fairseq's dictionary
     has 4); penalty: weight of the features penalty; unmasked_weight: of the cross-entropy at frames
-    that are not masked.
+    that are not masked; codebooks_per_step: of each teacher, drawn anew each step (0: all);
+    context: name -> samples before the clip that a teacher hears and cuts off.
     """
 
     student: Callable[..., Any]
@@ -43,6 +48,8 @@ class Objective(NamedTuple):
     special_codes: int
     penalty: float
     unmasked_weight: float = 0.0
+    codebooks_per_step: int = 0
+    context: Mapping[str, int] = {}
 
 
 class Sums(NamedTuple):
@@ -66,25 +73,66 @@ def row_keys(key: Array, rows: Array) -> Array:
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
-def targets(objective: Objective, teacher_params: Any, wave: Array, length: int) -> dict:
-    """What each teacher says of the clean `wave` [B, N], cut at the end to T frames.
+def targets(
+    objective: Objective,
+    teacher_params: Any,
+    wave: Array,
+    length: int,
+    codes: Mapping[str, Array] | None = None,
+) -> dict[str, Array]:
+    """What each teacher says of the clean `wave` [B, context + N], cut at the end to T frames:
+    stored `codes` [B, T, K] where it has some, computed otherwise.
 
     T is `length` or the shortest row of codes. Features and codes are never shifted: frame i of a
     teacher goes with frame i of the student.
     """
+    before = max(objective.context.values(), default=0)
+    heard = lambda name: wave[:, before - objective.context.get(name, 0) :]
+    full = {name: stored.astype(jnp.int32) for name, stored in (codes or {}).items()}
     full = {
-        name: jax.lax.stop_gradient(apply(teacher_params[name], wave))
+        name: full[name] if name in full else apply(teacher_params[name], heard(name))
         for name, apply in objective.teachers.items()
     }
+    full = jax.lax.stop_gradient(full)
     frames = [length] + [target.shape[1] for target in full.values()]
     return {name: target[:, : min(frames)] for name, target in full.items()}
 
 
+def code_sums(
+    objective: Objective,
+    predicted: tuple[Array, Array],
+    expected: Array,
+    mask: Array,
+    key: Array | None,
+) -> losses.CodeLoss:
+    """The code losses of a teacher, expected int [B, T, K]; with a key, those of a random subset of
+    `codebooks_per_step` books, the others' entries 0."""
+    proj, codebooks = predicted
+    number, few = expected.shape[-1], objective.codebooks_per_step
+    expected = expected + objective.special_codes
+    if key is None or not 0 < few < number:
+        logits = losses.cosine_logits(proj, codebooks, objective.logit_temperature)
+        return losses.code_loss(logits, expected, mask)
+    books = jax.random.choice(key, number, (few,), replace=False)
+    logits = losses.cosine_logits(proj[:, :, books], codebooks[books], objective.logit_temperature)
+    drawn = losses.code_loss(logits, expected[..., books], mask)
+    return jax.tree.map(
+        lambda x: jnp.zeros((number, *x.shape[1:]), x.dtype).at[books].set(x), drawn
+    )
+
+
 def masked_sums(
-    objective: Objective, output: Any, target: Mapping[str, Array], mask: Array
+    objective: Objective,
+    output: Any,
+    target: Mapping[str, Array],
+    mask: Array,
+    key: Array | None = None,
 ) -> Sums:
     """The objective at the masked frames: weighted sums of cross-entropy over codebooks and of
-    squared error, plus the features penalty once a frame (MERT, arXiv 2306.00107, eq. 1 to 3)."""
+    squared error, plus the features penalty once a frame (MERT, arXiv 2306.00107, eq. 1 to 3).
+
+    With a `key`, a random subset of the codebooks stands for all, K over their number as heavy.
+    """
     frames = mask.sum()
     penalty = output.features_penalty * frames
     loss = objective.penalty * penalty
@@ -92,14 +140,15 @@ def masked_sums(
     for name, expected in target.items():
         predicted = output.predictions[name]
         if jnp.issubdtype(expected.dtype, jnp.integer):
-            proj, codebooks = predicted
-            logits = losses.cosine_logits(proj, codebooks, objective.logit_temperature)
-            codes[name] = losses.code_loss(logits, expected + objective.special_codes, mask)
-            loss += objective.weights[name] * codes[name].cross_entropy.sum()
+            number, few = expected.shape[-1], objective.codebooks_per_step
+            subset = key is not None and 0 < few < number
+            weight = objective.weights[name] * (number / few if subset else 1)
+            sums = functools.partial(code_sums, objective, predicted, expected, key=key)
+            codes[name] = sums(mask)
+            loss += weight * codes[name].cross_entropy.sum()
             if objective.unmasked_weight:  # HuBERT, arXiv 2106.07447, eq. 2
-                seen = losses.code_loss(logits, expected + objective.special_codes, ~mask)
-                weight = objective.weights[name] * objective.unmasked_weight
-                visible = (0 if visible is None else visible) + weight * seen.cross_entropy.sum()
+                seen = weight * objective.unmasked_weight * sums(~mask).cross_entropy.sum()
+                visible = seen if visible is None else visible + seen
         else:
             features[name] = losses.feature_loss(predicted, expected.astype(predicted.dtype), mask)
             loss += objective.weights[name] * features[name]
@@ -115,10 +164,15 @@ def loss_fn(
     key: Array,
     objective: Objective,
     train: bool,
+    codes: Mapping[str, Array] | None = None,
 ) -> tuple[Array, Sums]:
-    """The summed objective of int16 `audio` [B, N] with global row numbers `rows` [B]."""
+    """The summed objective of int16 `audio` [B, context + N] with global row numbers `rows` [B] and
+    stored `codes`, by teacher [B, T, K]."""
     wave = audio.astype(jnp.float32) / 32768
-    target = targets(objective, teacher_params, wave, objective.num_frames(wave.shape[-1]))
+    before = max(objective.context.values(), default=0)
+    num_frames = objective.num_frames(wave.shape[-1] - before)
+    target = targets(objective, teacher_params, wave, num_frames, codes)
+    wave = wave[:, before:]
     length = next(iter(target.values())).shape[1]
     mask_key, mixture_key, dropout_key = jax.random.split(key, 3)
     mask = objective.mask(row_keys(mask_key, rows), length)
@@ -127,7 +181,9 @@ def loss_fn(
         # one stream a micro-batch, named by its first row
         dropout_key = jax.random.fold_in(dropout_key, rows[0])
     output = objective.student(params, wave, mask, length, dropout_key if train else None)
-    sums = masked_sums(objective, output, target, mask)
+    # one subset of the codebooks a step, whatever the micro-batch
+    books_key = jax.random.fold_in(key, BOOKS) if train else None
+    sums = masked_sums(objective, output, target, mask, books_key)
     return sums.loss, sums
 
 
@@ -149,8 +205,8 @@ def train_step(
     accumulation: int,
     group: int,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One update on the global batch (`audio` int16 [B, N], `looped` bool [B]); returns the state
-    and the metrics.
+    """One update on the global batch (`audio` int16 [B, N], `looped` bool [B], stored `codes`);
+    returns the state and the metrics.
 
     `key` is the run's; the step's own is folded in. The gradient is that of the whole batch's sum
     over its masked frames, however many micro-batches it is computed in.
@@ -158,16 +214,16 @@ def train_step(
     key = jax.random.fold_in(key, state.step)
     gradient = jax.grad(loss_fn, has_aux=True)
 
-    def micro_batch(audio: Array, rows: Array) -> tuple[Any, Sums]:
-        return gradient(state.params, teacher_params, audio, rows, key, objective, True)
+    def micro_batch(audio: Array, rows: Array, codes: Mapping[str, Array]) -> tuple[Any, Sums]:
+        return gradient(state.params, teacher_params, audio, rows, key, objective, True, codes)
 
-    audio = batch["audio"]
-    rows = jnp.arange(audio.shape[0])
+    rows = jnp.arange(batch["audio"].shape[0])
+    whole = (batch["audio"], rows, batch.get("codes", {}))
     if accumulation == 1:
-        grads, sums = micro_batch(audio, rows)
+        grads, sums = micro_batch(*whole)
     else:
-        batches = (split(audio, accumulation, group), split(rows, accumulation, group))
-        first = jax.eval_shape(micro_batch, *(x[0] for x in batches))
+        batches = jax.tree.map(lambda x: split(x, accumulation, group), whole)
+        first = jax.eval_shape(micro_batch, *jax.tree.map(lambda x: x[0], batches))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
         add = lambda total, batch: (jax.tree.map(jnp.add, total, micro_batch(*batch)), None)
         (grads, sums), _ = jax.lax.scan(add, zeros, batches)
@@ -193,4 +249,21 @@ def eval_step(
     """Sums over one validation batch: masked, but neither mixed nor dropped out."""
     audio = batch["audio"]
     rows = jnp.arange(audio.shape[0])
-    return loss_fn(params, teacher_params, audio, rows, key, objective, False)[1]
+    codes = batch.get("codes", {})
+    return loss_fn(params, teacher_params, audio, rows, key, objective, False, codes)[1]
+
+
+def compiled(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    accumulation: int,
+    group: int,
+    shardings: Any,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`train_step`, which takes the state's memory over and lays it out by `shardings`, and
+    `eval_step`, both jitted."""
+    options = dict(optimizer=optimizer, accumulation=accumulation, group=group)
+    update = functools.partial(train_step, objective=objective, **options)
+    evaluate = functools.partial(eval_step, objective=objective)
+    jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+    return jitted, jax.jit(evaluate)

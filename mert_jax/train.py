@@ -6,7 +6,6 @@ Weights come from WORKDIR's newest checkpoint or, where there is none, from init
 import functools
 import json
 import math
-import signal
 import time
 
 import jax
@@ -21,36 +20,19 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and metrics g
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print every parameter and exit.")
 
 
-class Stop:
-    """Notes SIGINT and SIGTERM, so that the loop can save before it ends."""
-
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        del frame
-        if self.signal:  # asked twice: go at once
-            raise KeyboardInterrupt
-        self.signal = number
-
-
 def main() -> int:
     """Train to `total_steps`; returns the exit code."""
-    try:
-        config = recipe.check(_CONFIG.value)
-    except OSError as e:  # config_flags keeps a missing file to itself until a value is read
-        raise cli.UserError(str(e)) from e
-    teachers = recipe.make_teachers(config)
-    student = recipe.student(config, teachers)
+    config = recipe.check(cli.config_of(_CONFIG))
+    stored = recipe.stored_codes(config)
+    teachers = recipe.make_teachers(config, stored)
+    student = recipe.student(config, teachers, stored)
     print(recipe.describe(config, student, table=_DESCRIBE.value), flush=True)
     if _DESCRIBE.value:
         return 0
     if not _WORKDIR.value:
         raise cli.UserError("--workdir=DIR is needed: where checkpoints and metrics go")
-    source = recipe.open_dataset(config, "train")
-    validation = recipe.open_dataset(config, "validation")
+    source = recipe.open_dataset(config, "train", stored)
+    validation = recipe.open_dataset(config, "validation", stored)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(config.batch_size // config.accumulation, mesh)
     checkpoint.claim(_WORKDIR.value, json.loads(config.to_json()))
@@ -78,32 +60,34 @@ def train(config, workdir, student, teachers, mesh, source, validation) -> int:
     objective = recipe.objective(config, student, teachers)
     teacher_params = sharding.replicated({name: t.params for name, t in teachers.items()}, mesh)
     key = jax.random.key(config.seed)
-    train_step = jax.jit(
-        functools.partial(
-            step.train_step,
-            objective=objective,
-            optimizer=optimizer,
-            accumulation=config.accumulation,
-            group=config.group,
-        ),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
+    train_step, eval_step = step.compiled(
+        objective, optimizer, config.accumulation, config.group, shardings
     )
-    eval_step = jax.jit(functools.partial(step.eval_step, objective=objective))
-    clips = dict(num_samples=config.data.num_samples, hop=records.HOP_LENGTH)
+    clips = dict(
+        num_samples=config.data.num_samples,
+        hop=records.HOP_LENGTH,
+        context=max(objective.context.values(), default=0),
+    )
     hosts = dict(host=jax.process_index(), num_hosts=jax.process_count())
 
     def put(batch):
-        return {name: sharding.global_batch(batch[name], mesh) for name in ("audio", "looped")}
+        used = {name: batch[name] for name in ("audio", "looped", "codes")}
+        return jax.tree.map(lambda rows: sharding.global_batch(rows, mesh), used)
 
-    def validate(params):
-        total = None
+    def validation_sums(params):
         eval_size = config.batch_size // config.accumulation
         batches = data.validation_batches(validation, batch_size=eval_size, **clips, **hosts)
         for batch in data.prefetch(batches, put):
-            total = metrics.add(total, eval_step(params, teacher_params, batch, key))
+            yield eval_step(params, teacher_params, batch, key)
+
+    def validate(params):
+        total = None
+        for sums in validation_sums(params):
+            total = metrics.add(total, sums)
         return {f"validation_{name}": value for name, value in metrics.reduce(total).items()}
 
+    for line in recipe.check_labels(config, next(validation_sums(state.params))):
+        print(line, flush=True)
     stream = data.train_stream(
         source,
         batch_size=config.batch_size,
@@ -124,7 +108,7 @@ def train(config, workdir, student, teachers, mesh, source, validation) -> int:
         flops=3 * config.batch_size * student.flops(clips["num_samples"]),
     )
     writer = metrics.Writer(workdir, start, config.tensorboard) if hosts["host"] == 0 else None
-    stop = Stop()
+    stop = cli.Stop()
     for number, batch in enumerate(data.prefetch(stream, put), start + 1):
         state, result = train_step(state, teacher_params, batch, key)
         last = number == config.total_steps or stop.signal

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -77,9 +78,8 @@ def test_hosts_make_up_the_same_global_batch(num_hosts):
     whole = batches(5)
     parts = [batches(5, host=host, num_hosts=num_hosts) for host in range(num_hosts)]
     for k, batch in enumerate(whole):
-        for name, rows in batch.items():
-            together = np.concatenate([part[k][name] for part in parts])
-            np.testing.assert_array_equal(together, rows)
+        together = jax.tree.map(lambda *rows: np.concatenate(rows), *(part[k] for part in parts))
+        jax.tree.map(np.testing.assert_array_equal, together, batch)
 
 
 @pytest.fixture(autouse=True)

@@ -172,3 +172,83 @@ def test_a_mistake_is_one_line_and_ctrl_c_leaves_nothing(dataset, tmp_path):
     assert "stopped; nothing was written" in error
     assert "Traceback" not in error
     assert not (tmp_path / "y").exists()
+
+
+CODEC = [
+    *(
+        "--teacher=rvq_vae",
+        "--config=configs/codec.py",
+        "--config.filters=2",
+        "--config.dim=8",
+        "--config.books=2",
+    ),
+    *("--config.size=32", "--config.batch_size=4", "--config.num_samples=6400"),
+    *("--config.total_steps=6", "--config.log_every=2", "--config.eval_every=4"),
+]
+
+
+@pytest.fixture(scope="module")
+def codec(dataset, tmp_path_factory) -> tuple[str, str]:
+    """A codec after 6 updates, interrupted at the third and run again; its output and the words."""
+    output = str(tmp_path_factory.mktemp("codec"))
+    flags = [*CODEC, f"--data={dataset}", f"--output={output}"]
+    first = start(*flags, "--config.total_steps=3")
+    words = first.communicate()
+    assert first.returncode == 0, words
+    second = start(*flags)
+    words = second.communicate()
+    assert second.returncode == 0, words
+    return output, words[0]
+
+
+def test_a_codec_resumes_and_says_how_it_does(codec):
+    output, words = codec
+    assert "resuming" in words
+    assert "at step 3 of 6" in words
+    with open(os.path.join(output, "training", "metrics.jsonl")) as f:
+        assert [json.loads(line)["step"] for line in f] == [2, 3, 4, 6]
+    with open(os.path.join(output, "report.json")) as f:
+        report = json.load(f)
+    assert report["steps"] == 6
+    assert set(report["codebooks"]) == {"trained", "untrained", "none"}
+    for kind, figures in report["codebooks"].items():
+        assert np.isfinite([figures["mel_distance"], figures["si_sdr"]]).all()
+        assert f"{kind}: log-mel distance {figures['mel_distance']:.3f}" in words
+    heard = sorted(os.listdir(os.path.join(output, "listen")))
+    assert {"0_original.wav", "0_trained.wav"} <= set(heard)
+    wave, rate = soundfile.read(os.path.join(output, "listen", "0_trained.wav"))
+    assert (len(wave), rate) == (48_000, 24_000)
+
+
+def test_a_codec_is_a_teacher(codec, clip):
+    teacher = teachers.make("rvq_vae", checkpoint=codec[0])
+    codes = jax.jit(teacher.apply)(teacher.params, clip)
+    assert codes.shape == (1, 150, 2)
+    assert teacher.size == 32
+    assert codes.max() < 32
+
+
+def test_an_output_of_another_codec_is_left_alone(dataset, codec):
+    process = start(*CODEC, f"--data={dataset}", f"--output={codec[0]}", "--config.filters=4")
+    words = process.communicate()[1]
+    assert process.returncode == 2
+    assert "filters: 2 there, 4 now" in words
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--teacher=rvq_vae", "--frames=10"], "--frames: a setting of clusters"),
+        (["--teacher=kmeans", "--config=configs/codec.py"], "--config: a setting of rvq_vae alone"),
+        ([*CODEC, "--config.num_samples=5000"], "num_samples=5000"),
+        ([*CODEC, "--config.num_samples=64000"], "prepared for clips of 48000"),
+        ([*CODEC, "--config.books=0"], "books=0"),
+        ([*CODEC, "--config.nothing=0"], "nothing"),
+    ],
+)
+def test_settings_of_a_codec_that_do_not_go(dataset, tmp_path, flags, words):
+    process = start(*flags, f"--data={dataset}", f"--output={tmp_path / 'out'}")
+    said = process.communicate()[1]
+    assert process.returncode == 2
+    assert words in said.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

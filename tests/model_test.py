@@ -92,7 +92,9 @@ def test_fewer_target_frames_crop_the_conv_features_before_everything_else():
 def test_the_shortest_teacher_sets_the_length_of_all_targets():
     codes, features = jnp.zeros((2, 60, 3), jnp.int32), jnp.zeros((2, 76, 5))
     objective = dict.fromkeys(step.Objective._fields)
-    objective |= dict(teachers=dict(codes=lambda *_: codes, features=lambda *_: features))
+    objective |= dict(
+        teachers=dict(codes=lambda *_: codes, features=lambda *_: features), context={}
+    )
     nothing = dict(codes=None, features=None)
     target = step.targets(step.Objective(**objective), nothing, noise(2, 24000), 74)
     assert {name: t.shape for name, t in target.items()} == dict(

@@ -29,16 +29,8 @@ def run(mesh, steps=3, **overrides):
         shardings = sharding.state_shardings(init, mesh)
         state = jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
         first = jax.tree.map(np.asarray, state.params)
-        update = jax.jit(
-            functools.partial(
-                step.train_step,
-                objective=objective,
-                optimizer=optimizer,
-                accumulation=config.accumulation,
-                group=config.group,
-            ),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
+        update, _ = step.compiled(
+            objective, optimizer, config.accumulation, config.group, shardings
         )
         params = sharding.replicated({name: t.params for name, t in made.items()}, mesh)
         audio = np.asarray(music(config.batch_size))

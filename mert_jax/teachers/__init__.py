@@ -1,10 +1,12 @@
 """Teachers: what the student learns to predict of the clean wave. One function each."""
 
+import hashlib
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from mert_jax.cli import UserError
 
@@ -14,12 +16,23 @@ class Teacher(NamedTuple):
 
     apply: (params, wave f32[B, N]) -> codes int32[B, T, K] or features f32[B, T, F]; integers mean
     cross-entropy, floats regression. params: every array it needs, none depending on N. size: V of
-    codes, F of features.
+    codes, F of features. context: samples before a clip that it should hear for the clip's targets
+    to be those of the whole recording.
     """
 
     apply: Callable[[Any, jax.Array], jax.Array]
     params: Any
     size: int
+    context: int = 0
+
+
+def fingerprint(teacher: Teacher) -> str:
+    """Name a teacher by its arrays: equal names, equal targets."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path, x in jax.tree_util.tree_leaves_with_path(teacher.params):
+        digest.update(f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}".encode())
+        digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()
 
 
 def make(name: str, **options) -> Teacher:

@@ -9,6 +9,10 @@ from mert_jax import codec, encodec, quantize
 from mert_jax.cli import UserError
 from mert_jax.teachers import Teacher
 
+# 0.51 s. Measured with a fitted codec on music: of a crop's codes in its first 0.2 s 57 % are those
+# of the whole track when the crop is all that is heard, and 99.97 % with half a second before it.
+CONTEXT = 38 * codec.HOP_LENGTH
+
 
 def encoder(params: Any) -> codec.Encoder:
     """The network of encoder parameters, its sizes read from their shapes."""
@@ -23,11 +27,15 @@ def apply(params: Any, wave: jax.Array) -> jax.Array:
     return quantize.residual_encode(latents, params["codebooks"])[0]
 
 
-def make(*, checkpoint: str | None = None, books: int | None = None) -> Teacher:
+def make(
+    *, checkpoint: str | None = None, books: int | None = None, context: int = CONTEXT
+) -> Teacher:
     """The first `books` codebooks (default: 8, or all where there are fewer) of an EnCodec: the
     official file, a Hugging Face directory or what `fit_teacher` wrote.
 
-    Raises UserError for a checkpoint that is no whole EnCodec for 24 kHz or has fewer books.
+    `context` is the samples that training puts before a clip (see `CONTEXT`). Raises UserError for
+    a checkpoint that is no whole EnCodec for 24 kHz or has fewer books, and for a context that is
+    no multiple of 320.
     """
     if not checkpoint:
         raise UserError(
@@ -35,11 +43,13 @@ def make(*, checkpoint: str | None = None, books: int | None = None) -> Teacher:
             "Hugging Face EnCodec directory, or your own of python -m mert_jax.fit_teacher "
             "--teacher=rvq_vae --data=DIR --output=DIR"
         )
+    if context < 0 or context % codec.HOP_LENGTH:
+        raise UserError(f"context={context}; it must be a multiple of {codec.HOP_LENGTH}")
     params = encodec.read(checkpoint)
     found = len(params["codebooks"])
     if books is not None and not 1 <= books <= found:
         raise UserError(f"books={books}, and {checkpoint} has {found} codebooks")
     codebooks = params["codebooks"][: books or 8]
     return Teacher(
-        apply, {"encoder": params["encoder"], "codebooks": codebooks}, codebooks.shape[1]
+        apply, {"encoder": params["encoder"], "codebooks": codebooks}, codebooks.shape[1], context
     )

@@ -59,7 +59,8 @@ def functions(size: str, names: Sequence[str], paths: dict[str, str]) -> dict[st
     objective = recipe.objective(config, student, made)
     state = jax.jit(lambda: nn.unbox(recipe.init(config, student, optimizer)))()
     params = jax.device_put({name: teacher.params for name, teacher in made.items()})
-    wave = rvq_vae.music(config.batch_size, config.data.num_samples)
+    before = max(objective.context.values(), default=0)  # samples that only teachers hear
+    wave = rvq_vae.music(config.batch_size, before + config.data.num_samples)
     batch = jax.device_put({"audio": np.int16(10_000 * wave), "looped": np.zeros(len(wave), bool)})
     sizes = dict(accumulation=config.accumulation, group=config.group)
     train_step = functools.partial(
