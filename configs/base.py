@@ -43,8 +43,8 @@ def get_config() -> ConfigDict:
                 dict(weight=1.0, seed=0, books=8, size=1024, n_fft=2048, checkpoint="")
             ),
             # an EnCodec, or empty where the dataset stores the codes (prepare --codes); computed
-            # codes hear half a second more than the clip
-            rvq_vae=ConfigDict(dict(weight=1.0, checkpoint="", books=8, context=12_160)),
+            # codes hear half a second more than the clip. books: 0 is the first 8
+            rvq_vae=ConfigDict(dict(weight=1.0, checkpoint="", books=0, context=12_160)),
             # what fit_teacher wrote
             kmeans=ConfigDict(dict(weight=1.0, checkpoint="")),
             mel_rvq=ConfigDict(dict(weight=1.0, checkpoint="", books=8)),

@@ -8,6 +8,7 @@ which codec and which dataset they come from.
 import functools
 import json
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,6 +106,9 @@ class Source:
     def __getitem__(self, index: int) -> np.ndarray:
         return np.frombuffer(self._records[index], DTYPE).reshape(-1, self._books)
 
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[i] for i in range(len(self)))
+
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_records"}
 
@@ -124,6 +128,9 @@ class WithCodes:
     def __getitem__(self, index: int) -> dict[str, Any]:
         codes = {name: stored[index] for name, stored in self._codes.items()}
         return {**self._source[index], "codes": codes}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
         return f"WithCodes({self._source!r}, {self._codes!r})"

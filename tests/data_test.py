@@ -134,3 +134,44 @@ def test_prefetch_keeps_order_and_runs_ahead():
     assert next(stream) == 0
     assert put == [0, 1, 2]
     assert list(stream) == [1, 2, 3, 4]
+
+
+class WithCodes(Source):
+    """Codes that name the record and the frame."""
+
+    def __getitem__(self, index):
+        frames = np.arange(-(-self._lengths[index] // HOP))
+        codes = np.stack([np.full_like(frames, index), frames], -1).astype(np.uint16)
+        return super().__getitem__(index) | {"codes": {"name": codes}}
+
+
+def test_codes_are_cut_with_the_audio():
+    lengths = [HOP * (20 + i) + 7 for i in range(11)] + [HOP * 2 + 100]
+    looped = 0
+    for batch in batches(6, source=WithCodes(lengths)):
+        codes = batch["codes"]["name"]
+        assert codes.shape == (4, 5, 2)
+        for row in range(4):
+            record, first = batch["record"][row], batch["start"][row] // HOP
+            assert (codes[row, :, 0] == record).all()
+            if batch["looped"][row]:  # 2.3 hops, again and again
+                looped += 1
+                assert codes[row, :, 1].tolist() == [0, 1, 2, 0, 1]
+            else:
+                assert codes[row, :, 1].tolist() == list(range(first, first + 5))
+    assert looped
+
+
+def test_context_is_what_came_before_or_silence():
+    plain, more = batches(6), batches(6, context=HOP * 3)
+    silent = 0
+    for a, b in zip(plain, more, strict=True):
+        assert b["audio"].shape == (4, HOP * 8)
+        np.testing.assert_array_equal(b["audio"][:, HOP * 3 :], a["audio"])
+        for audio, record, start in zip(b["audio"], b["record"], b["start"], strict=True):
+            before = min(start, HOP * 3)
+            held = SOURCE[record]["audio"][start - before : start]
+            np.testing.assert_array_equal(audio[HOP * 3 - before : HOP * 3], held)
+            assert not audio[: HOP * 3 - before].any()
+            silent += before == 0
+    assert silent

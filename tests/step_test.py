@@ -202,3 +202,57 @@ def test_wrong_shapes_are_named():
 def test_configs_that_do_not_go_together_are_refused(overrides, message):
     with pytest.raises(recipe.cli.UserError, match=message):
         recipe.check(small.config(**overrides))
+
+
+def test_a_subset_of_the_codebooks():
+    """Other books each step, without replacement, worth all of them on average; none in validation
+    is left out."""
+    run = Run(teacher__random_projection__books=4, objective__codebooks_per_step=2)
+    whole = Run(teacher__random_projection__books=4)
+    batch = {"audio": music(8), "looped": jnp.zeros(8, bool)}
+    params = run.init().params
+    rows, loss = (
+        jnp.arange(8),
+        jax.jit(
+            lambda run, key: step.loss_fn(
+                params, run.teacher_params, batch["audio"], rows, key, run.objective, True
+            ),
+            static_argnums=0,
+        ),
+    )
+    full = loss(whole, run.key)[1].codes["random_projection"]
+    drawn, totals = set(), []
+    for i in range(12):
+        key = jax.random.fold_in(run.key, i)
+        total, sums = loss(run, key)
+        c, exact = sums.codes["random_projection"], loss(whole, key)
+        books = tuple(np.flatnonzero(c.targets.sum(-1)).tolist())
+        assert len(books) == 2
+        picked = np.array(books)
+        theirs = exact[1].codes["random_projection"]
+        np.testing.assert_allclose(c.cross_entropy[picked], theirs.cross_entropy[picked], rtol=1e-5)
+        others = np.delete(np.arange(4), picked)
+        assert not np.asarray(c.cross_entropy)[others].any()
+        rest = exact[0] - theirs.cross_entropy.sum()
+        np.testing.assert_allclose(total, rest + 2 * c.cross_entropy.sum(), rtol=1e-5)
+        drawn.add(books)
+        totals.append(float(c.cross_entropy.sum()))
+    assert len(drawn) > 3
+    assert abs(2 * np.mean(totals) / float(full.cross_entropy.sum()) - 1) < 0.05
+    row = metrics.reduce(sums)
+    assert [x is None for x in row["masked_accuracy"]] == [k not in books for k in range(4)]
+    assert "-" in metrics.console_line(
+        row | {"step": 1, "learning_rate": 0.0, "audio_seconds_per_second": 0.0}, 2, "?"
+    )
+    checked = run.evaluate(params, run.teacher_params, batch, run.key)
+    assert checked.codes["random_projection"].targets.sum(-1).all()
+
+
+def test_micro_batches_share_the_subset():
+    one = Run(objective__codebooks_per_step=1)
+    two = Run(objective__codebooks_per_step=1, accumulation=2)
+    batch = {"audio": music(8), "looped": jnp.zeros(8, bool)}
+    results = [r.step(r.init(), r.teacher_params, batch, r.key)[1] for r in (one, two)]
+    books = [np.flatnonzero(r["sums"].codes["random_projection"].targets.sum(-1)) for r in results]
+    assert len(books[0]) == 1
+    np.testing.assert_array_equal(*books)

@@ -9,8 +9,8 @@ from mert_jax import codec, encodec, quantize
 from mert_jax.cli import UserError
 from mert_jax.teachers import Teacher
 
-# 0.51 s. Measured with a fitted codec on music: of a crop's codes in its first 0.2 s 57 % are those
-# of the whole track when the crop is all that is heard, and 99.97 % with half a second before it.
+# 0.51 s. Measured with a fitted codec on music: in the first 0.2 s of a crop, 57 % of the codes are
+# the whole track's if the crop is all that is heard, 99.97 % with half a second before it.
 CONTEXT = 38 * codec.HOP_LENGTH
 
 
@@ -27,10 +27,8 @@ def apply(params: Any, wave: jax.Array) -> jax.Array:
     return quantize.residual_encode(latents, params["codebooks"])[0]
 
 
-def make(
-    *, checkpoint: str | None = None, books: int | None = None, context: int = CONTEXT
-) -> Teacher:
-    """The first `books` codebooks (default: 8, or all where there are fewer) of an EnCodec: the
+def make(*, checkpoint: str | None = None, books: int = 0, context: int = CONTEXT) -> Teacher:
+    """The first `books` codebooks (0: 8, or all where there are fewer) of an EnCodec: the
     official file, a Hugging Face directory or what `fit_teacher` wrote.
 
     `context` is the samples that training puts before a clip (see `CONTEXT`). Raises UserError for
@@ -47,7 +45,7 @@ def make(
         raise UserError(f"context={context}; it must be a multiple of {codec.HOP_LENGTH}")
     params = encodec.read(checkpoint)
     found = len(params["codebooks"])
-    if books is not None and not 1 <= books <= found:
+    if not 0 <= books <= found:
         raise UserError(f"books={books}, and {checkpoint} has {found} codebooks")
     codebooks = params["codebooks"][: books or 8]
     return Teacher(
