@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mert_jax import quantize
 from mert_jax.fitting import codec_step
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 OPTIONS = dict(
     filters=2,
     dim=8,
@@ -44,7 +46,7 @@ def test_it_learns():
 def test_the_quantiser_is_the_one_the_teacher_reads():
     """haiku's residual codes are those of `quantize.residual_encode` with the same codebooks."""
     c = codec_step.make(**OPTIONS)
-    state = codec_step.init(c, jax.random.key(0))
+    state = jax.jit(lambda key: codec_step.init(c, key))(jax.random.key(0))
     latents = jax.random.normal(jax.random.key(1), (2, 5, 8))
     found, _ = c.quantizer.apply({}, state.quantizer, None, latents, False)
     books = codec_step.codebooks(state.quantizer)
@@ -61,7 +63,7 @@ def test_the_quantiser_is_the_one_the_teacher_reads():
 
 def test_dead_codes_come_back():
     c = codec_step.make(**OPTIONS)
-    quantizer = codec_step.init(c, jax.random.key(0)).quantizer
+    quantizer = jax.jit(lambda key: codec_step.init(c, key))(jax.random.key(0)).quantizer
     name = "book_1"
     sizes = quantizer[f"{name}/~/ema_cluster_size"]
     used = jnp.full(16, 4.0).at[3].set(0.01)

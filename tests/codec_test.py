@@ -9,6 +9,7 @@ import pytest
 
 from mert_jax import codec
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 ENCODER = codec.Encoder(filters=2, dim=8)
 PIECE = 3200
 

@@ -21,6 +21,7 @@ from mert_jax.preparation.assemble import stored_tracks
 from tests import small
 from tests.encodec_test import params
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 RATE, HOP = 24_000, 320
 # longer than a piece of the encoder and than a record, and shorter than the codec's padding
 SECONDS = {"long": 23.3337, "short": 2.05, "shorter": 0.07}

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from mert_jax import codec, encodec, teachers
 from mert_jax.cli import UserError
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 BOOKS, SIZE, DIM = 3, 16, 8
 
 

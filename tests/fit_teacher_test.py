@@ -19,15 +19,17 @@ from mert_jax.fitting.sampling import Sampler
 from mert_jax.teachers import fitted
 
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+# small programs compile for longer than they run
+QUICKLY = ENVIRONMENT | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def command(module: str, *flags: str) -> list[str]:
     return [sys.executable, "-m", f"mert_jax.{module}", *flags]
 
 
-def start(*flags: str) -> subprocess.Popen:
+def start(*flags: str, env: dict[str, str] = ENVIRONMENT) -> subprocess.Popen:
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command("fit_teacher", *flags), env=ENVIRONMENT, **pipes)
+    return subprocess.Popen(command("fit_teacher", *flags), env=env, **pipes)
 
 
 @pytest.fixture(scope="module")
@@ -192,10 +194,10 @@ def codec(dataset, tmp_path_factory) -> tuple[str, str]:
     """A codec after 6 updates, interrupted at the third and run again; its output and the words."""
     output = str(tmp_path_factory.mktemp("codec"))
     flags = [*CODEC, f"--data={dataset}", f"--output={output}"]
-    first = start(*flags, "--config.total_steps=3")
+    first = start(*flags, "--config.total_steps=3", env=QUICKLY)
     words = first.communicate()
     assert first.returncode == 0, words
-    second = start(*flags)
+    second = start(*flags, env=QUICKLY)
     words = second.communicate()
     assert second.returncode == 0, words
     return output, words[0]
