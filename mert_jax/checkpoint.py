@@ -102,6 +102,12 @@ def claim(workdir: str, config: dict[str, Any]) -> None:
         )
 
 
+def release(workdir: str) -> None:
+    """Give up a claim on a workdir whose run has not begun, so that other settings may have it."""
+    if jax.process_index() == 0 and not os.path.exists(os.path.join(workdir, "metrics.jsonl")):
+        os.unlink(os.path.join(workdir, "config.json"))
+
+
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat = {}

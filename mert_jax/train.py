@@ -86,8 +86,14 @@ def train(config, workdir, student, teachers, mesh, source, validation) -> int:
             total = metrics.add(total, sums)
         return {f"validation_{name}": value for name, value in metrics.reduce(total).items()}
 
-    for line in recipe.check_labels(config, next(validation_sums(state.params))):
-        print(line, flush=True)
+    try:
+        print(
+            *recipe.check_labels(config, next(validation_sums(state.params))), sep="\n", flush=True
+        )
+    except cli.UserError:
+        checkpoints.close()
+        checkpoint.release(workdir)
+        raise
     stream = data.train_stream(
         source,
         batch_size=config.batch_size,

@@ -96,6 +96,16 @@ def test_other_settings_are_refused_with_both_values(tmp_path, path, value, said
         checkpoint.claim(str(tmp_path), changed(path, value))
 
 
+def test_a_claim_is_given_up_before_the_run_begins_and_not_after(tmp_path):
+    checkpoint.claim(str(tmp_path), CONFIG)
+    checkpoint.release(str(tmp_path))
+    assert os.listdir(tmp_path) == []
+    checkpoint.claim(str(tmp_path), changed("seed", 2))
+    (tmp_path / "metrics.jsonl").write_text("")
+    checkpoint.release(str(tmp_path))
+    assert (tmp_path / "config.json").exists()
+
+
 def test_every_change_is_named(tmp_path):
     checkpoint.claim(str(tmp_path), CONFIG)
     with pytest.raises(UserError, match=r"(?s)data.num_samples.*seed"):
