@@ -9,10 +9,9 @@
 Differs from base.py in the acoustic teacher, 300 centres on log-mel and 200 on chroma, and in that
 no clips are mixed: the model card of MERT-v1-95M names the mixture among what is new in v1.
 
-Source: arXiv 2306.00107, section 3.2 and the comparison of teachers; the card of m-a-p/MERT-v0. No
-file of yizhilll/MERT has this recipe, so that everything else is v1's. Only like the released
-MERT-v0, which heard 16 kHz at 50 frames a second (here 24 kHz at 75) and whose card does not say
-whether it had a CQT. Both heads have 300 classes; the last 100 of chroma's are never targets.
+Source: arXiv 2306.00107, its comparison of teachers; no file of yizhilll/MERT has this recipe, so
+that everything else is v1's. Only like the released MERT-v0, which heard 16 kHz at 50 frames a
+second (here 24 kHz at 75). Both heads have 300 classes; the last 100 of chroma's are never targets.
 """
 
 from ml_collections import ConfigDict

@@ -15,17 +15,14 @@ in EnCodec's format, for `make` and `transformers.EncodecModel.from_pretrained`,
 the tracks held out before and after in DIR/listen.
 """
 
-import json
 import os
-import time
-from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from mert_jax import cli
 from mert_jax.cli import UserError
-from mert_jax.fitting import Fitted, Task, codec_run, figures, progress, table
+from mert_jax.fitting import cluster_run, codec_run, progress, table
 from mert_jax.fitting.sampling import Sampler
 from mert_jax.teachers import fitted
 
@@ -39,61 +36,6 @@ _FRAMES = flags.DEFINE_integer(
 _ITERATIONS = flags.DEFINE_integer("iterations", 50, "Steps of k-means a codebook at most.", 1)
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Of rvq_vae: such as configs/codec.py.")
 CODEC = "rvq_vae"  # trained by gradient descent; the others are clusters or statistics
-
-
-def fit(teacher: str, sampler: Sampler, output: str, seed: int, iterations: int) -> dict[str, Any]:
-    """Fit `teacher`, write it and its report into `output`, and return the report.
-
-    Raises UserError for an output that holds something else or cannot be written, and for too
-    little music.
-    """
-    _check_writable(output)
-    file = os.path.join(output, fitted.FILE)
-    if os.path.exists(file) and (held := fitted.describe(file)["teacher"]) != teacher:
-        raise UserError(
-            f"{file} holds teacher {held!r}; give another --output for {teacher!r}, or remove it"
-        )
-    started = time.monotonic()
-    found = table()[teacher](Task(sampler, seed, iterations))
-    fingerprint = sampler.metadata["fingerprint"]
-    settings = dict(found.settings) | {"seed": seed, "fingerprint": fingerprint}
-    report = {
-        "teacher": teacher,
-        "settings": settings,
-        "frames": {split: sampler.available(split) for split in found.figures},
-        "iterations": iterations,
-        "seconds": round(time.monotonic() - started, 1),
-        "figures": {s: [b._asdict() for b in books] for s, books in found.figures.items()},
-    }
-    try:
-        _write(output, found, teacher, settings, report)
-    except OSError as e:
-        raise UserError(
-            f"cannot write {output}: {e.strerror or e}; free it or give another --output"
-        ) from e
-    print(figures.text(found.figures))
-    return report
-
-
-def _check_writable(output: str) -> None:
-    """Raise UserError now for what would fail after minutes of fitting."""
-    if "://" in output:
-        raise UserError(f"--output={output}: written to a local disk only; fit there and copy it")
-    existing = os.path.abspath(output)
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
-    if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
-        raise UserError(f"cannot write {output}: {existing} is no directory that can be written")
-
-
-def _write(
-    output: str, found: Fitted, teacher: str, settings: dict[str, Any], report: dict[str, Any]
-) -> None:
-    fitted.save(output, teacher, found.tensors, settings)
-    text = json.dumps(report, indent=1) + "\n"
-    fitted.write(os.path.join(output, "report.json"), text.encode())
-    picture = figures.png(found.figures, f"{teacher}, {report['frames']['train']} frames")
-    fitted.write(os.path.join(output, "report.png"), picture)
 
 
 def _check_flags(teacher: str) -> None:
@@ -119,12 +61,14 @@ def main() -> int:
         raise UserError(f"--teacher={_TEACHER.value} cannot be fitted; it is one of {known}")
     _check_flags(_TEACHER.value)
     if _TEACHER.value == CODEC:
-        _check_writable(_OUTPUT.value)
+        cluster_run.check_writable(_OUTPUT.value)
         config = cli.config_of(_CONFIG) or codec_run.get_config()
         return codec_run.run(config, _DATA.value, _OUTPUT.value, _SEED.value)
     try:
         sampler = Sampler(_DATA.value, _SEED.value, _FRAMES.value)
-        report = fit(_TEACHER.value, sampler, _OUTPUT.value, _SEED.value, _ITERATIONS.value)
+        report = cluster_run.fit(
+            _TEACHER.value, sampler, _OUTPUT.value, _SEED.value, _ITERATIONS.value
+        )
     except KeyboardInterrupt:
         progress.note(f"stopped; nothing was written to {_OUTPUT.value}")
         return 130

@@ -137,13 +137,14 @@ def masked_sums(
     penalty = output.features_penalty * frames
     loss = objective.penalty * penalty
     codes, features, visible = {}, {}, None
-    for name, expected in target.items():
+    for i, (name, expected) in enumerate(target.items()):
         predicted = output.predictions[name]
         if jnp.issubdtype(expected.dtype, jnp.integer):
             number, few = expected.shape[-1], objective.codebooks_per_step
             subset = key is not None and 0 < few < number
             weight = objective.weights[name] * (number / few if subset else 1)
-            sums = functools.partial(code_sums, objective, predicted, expected, key=key)
+            books_key = None if key is None else jax.random.fold_in(key, i)
+            sums = functools.partial(code_sums, objective, predicted, expected, key=books_key)
             codes[name] = sums(mask)
             loss += weight * codes[name].cross_entropy.sum()
             if objective.unmasked_weight:  # HuBERT, arXiv 2106.07447, eq. 2

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from mert_jax import audio, fit_teacher, records, teachers
+from mert_jax import audio, records, teachers
 from mert_jax.cli import UserError
-from mert_jax.fitting import Task, kmeans, mel_rvq
+from mert_jax.fitting import Task, cluster_run, kmeans, mel_rvq
 from mert_jax.fitting.sampling import Sampler
 from mert_jax.teachers import fitted
 
@@ -112,7 +112,7 @@ def test_every_level_of_mel_rvq_leaves_less(dataset, tmp_path, clip):
 
 def test_random_projection_is_fitted_to_the_datasets_bands(dataset, tmp_path, clip):
     sampler = Sampler(dataset, seed=0, frames=1200)
-    fit_teacher.fit("random_projection", sampler, str(tmp_path), seed=0, iterations=1)
+    cluster_run.fit("random_projection", sampler, str(tmp_path), seed=0, iterations=1)
     options = dict(books=2, size=64)
     plain = teachers.make("random_projection", **options)
     teacher = teachers.make("random_projection", checkpoint=str(tmp_path), **options)
@@ -131,7 +131,7 @@ def test_random_projection_is_fitted_to_the_datasets_bands(dataset, tmp_path, cl
         teachers.make("random_projection", checkpoint=str(tmp_path), n_fft=1024)
     # another teacher's place is not taken
     with pytest.raises(UserError, match="holds teacher 'random_projection'"):
-        fit_teacher.fit("kmeans", sampler, str(tmp_path), seed=0, iterations=1)
+        cluster_run.fit("kmeans", sampler, str(tmp_path), seed=0, iterations=1)
 
 
 def test_an_output_that_cannot_be_written_is_told_before_fitting(dataset, tmp_path):
@@ -142,7 +142,7 @@ def test_an_output_that_cannot_be_written_is_told_before_fitting(dataset, tmp_pa
         ("gs://bucket/x", "local disk only"),
     ):
         with pytest.raises(UserError, match=words):
-            fit_teacher.fit("kmeans", sampler, output, seed=0, iterations=1)
+            cluster_run.fit("kmeans", sampler, output, seed=0, iterations=1)
 
 
 def test_too_little_music(dataset):

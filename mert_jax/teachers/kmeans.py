@@ -17,9 +17,9 @@ from mert_jax.teachers import Teacher, fitted
 Array = jax.Array
 NAME = "kmeans"
 SAMPLE_RATE = 24_000
-# Features and sizes are those of arXiv 2306.00107, section 3.2 (300 centres on log-mel of 229
-# bands, 200 on chroma of 264). Neither the paper nor yizhilll/MERT has the rest. The wave at unit
-# variance and librosa's chroma are how the same authors extract it elsewhere (MARBLE-Benchmark,
+# Features and sizes are those of arXiv 2306.00107 (300 centres on log-mel of 229 bands, 200 on
+# chroma of 264). No file of yizhilll/MERT has the rest. The wave at unit variance and librosa's
+# chroma are how the same authors extract it elsewhere (MARBLE-Benchmark,
 # `benchmark/models/handcrafted/extract_handcrafted_features.py`); there at 16 kHz by transforms of
 # 512 samples, in which two semitones below 500 Hz are one bin. Ours have 2048, as many as librosa's
 # default.
