@@ -14,6 +14,8 @@ from jax.extend.core import jaxprs_in_params
 from configs import base, large, tiny
 from mert_jax import model, recipe, step, teachers
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 PARAMETERS = Path(__file__).with_name("parameters.json")
 OFFICIAL_CONVOLUTIONS = ((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2))
 FLAVOURS = pytest.mark.parametrize("pre_norm", [False, True], ids=["post_norm", "pre_norm"])

@@ -11,6 +11,8 @@ from flax import linen as nn
 from mert_jax import losses, metrics, model, recipe, step
 from tests import small
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SAMPLES = 16_000
 
 
