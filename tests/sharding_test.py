@@ -13,6 +13,8 @@ from mert_jax.cli import UserError
 from tests import small
 from tests.step_test import music
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def run(mesh, steps=3, **overrides):
     """Losses of a few steps on `mesh` (data, fsdp, tensor), and the initial parameters."""
