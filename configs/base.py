@@ -25,7 +25,8 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict(
         dict(
-            dir="",
+            dir="",  # of one prepared dataset, or of several: "mine,general"
+            weights=(),  # the ratio of their clips, such as (0.8, 0.2); (): of their records
             num_samples=120_000,  # 5 s
             threads=16,  # that read ahead
             workers=0,  # > 0 reads in as many processes

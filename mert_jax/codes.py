@@ -38,6 +38,11 @@ class Info(NamedTuple):
     counts: dict[str, list[list[int]]]
     shards: dict[str, list[str]]
 
+    @property
+    def codec(self) -> tuple[str, int, int]:
+        """What two datasets have in common whose codes mean the same."""
+        return self.fingerprint, self.books, self.size
+
 
 def folder(directory: str, teacher: str) -> str:
     """Where a dataset keeps a teacher's codes."""

@@ -1,7 +1,10 @@
-"""The input stream: crops of a prepared dataset, where global batch k depends on (seed, k) only."""
+"""The input stream: crops of prepared datasets, where global batch k depends on (seed, k) only."""
 
 import collections
-from collections.abc import Callable, Iterator
+import fractions
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import grain
@@ -10,20 +13,22 @@ import numpy as np
 from mert_jax.cli import UserError
 
 X = TypeVar("X")
+ENDLESS = 2**48  # clips: without end in practice; grain's own for ever overflows
 
 
 class Indexed:
-    """A random-access source whose records know their own index."""
+    """A random-access source whose records know their own index, counted from `first`."""
 
-    def __init__(self, source: Any):
-        self._source = source
+    def __init__(self, source: Any, first: int = 0):
+        self._source, self._first = source, first
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self._source[int(index)]
-        return {"record": int(index), "audio": item["audio"], "codes": item.get("codes", {})}
+        record = self._first + int(index)
+        return {"record": record, "audio": item["audio"], "codes": item.get("codes", {})}
 
 
 class RandomCrop(grain.transforms.RandomMap):
@@ -55,20 +60,51 @@ class RandomCrop(grain.transforms.RandomMap):
         }
 
 
+class Turns(grain.transforms.DatasetSelectionMap):
+    """Clip k of a mix -> which dataset it comes from, and how many came from there before.
+
+    The first k clips hold k * share / sum(shares) of each of D datasets, give or take less than
+    D. (grain's own `mix` cuts weights to hundredths of the least one: 1009 : 1000 becomes 1 : 1.)
+    """
+
+    def __init__(self, shares: Sequence[int]):
+        self._shares = tuple(shares)
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        rest = sum(self._shares)  # of this dataset and those after it, which have `index` clips
+        for dataset, share in enumerate(self._shares):
+            after, with_next = (k * (rest - share) // rest for k in (index, index + 1))
+            if after == with_next:
+                return dataset, index - after
+            index, rest = after, rest - share
+        raise AssertionError("the last dataset has all that is left")
+
+
+def shares(weights: Sequence[float]) -> list[int]:
+    """Whole numbers in the ratio of `weights` as they are written: (0.8, 0.2) -> [4, 1]."""
+    exact = [fractions.Fraction(str(weight)) for weight in weights]
+    scale = math.lcm(*(x.denominator for x in exact))
+    return [int(x * scale) for x in exact]
+
+
 def _crops(
-    source: Any, num_samples: int, hop: int, context: int, seed: int, shuffle: bool
+    source: Any, num_samples: int, hop: int, context: int, seed: int, shuffle: bool, first: int = 0
 ) -> grain.MapDataset:
-    dataset = grain.MapDataset.source(Indexed(source)).seed(seed)
+    dataset = grain.MapDataset.source(Indexed(source, first)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()  # another order each epoch, by an index permutation: no memory
-    epochs = 2**48 // len(source) + 1  # without end in practice; grain's own for ever overflows
+    epochs = ENDLESS // len(source) + 1
     # the crop is drawn on the global index, before anything is divided among hosts
     return dataset.repeat(epochs).random_map(RandomCrop(num_samples, hop, context))
 
 
 def train_stream(
-    source: Any,
+    sources: Sequence[Any],
     *,
+    weights: Sequence[float] = (),
     num_samples: int,
     hop: int,
     batch_size: int,
@@ -82,20 +118,27 @@ def train_stream(
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """This host's rows of global batches `start`, `start` + 1, ..., without end.
 
-    A batch has `audio` int16 [B / hosts, context + N], `record` int64 (index in `source`), `start`
-    int32 (of the crop, in samples), `looped` bool and `codes` of the crop, uint16 [B / hosts, T, K]
-    for each teacher that `source` has some of. Host h has block h of the batch's rows. Every record
-    comes once an epoch, in a new order and with a new crop. `threads` read ahead, in as many
-    processes as `workers` where that is above 0. Raises UserError when hosts do not divide
-    `batch_size`.
+    A batch has `audio` int16 [B / hosts, context + N], `record` int64 (index in all `sources`, one
+    after the other), `start` int32 (of the crop, in samples), `looped` bool and `codes` of the
+    crop, uint16 [B / hosts, T, K] for each teacher that every source has some of. Host h has block
+    h of the batch's rows. `weights` are in the ratio of the sources' clips (none: that of their
+    records). Every record comes once an epoch of its own source, in a new order and with a new
+    crop. `threads` read ahead, in as many processes as `workers` where that is above 0. Raises
+    UserError when hosts do not divide `batch_size`.
     """
     if batch_size % num_hosts:
         raise UserError(
             f"batch_size {batch_size} cannot be split over {num_hosts} hosts; make it a multiple"
         )
-    dataset = _crops(source, num_samples, hop, context, seed, shuffle=True).batch(
-        batch_size // num_hosts
-    )
+    lengths = [len(source) for source in sources]
+    crops = [  # another seed for each, or datasets of the same length would be shuffled alike
+        _crops(source, num_samples, hop, context, seed + i, shuffle=True, first=first)
+        for i, (source, first) in enumerate(
+            zip(sources, itertools.accumulate(lengths[:-1], initial=0), strict=True)
+        )
+    ]
+    turns = Turns(shares(weights or lengths))
+    dataset = grain.MapDataset.select_from_datasets(crops, turns).batch(batch_size // num_hosts)
     dataset = dataset.slice(slice(start * num_hosts + host, None, num_hosts))
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(threads, 1))
     stream = dataset.to_iter_dataset(read)

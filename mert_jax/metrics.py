@@ -94,6 +94,17 @@ def add(total: Sums | None, sums: Sums) -> Sums:
     return sums if total is None else jax.tree.map(np.add, total, sums)
 
 
+def validation(sums: Sequence[Sums]) -> dict[str, Any]:
+    """`reduce` of all records of the datasets' `sums`, each name after "validation_".
+
+    `validation_losses`, where there are several datasets, is the loss of each.
+    """
+    row = {f"validation_{name}": x for name, x in reduce(functools.reduce(add, sums)).items()}
+    if len(sums) > 1:
+        row["validation_losses"] = [reduce(each)["loss"] for each in sums]
+    return row
+
+
 def mfu(flops_per_second: float) -> float | None:
     """Model FLOP/s as a share of all devices' peak, None where the peak is unknown (CPU)."""
     kind = jax.devices()[0].device_kind
@@ -154,8 +165,9 @@ def console_line(row: dict[str, Any], total_steps: int, eta: str) -> str:
         f"  lr {row['learning_rate']:.2e}  {row['audio_seconds_per_second']:.0f} s/s  eta {eta}"
     )
     if "validation_loss" in row:
+        own = f" ({each('validation_losses', '.3f')})" if "validation_losses" in row else ""
         line += (
-            f"\n  validation loss {row['validation_loss']:.3f}, masked accuracy"
+            f"\n  validation loss {row['validation_loss']:.3f}{own}, masked accuracy"
             f" {mean(row['validation_masked_accuracy']):.4f} (always the most frequent code:"
             f" {mean(row['validation_majority_accuracy']):.4f})"
         )

@@ -1,5 +1,6 @@
 """From a config to the things a run is made of; the one place that reads it."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,33 +46,67 @@ def check(config: ConfigDict | None) -> ConfigDict:
             f"objective.mixture_length reaches {longest} samples, more than the "
             f"{config.data.num_samples} of a clip (data.num_samples)"
         )
+    weights, count = tuple(config.data.weights), len(directories(config))
+    positive = (type(x) in (int, float) and 0 < x < math.inf for x in weights)
+    if weights and not (len(weights) == count and all(positive)):
+        raise cli.UserError(
+            f"data.weights are {len(weights)} {weights} for {count} datasets (data.dir "
+            f"{config.data.dir!r}); give each dataset a number above 0, or () for all records alike"
+        )
     return config
 
 
+def directories(config: ConfigDict) -> list[str]:
+    """The prepared datasets of `data.dir`."""
+    return [name.strip() for name in config.data.dir.split(",") if name.strip()]
+
+
 def stored_codes(config: ConfigDict) -> dict[str, codes.Info]:
-    """What the dataset stores of the config's teachers, by name."""
-    if not config.data.dir:
-        return {}
-    found = {name: codes.info(config.data.dir, name) for name in config.teachers}
-    return {name: info for name, info in found.items() if info}
+    """What every dataset stores alike of the config's teachers, by name, as the first says it.
+
+    Where datasets differ, a teacher with a checkpoint computes its codes instead, and a line is
+    printed; UserError for one without.
+    """
+    stored = {}
+    for name in config.teachers:
+        found = {directory: codes.info(directory, name) for directory in directories(config)}
+        first = next((directory for directory, info in found.items() if info), None)
+        if not first:
+            continue
+        codec = found[first].codec
+        others = [d for d, info in found.items() if not info or info.codec != codec]
+        if not others:
+            stored[name] = found[first]
+            continue
+        said = f"{others[0]} does not store the codes of {name} that {first} does"
+        if not config.teacher.get(name, {}).get("checkpoint"):
+            raise cli.UserError(
+                f"{said}; run python -m mert_jax.prepare --output={others[0]} --codes=CHECKPOINT "
+                f"with the same codec, or set teacher.{name}.checkpoint to compute them"
+            )
+        print(f"{said}: they are computed for every dataset", flush=True)
+    return stored
 
 
-def open_dataset(config: ConfigDict, split: str, stored: dict[str, codes.Info]) -> Any:
-    """The prepared dataset's records, with the codes it has `stored`; UserError when the clips
-    asked for cannot be cut from it."""
-    if not config.data.dir:
+def open_datasets(config: ConfigDict, split: str, stored: dict[str, codes.Info]) -> list[Any]:
+    """The records of each prepared dataset, with the codes it has `stored`; UserError when the
+    clips asked for cannot be cut from it."""
+    if not directories(config):
         raise cli.UserError(
             "--config.data.dir=DIR is needed: a folder made by python -m mert_jax.prepare"
         )
-    overlap = records.metadata(config.data.dir)["overlap_samples"]
-    if config.data.num_samples > overlap:
-        raise cli.UserError(
-            f"clips of {config.data.num_samples} samples (data.num_samples) are longer than the "
-            f"{overlap} that {config.data.dir} was prepared for; prepare it again with "
-            f"--crop_seconds={config.data.num_samples / records.SAMPLE_RATE:g}"
-        )
-    source = records.open_source(config.data.dir, split)
-    return codes.attach(source, config.data.dir, split, stored)
+    sources = []
+    for directory in directories(config):
+        overlap = records.metadata(directory)["overlap_samples"]
+        if config.data.num_samples > overlap:
+            raise cli.UserError(
+                f"clips of {config.data.num_samples} samples (data.num_samples) are longer than "
+                f"the {overlap} that {directory} was prepared for; prepare it again with "
+                f"--crop_seconds={config.data.num_samples / records.SAMPLE_RATE:g}"
+            )
+        own = {name: codes.info(directory, name) for name in stored}
+        sources.append(codes.attach(records.open_source(directory, split), directory, split, own))
+    return sources
 
 
 def make_teachers(
@@ -92,11 +127,15 @@ def make_teachers(
             continue
         made[name] = teachers.make(name, **options)
         if info and (now := teachers.fingerprint(made[name])) != info.fingerprint:
+            store = [
+                f"python -m mert_jax.prepare --output={directory} --codes={options['checkpoint']}"
+                for directory in directories(config)
+            ]
             raise cli.UserError(
                 f"{config.data.dir} stores codes of another {name} (fingerprint "
                 f"{info.fingerprint[:8]}, {options['checkpoint']} has {now[:8]}); leave "
-                f"teacher.{name}.checkpoint empty to use them, or store this one's: python -m "
-                f"mert_jax.prepare --output={config.data.dir} --codes={options['checkpoint']}"
+                f"teacher.{name}.checkpoint empty to use them, or store this one's: "
+                f"{' && '.join(store)}"
             )
         if info:  # codes of whole tracks have heard all there is
             made[name] = made[name]._replace(context=0)
@@ -130,15 +169,15 @@ def context(made: Mapping[str, teachers.Teacher]) -> dict[str, int]:
     return {name: teacher.context for name, teacher in made.items() if teacher.context}
 
 
-def check_labels(config: ConfigDict, sums: step.Sums) -> list[str]:
-    """A line on the codes of each acoustic teacher in a batch of the validation split.
+def check_labels(config: ConfigDict, sums: step.Sums, directory: str) -> list[str]:
+    """A line on the codes of each acoustic teacher in a batch of a dataset's validation split.
 
     Raises UserError with the numbers when they are degenerate or outside their codebooks.
     """
     lines = []
     for name, found in sums.codes.items():
         counts = np.asarray(found.targets)[:, config.objective.special_codes :]
-        lines.append(labels.check(f"labels of {name}", counts, int(sums.frames)))
+        lines.append(labels.check(f"labels of {name} in {directory}", counts, int(sums.frames)))
     return lines
 
 

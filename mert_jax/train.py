@@ -31,16 +31,16 @@ def main() -> int:
         return 0
     if not _WORKDIR.value:
         raise cli.UserError("--workdir=DIR is needed: where checkpoints and metrics go")
-    source = recipe.open_dataset(config, "train", stored)
-    validation = recipe.open_dataset(config, "validation", stored)
+    sources = recipe.open_datasets(config, "train", stored)
+    validation = recipe.open_datasets(config, "validation", stored)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(config.batch_size // config.accumulation, mesh)
     checkpoint.claim(_WORKDIR.value, json.loads(config.to_json()))
     with jax.set_mesh(mesh):
-        return train(config, _WORKDIR.value, student, teachers, mesh, source, validation)
+        return train(config, _WORKDIR.value, student, teachers, mesh, sources, validation)
 
 
-def train(config, workdir, student, teachers, mesh, source, validation) -> int:
+def train(config, workdir, student, teachers, mesh, sources, validation) -> int:
     """The run itself: state, compiled steps, and the loop over batches."""
     optimizer = recipe.make_optimizer(config)
     init = functools.partial(recipe.init, config, student, optimizer)
@@ -74,28 +74,28 @@ def train(config, workdir, student, teachers, mesh, source, validation) -> int:
         used = {name: batch[name] for name in ("audio", "looped", "codes")}
         return jax.tree.map(lambda rows: sharding.global_batch(rows, mesh), used)
 
-    def validation_sums(params):
+    def validation_sums(params, source):
         eval_size = config.batch_size // config.accumulation
-        batches = data.validation_batches(validation, batch_size=eval_size, **clips, **hosts)
+        batches = data.validation_batches(source, batch_size=eval_size, **clips, **hosts)
         for batch in data.prefetch(batches, put):
             yield eval_step(params, teacher_params, batch, key)
 
     def validate(params):
-        total = None
-        for sums in validation_sums(params):
-            total = metrics.add(total, sums)
-        return {f"validation_{name}": value for name, value in metrics.reduce(total).items()}
+        return metrics.validation(
+            [functools.reduce(metrics.add, validation_sums(params, s), None) for s in validation]
+        )
 
     try:
-        print(
-            *recipe.check_labels(config, next(validation_sums(state.params))), sep="\n", flush=True
-        )
+        for directory, source in zip(recipe.directories(config), validation, strict=True):
+            first = next(validation_sums(state.params, source))
+            print(*recipe.check_labels(config, first, directory), sep="\n", flush=True)
     except cli.UserError:
         checkpoints.close()
         checkpoint.release(workdir)
         raise
     stream = data.train_stream(
-        source,
+        sources,
+        weights=config.data.weights,
         batch_size=config.batch_size,
         seed=config.seed,
         start=start,

@@ -85,6 +85,7 @@ def test_how_long_and_where_may_change(tmp_path, path, value):
     [
         ("seed", 2, "seed: 1 there, 2 now"),
         ("data.num_samples", 24_000, "data.num_samples: 48000 there, 24000 now"),
+        ("data.weights", (4, 1), r"data.weights: None there, \[4, 1\] now"),
         ("teacher.cqt.weight", 0.5, "teacher.cqt.weight: 1.0 there, 0.5 now"),
         ("teachers", ("cqt",), r"teachers: \['random_projection', 'cqt'\] there, \['cqt'\] now"),
         ("group", 8, "group: None there, 8 now"),

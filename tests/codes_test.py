@@ -119,7 +119,7 @@ def test_codes_go_with_their_samples(dataset, teacher):
     source = records.open_source(dataset, "train")
     joined = codes.attach(source, dataset, "train", stored(dataset))
     options = dict(num_samples=HOP * 50, hop=HOP, batch_size=8, seed=1, threads=2)
-    batches = list(itertools.islice(data.train_stream(joined, **options), 3))
+    batches = list(itertools.islice(data.train_stream([joined], **options), 3))
     agree = []
     for batch in batches:
         assert batch["codes"]["rvq_vae"].shape == (8, 50, 3)
@@ -132,7 +132,7 @@ def test_codes_go_with_their_samples(dataset, teacher):
     assert len(agree) > 8
     assert np.mean(agree) > 0.999
     halves = [
-        list(itertools.islice(data.train_stream(joined, **options, host=h, num_hosts=2), 3))
+        list(itertools.islice(data.train_stream([joined], **options, host=h, num_hosts=2), 3))
         for h in range(2)
     ]
     for k, batch in enumerate(batches):
@@ -254,6 +254,67 @@ def test_codes_of_another_codec_are_refused(dataset, tmp_path):
     config = config_of(dataset, teacher__rvq_vae__checkpoint=str(tmp_path))
     with pytest.raises(UserError, match="codes of another rvq_vae"):
         recipe.make_teachers(config, recipe.stored_codes(config))
+
+
+@pytest.fixture
+def another(dataset, tmp_path) -> str:
+    """A second dataset, of the same tracks."""
+    shutil.copytree(dataset, tmp_path / "another")
+    return str(tmp_path / "another")
+
+
+def rewrite(path: str, **changes) -> None:
+    """Change some values of a JSON file."""
+    held = json.loads(pathlib.Path(path).read_text())
+    pathlib.Path(path).write_text(json.dumps(held | changes))
+
+
+def test_two_datasets_that_store_the_same_codec_need_no_checkpoint(dataset, another):
+    config = config_of(f"{dataset},{another}")
+    found = recipe.stored_codes(config)
+    assert found["rvq_vae"].codec == stored(dataset)["rvq_vae"].codec
+    # what the second one stores is read from its own files
+    folder = codes.folder(another, "rvq_vae")
+    (shard,) = found["rvq_vae"].shards["train"]
+    os.rename(f"{folder}/{shard}", f"{folder}/other")
+    rewrite(f"{folder}/codes.json", shards=found["rvq_vae"].shards | {"train": ["other"]})
+    sources = recipe.open_datasets(config, "train", found)
+    options = dict(num_samples=HOP * 50, hop=HOP, batch_size=8, seed=1, threads=2)
+    (batch,) = itertools.islice(data.train_stream(sources, **options), 1)
+    assert (batch["record"] >= len(sources[0])).sum() == 4
+    assert not batch["looped"].all()
+    for row in np.flatnonzero(~batch["looped"]):
+        held = sources[0][int(batch["record"][row]) % len(sources[0])]["codes"]["rvq_vae"]
+        first = batch["start"][row] // HOP
+        np.testing.assert_array_equal(batch["codes"]["rvq_vae"][row], held[first : first + 50])
+
+
+@pytest.mark.parametrize("differs", ["none", "fingerprint", "books", "size"])
+def test_codes_that_not_all_datasets_store_are_computed_or_refused(
+    dataset, another, checkpoint, capsys, differs
+):
+    if differs == "none":
+        shutil.rmtree(os.path.join(another, "codes"))
+    else:
+        path = os.path.join(codes.folder(another, "rvq_vae"), codes.INFO)
+        rewrite(path, **{differs: "abc" if differs == "fingerprint" else 1})
+    # the first one that stores any says which codec it is
+    reverse = another if differs == "none" else dataset
+    for dirs, odd in (((dataset, another), another), ((another, dataset), reverse)):
+        said = f"{odd} does not store the codes of rvq_vae that"
+        config = config_of(",".join(dirs))
+        with pytest.raises(UserError, match=f"{said}.* --output={odd} --codes=CHECKPOINT"):
+            recipe.stored_codes(config)
+        config.teacher.rvq_vae.checkpoint = checkpoint
+        assert recipe.stored_codes(config) == {}
+        assert said in capsys.readouterr().out
+
+
+def test_clips_must_fit_every_dataset(dataset, another):
+    rewrite(os.path.join(another, records.METADATA), overlap_samples=15_000)
+    config = config_of(f"{dataset}, {another}")
+    with pytest.raises(UserError, match=f"longer than the 15000 that {another} was prepared"):
+        recipe.open_datasets(config, "train", {})
 
 
 def test_codes_that_do_not_fit_the_audio_are_refused(dataset, tmp_path):

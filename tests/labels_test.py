@@ -31,14 +31,14 @@ def test_a_batch_is_checked_as_it_is_trained_on():
     run = Run()
     batch = {"audio": music(8), "looped": np.zeros(8, bool)}
     sums = run.evaluate(run.init().params, run.teacher_params, batch, run.key)
-    (line,) = recipe.check_labels(small.config(), sums)
-    assert "labels of random_projection: 2 codebooks of 64, perplexity" in line
+    (line,) = recipe.check_labels(small.config(), sums, "music")
+    assert "labels of random_projection in music: 2 codebooks of 64, perplexity" in line
     silent = batch | {"audio": np.zeros_like(batch["audio"])}
     sums = run.evaluate(run.init().params, run.teacher_params, silent, run.key)
     with pytest.raises(UserError, match="degenerate"):
-        recipe.check_labels(small.config(), sums)
+        recipe.check_labels(small.config(), sums, "music")
     found = sums.codes["random_projection"]
     special = np.eye(68)[[2, 2]] * int(sums.frames)  # <unk> everywhere
     sums.codes["random_projection"] = found._replace(targets=special)
     with pytest.raises(UserError, match="lie outside its 64"):
-        recipe.check_labels(small.config(), sums)
+        recipe.check_labels(small.config(), sums, "music")

@@ -31,6 +31,15 @@ def sums(**codes) -> step.Sums:
     )
 
 
+def test_validation_is_of_all_records_and_of_each_dataset():
+    small = sums()._replace(frames=np.float32(30))
+    row = metrics.validation([sums(), small])
+    assert row["validation_loss"] == 100 / 40
+    assert row["validation_losses"] == [50 / 10, 50 / 30]
+    alone = metrics.validation([small])
+    assert alone == {f"validation_{name}": x for name, x in metrics.reduce(small).items()}
+
+
 def one_book(correct: int) -> losses.CodeLoss:
     return losses.CodeLoss(
         np.array([10.0 * correct]), np.array([correct]), np.eye(4)[:1] * 10, np.eye(4)[:1] * 10
@@ -125,6 +134,10 @@ def test_console_line():
     second = metrics.console_line(row(3) | validation, 10, "?").split("\n")[1]
     assert "validation loss 5.000, masked accuracy 0.3000" in second
     assert "0.7000" in second
+    validation["validation_losses"] = [5.25, 4.0]
+    assert "validation loss 5.000 (5.250 4.000), masked" in metrics.console_line(
+        row(3) | validation, 10, "?"
+    )
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):

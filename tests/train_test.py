@@ -56,8 +56,8 @@ def rows(workdir):
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    """Four prepared tracks of plucked partials, one shorter than a clip."""
+def music(tmp_path_factory):
+    """Four tracks of plucked partials, one shorter than a clip."""
     folder = tmp_path_factory.mktemp("music")
     rng = np.random.default_rng(0)
     for track, seconds in enumerate((9, 8, 7, 1.1)):
@@ -66,8 +66,14 @@ def dataset(tmp_path_factory):
         tones = [np.sin(2 * np.pi * f * t) * pluck for f in partials]
         wave = 0.1 * np.sum(tones, 0) + 0.003 * rng.normal(size=t.size)
         soundfile.write(folder / f"{track}.wav", wave, 24_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(music, tmp_path_factory):
+    """The tracks, prepared."""
     output = tmp_path_factory.mktemp("prepared") / "data"
-    done = run("prepare", f"--input={folder}", f"--output={output}", "--crop_seconds=2")
+    done = run("prepare", f"--input={music}", f"--output={output}", "--crop_seconds=2")
     assert done.returncode == 0, done.stderr
     return output
 
@@ -93,6 +99,24 @@ def test_metrics_are_those_of_the_contract(finished):
     assert found[0]["learning_rate"] == 0
     assert "step 6/6" in printed
     assert "validation loss" in printed
+
+
+def test_two_datasets_are_mixed_and_validated_each(music, dataset, finished, tmp_path):
+    other, workdir = tmp_path / "other", tmp_path / "mix"
+    two = f"--input={music / '1.wav'},{music / '2.wav'}"
+    assert run("prepare", two, f"--output={other}", "--crop_seconds=2").returncode == 0
+    mix = (f"--config.data.dir={dataset},{other}", "--config.data.weights=(3, 1)")
+    done = run("train", *flags(dataset, workdir, *mix))
+    assert done.returncode == 0, done.stderr
+    assert f"in {dataset}: 2 codebooks" in done.stdout
+    assert f"in {other}: 2 codebooks" in done.stdout
+    last, alone = rows(workdir)[-1], rows(finished[0])[-1]
+    low, high = sorted(last["validation_losses"])
+    assert low < last["validation_loss"] < high
+    assert last["loss"] != alone["loss"]
+    assert "validation_losses" not in alone
+    done = run("train", *flags(dataset, workdir))
+    assert "data.weights: [3, 1] there, [] now" in done.stderr
 
 
 def test_a_second_run_says_that_it_is_finished(dataset, finished):
@@ -158,6 +182,7 @@ def test_a_nan_stops_the_run_and_names_the_step(dataset, tmp_path):
         (["--config.seed=abc"], "invalid literal for int"),
         (["--config.data.dir=/nowhere"], "no prepared dataset in /nowhere"),
         (["--config.data.num_samples=96000"], "--crop_seconds=4"),
+        (["--config.data.weights=(0.8, 0.2)"], "are 2 (0.8, 0.2) for 1 datasets"),
         (["--config.teachers=('nope',)"], "unknown teacher 'nope'"),
         (["--config.mesh.data=3"], "does not make 2 devices"),
         (["--workdir=/proc/nowhere"], "cannot be used"),

@@ -110,7 +110,7 @@ def train(
         out_shardings=(shardings, None),
     )
     stream = data.train_stream(
-        source,
+        [source],
         num_samples=config.num_samples,
         hop=records.HOP_LENGTH,
         batch_size=config.batch_size,

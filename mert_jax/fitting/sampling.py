@@ -62,7 +62,7 @@ class Sampler:
         total = self.available(split)
         source = records.open_source(self._directory, split)
         stream = data.train_stream(
-            source,
+            [source],
             num_samples=self._num_samples,
             hop=self.metadata["hop_length"],
             batch_size=CLIPS,
