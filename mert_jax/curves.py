@@ -88,6 +88,17 @@ def panels(rows: list[dict[str, Any]]) -> list[Panel]:
         lines = [curve(steps, v, "_", shades[k], 1.1) for k, v in enumerate(values.T)]
         return Panel(title, unit, [*lines, *extra], axis, len(lines))
 
+    def datasets() -> list[Line]:
+        name = "validation_losses"
+        have = [row for row in rows if name in row]
+        most = max((len(row[name]) for row in have), default=0)  # one may have come later
+        padded = [row | {name: row[name] + [None] * (most - len(row[name]))} for row in have]
+        steps, values = series(padded, name)
+        return [
+            curve(steps, v, f"dataset {k + 1}", OTHERS[k % len(OTHERS)], 1.8)
+            for k, v in enumerate(values.T[:most])
+        ]
+
     codes = both("loss_codes")
     for i, name in enumerate(name for name in names if name.startswith("loss_codes_")):
         codes += mean(name, name.removeprefix("loss_codes_"), OTHERS[i % len(OTHERS)])
@@ -97,6 +108,7 @@ def panels(rows: list[dict[str, Any]]) -> list[Panel]:
     guess = mean(f"{prefix}majority_accuracy", "most frequent code", BASELINE, 1.8, "--")
     made = [
         Panel("Loss", "a masked frame", both("loss")),
+        Panel("Validation loss of each dataset", "in the order of data.dir", datasets()),
         Panel("Loss of the codes", "nats, all codebooks", codes),
         *(
             Panel(f"Loss of {name.removeprefix('loss_')}", "squared error", both(name))

@@ -140,6 +140,17 @@ def test_a_panel_for_everything_there_is():
     assert list(mean.steps) == [50]
 
 
+def test_each_dataset_of_several_has_its_validation_loss():
+    rows = make_rows(5, {20: 3.0, 30: 2.0, 50: 1.0})
+    for step, losses in ((20, [3.0, 2.5]), (30, [2.0, 2.5]), (50, [1.0, 1.5, 9.0])):
+        rows[step // 10 - 1]["validation_losses"] = losses  # a third dataset came late
+    panel = {panel.title: panel for panel in curves.panels(rows)}["Validation loss of each dataset"]
+    assert [line.label for line in panel.lines] == ["dataset 1", "dataset 2", "dataset 3"]
+    assert [list(line.steps) for line in panel.lines] == [[20, 30, 50]] * 3
+    np.testing.assert_array_equal(panel.lines[1].values, [2.5, 2.5, 1.5])
+    np.testing.assert_array_equal(panel.lines[2].values, [np.nan, np.nan, 9.0])
+
+
 def test_a_teacher_of_features_alone_has_no_codebooks():
     rows = make_rows(3, {30: 1.0}, books=0)
     made, figures = curves.panels(rows), report.summarize(rows, {})
