@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from safetensors.numpy import save_file
 
 from mert_jax import codec, weights
 from mert_jax.cli import UserError
@@ -61,15 +60,10 @@ def read(path: str) -> dict[str, Any]:
     if os.path.isdir(path):
         config = os.path.join(path, "config.json")
         if os.path.exists(config):
-            with open(config) as f:
-                rate = json.load(f).get("sampling_rate", SAMPLE_RATE)
+            rate = weights.read_json(config).get("sampling_rate", SAMPLE_RATE)
             if rate != SAMPLE_RATE:
                 raise UserError(f"{path} is a codec for {rate} Hz; {SAMPLE_RATE} Hz is needed")
-        names = ("model.safetensors", "pytorch_model.bin")
-        found = [name for name in names if os.path.exists(os.path.join(path, name))]
-        if not found:
-            raise UserError(f"{path} has no {' or '.join(names)}")
-        path = os.path.join(path, found[0])
+        return from_state(weights.read_folder(path), path)
     return from_state(weights.read(path), path)
 
 
@@ -130,7 +124,7 @@ def write(directory: str, params: Mapping[str, Any]) -> None:
     state = {
         name.replace("weight_g", "parametrizations.weight.original0").replace(
             "weight_v", "parametrizations.weight.original1"
-        ): np.ascontiguousarray(x, np.float32)
+        ): np.asarray(x, np.float32)
         for name, x in state.items()
     }
     books, size, dim = params["codebooks"].shape
@@ -154,7 +148,7 @@ def write(directory: str, params: Mapping[str, Any]) -> None:
     with open(os.path.join(directory, "config.json"), "w") as f:
         json.dump(config, f, indent=1)
     path = os.path.join(directory, "model.safetensors")
-    save_file(state, f"{path}.tmp", metadata={"format": "pt"})
+    weights.write(f"{path}.tmp", state, {"format": "pt"})
     os.replace(f"{path}.tmp", path)
 
 

@@ -1,6 +1,6 @@
 """The official optimiser: warmup and linear decay, global clipping, Adam with decoupled decay."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,12 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda g: g * scale, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def state_of(adam: AdamState, updates: int | jax.Array) -> tuple[Any, ...]:
+    """The state of `make`'s optimiser with these moments, `updates` into its schedule."""
+    empty = optax.EmptyState()
+    return empty, adam, empty, optax.ScaleByScheduleState(jnp.asarray(updates, jnp.int32))
 
 
 def make(

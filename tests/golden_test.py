@@ -26,7 +26,6 @@ from safetensors.numpy import save_file
 
 from mert_jax import (
     cli,
-    convert,
     encodec,
     losses,
     masking,
@@ -36,6 +35,8 @@ from mert_jax import (
     step,
     teachers,
 )
+from mert_jax.formats import fairseq, huggingface
+from mert_jax.formats import names as official
 from mert_jax.teachers import cqt
 from mert_jax.teachers import rvq_vae as acoustic
 from mert_jax.weights import read as read_weights
@@ -145,8 +146,8 @@ def student_run(file: str) -> dict[str, np.ndarray]:
     if not (settings and weights):
         pytest.skip(f"{file} needs {name}_config.json and {name}_weights.npz in the same folder")
     config = settings["config"]
-    student = convert.student_from_fairseq(config, weights).clone(dtype=DTYPE)
-    params = convert.params_from_fairseq(weights, student)
+    student = fairseq.student(config, weights).clone(dtype=DTYPE)
+    params = official.params_from_fairseq(weights, student)
     params = jax.tree.map(lambda x: jnp.asarray(x, DTYPE), params)
 
     audio = case["audio_i16"] if "audio_i16" in case else five_seconds()
@@ -255,7 +256,7 @@ def results(student, grads, sums, seen, case, mask, padding, temperature, source
     grads = jax.tree.map(lambda g: g / sums.frames, grads)
     ours["grads"] = grads
     ours["grad_global_norm"] = ours["grad_global_norm_float32run"] = optax.tree.norm(grads)
-    ours |= {f"grad/{key}": g for key, g in convert.params_to_fairseq(grads).items()}
+    ours |= {f"grad/{key}": g for key, g in official.params_to_fairseq(grads).items()}
     return {key: x if key == "grads" else np.asarray(x) for key, x in ours.items()}
 
 
@@ -391,8 +392,8 @@ def hf_run(file: str, weights: str) -> dict[str, np.ndarray]:
     stored, config = npz(file), read_json(f"{file[:-4]}_config.json")
     if not (config and weights):
         pytest.skip(f"{file} needs its _config.json and _weights.safetensors in the same folder")
-    student = convert.student_from_hf(config)
-    params = convert.params_from_hf(read_weights(FOLDER / weights), student)
+    student = huggingface.student(config)
+    params = official.params_from_hf(read_weights(FOLDER / weights), student)
     audio = stored["audio_i16"] if "audio_i16" in stored else five_seconds()
     wave = audio.astype(np.float32) / 32768
     length = student.num_frames(wave.shape[1])
@@ -449,32 +450,32 @@ def fake_state(tensors: list) -> dict[str, np.ndarray]:
 def test_names_and_shapes_of_the_full_size(file):
     listed = read_json(file)
     state = fake_state(listed["fairseq_state_dict"])
-    student = convert.student_from_fairseq({"encoder_attention_heads": 1}, state)
+    student = fairseq.student({"encoder_attention_heads": 1}, state)
     shapes = jax.eval_shape(student.init, jax.random.key(0), jnp.zeros((1, 4000)))["params"]
     zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), nn.unbox(shapes))
-    ours = convert.params_to_fairseq(zeros)
+    ours = official.params_to_fairseq(zeros)
     assert set(ours) == set(listed["fairseq_trainable_names"])
     assert all(ours[name].shape == state[name].shape for name in ours)
     assert sum(x.size for x in ours.values()) == listed["fairseq_trainable_parameter_count"]
 
-    body = convert.params_to_hf(zeros)
+    body = official.params_to_hf(zeros)
     assert sum(x.size for x in body.values()) == listed["hf_parameter_count"]
     old = {name: tuple(shape) for name, shape in listed["hf_state_dict_old_names"]}
     assert {name: x.shape for name, x in body.items()} == old
     headless = student.clone(heads=(), project_equal_widths=True)
     for names_of in ("hf_state_dict_old_names", "hf_state_dict_new_names"):
-        params = convert.params_from_hf(fake_state(listed[names_of]), headless)
-        assert convert.params_to_hf(params).keys() == body.keys()
+        params = official.params_from_hf(fake_state(listed[names_of]), headless)
+        assert official.params_to_hf(params).keys() == body.keys()
 
     paths = set(jax.tree.leaves(jax.tree_util.tree_map_with_path(lambda p, _: _path(p), zeros)))
     mapping = {}
     for path in paths:
-        fairseq, hf = (convert.official_name(path, paths, style) for style in (0, 1))
+        theirs, hf = (official.official_name(path, paths, style) for style in (0, 1))
         for layer in range(student.num_layers if path.startswith("encoder/layers") else 1):
-            mapping[fairseq.format(layer)] = hf and hf.format(layer)
+            mapping[theirs.format(layer)] = hf and hf.format(layer)
     unused = {name for name, hf in mapping.items() if hf is None}
     assert unused == {
-        name for name in listed["converter_unused_or_skipped"] if not convert.BUFFERS.search(name)
+        name for name in listed["converter_unused_or_skipped"] if not official.BUFFERS.search(name)
     }
     expected = listed["converter_mapping_fairseq_to_hf_oldnames"]
     assert {name: hf for name, hf in mapping.items() if hf} == expected
@@ -1029,11 +1030,11 @@ def our_initial_parameters(name: str) -> dict[str, np.ndarray]:
     listed = read_json("init_stats.json")[name]
     state = fake_state([(key, stats["shape"]) for key, stats in listed.items()])
     # heads leave no trace in the parameters; of the layers, the first and one other are listed
-    student = convert.student_from_fairseq({"encoder_attention_heads": 1}, state)
+    student = fairseq.student({"encoder_attention_heads": 1}, state)
     last = max(int(key.split(".")[2]) for key in state if key.startswith("encoder.layers."))
     student = student.clone(num_layers=last + 1)
     init = jax.jit(lambda key: nn.unbox(student.init(key, jnp.zeros((1, 4000)))["params"]))
-    return convert.params_to_fairseq(init(jax.random.key(7)))
+    return official.params_to_fairseq(init(jax.random.key(7)))
 
 
 @pytest.mark.parametrize(

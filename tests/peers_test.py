@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mert_jax import codec, convert, encodec, masking, quantize, teachers
+from mert_jax import codec, encodec, masking, quantize, teachers
+from mert_jax.formats import huggingface, names
 from mert_jax.teachers import rvq_vae
 
 pytestmark = pytest.mark.peers
@@ -44,9 +45,9 @@ def test_all_hidden_states_of_a_full_size_model(size, record_property):
             output_hidden_states=True,
         )
 
-    student = convert.student_from_hf(config.to_dict())
+    student = huggingface.student(config.to_dict())
     state = {name: x.numpy() for name, x in peer.state_dict().items()}
-    params = convert.params_from_hf(state, student)
+    params = names.params_from_hf(state, student)
     padding = masking.conv_frame_padding(
         jnp.asarray(valid), student.conv_kernels, student.conv_strides, student.num_frames(24_000)
     )

@@ -1,0 +1,116 @@
+"""Checkpoints of every kind: read into one form, written from it.
+
+A run of ours or what `convert` made (`workdir`), a Hugging Face directory (`huggingface`), or a
+file of the official trainer (`fairseq`).
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from mert_jax.cli import UserError
+from mert_jax.model import Head, Student
+
+# what of a student is its weights' shape and meaning; the rest is how it is trained or computed
+ARCHITECTURE = (
+    *("conv_dim", "conv_kernels", "conv_strides", "hidden_size", "num_layers", "num_heads"),
+    *("intermediate_size", "pre_norm", "final_dim", "project_equal_widths"),
+    *("pos_conv_kernel", "pos_conv_groups"),
+)
+
+
+class About(NamedTuple):
+    """What a checkpoint says of itself beside its weights.
+
+    sample_rate: Hz; do_normalize: whether each clip is brought to mean 0 and variance 1;
+    dtype: of its tensors, as they were read; flat_moments: Adam's moments in one vector, as fairseq
+    keeps them in fp16 training; row_orders: for each codebook the row of a fairseq file that each
+    of ours was, () where they are the same; teachers: fingerprints by name; licence, config,
+    metrics (the last line) and data of the run; lineage: the checkpoints it goes back to.
+    """
+
+    sample_rate: int = 24_000
+    do_normalize: bool = False
+    dtype: str = "float32"
+    flat_moments: bool = False
+    row_orders: tuple[tuple[int, ...], ...] = ()
+    teachers: Mapping[str, str] = {}
+    licence: str = ""
+    config: Mapping[str, Any] = {}
+    metrics: Mapping[str, Any] = {}
+    data: tuple[dict[str, Any], ...] = ()
+    lineage: tuple[str, ...] = ()
+
+
+class Checkpoint(NamedTuple):
+    """A student with its weights.
+
+    params: flax's tree, float32 on the host; moments: Adam's (mu, nu) like it, None where there are
+    none; step: completed updates.
+    """
+
+    student: Student
+    params: Any
+    moments: tuple[Any, Any] | None
+    step: int
+    about: About
+
+
+def kind_of(path: str | os.PathLike) -> str:
+    """workdir, huggingface or fairseq, from what lies at `path`; UserError for anything else."""
+    join = lambda *names: os.path.join(path, *names)
+    if os.path.isdir(path):
+        # a workdir has a config.json too: the run's
+        if os.path.isdir(join("checkpoints")) or os.path.exists(join("_CHECKPOINT_METADATA")):
+            return "workdir"
+        if os.path.exists(join("config.json")):
+            return "huggingface"
+        raise UserError(
+            f"{path} is no checkpoint: it has neither checkpoints/ (a run) nor config.json (a "
+            "Hugging Face directory)"
+        )
+    if not os.path.exists(path):
+        raise UserError(f"{path} does not exist")
+    if os.fspath(path).endswith((".safetensors", ".bin")):
+        raise UserError(f"{path} is weights without their config.json: give its folder")
+    return "fairseq"
+
+
+def read(path: str | os.PathLike, moments: bool = True) -> Checkpoint:
+    """The checkpoint at `path`, with Adam's `moments` where it has them and they are asked for.
+
+    Raises UserError for what is none, cut short, of another architecture, or has tensors that are
+    missing, unexpected, of another shape or not finite.
+    """
+    from mert_jax.formats import fairseq, huggingface, workdir
+
+    readers = {"workdir": workdir.read, "huggingface": huggingface.read, "fairseq": fairseq.read}
+    return readers[kind_of(path)](os.fspath(path), moments)
+
+
+def architecture(student: Student) -> dict[str, Any]:
+    """The student as numbers, for JSON."""
+    return {name: getattr(student, name) for name in ARCHITECTURE} | {
+        "heads": [head._asdict() for head in student.heads]
+    }
+
+
+def student_of(numbers: dict[str, Any]) -> Student:
+    """The student of `architecture`'s numbers, without dropout, in float32."""
+    heads = tuple(Head(**head) for head in numbers["heads"])
+    tuples = {name: tuple(numbers[name]) for name in ("conv_kernels", "conv_strides")}
+    return Student(**{name: numbers[name] for name in ARCHITECTURE} | tuples | {"heads": heads})
+
+
+def count(checkpoint: Checkpoint) -> int:
+    """Parameters, heads included."""
+    return sum(x.size for x in jax.tree.leaves(checkpoint.params))
+
+
+def one_width(channels: Any) -> int:
+    """The width that all convolutions have; UserError where they differ."""
+    if len(set(channels)) != 1:
+        raise UserError(f"conv layers of different widths are not supported: {list(channels)}")
+    return channels[0]

@@ -1,0 +1,105 @@
+"""The student as a program: StableHLO for CPU, GPU and TPU, with its weights beside it.
+
+A directory holds `model.stablehlo`, jax.export's serialised function of (params, wave [B, N]) for
+any B and any N, `params.safetensors` by our names, and `signature.json`.
+"""
+
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax import export
+
+from mert_jax import weights
+from mert_jax.cli import UserError
+from mert_jax.formats import Checkpoint, architecture
+from mert_jax.model import Student
+
+PROGRAM, PARAMS, SIGNATURE = "model.stablehlo", "params.safetensors", "signature.json"
+PLATFORMS = ("cpu", "cuda", "tpu")
+TOLERANCE = 1e-4
+
+
+def hidden_states(student: Student, params: Any, wave: jax.Array) -> jax.Array:
+    """The encoder's input and every layer's output, [L + 1, B, T, D]; the last one is after the
+    final norm where there is one."""
+    output, seen = student.apply({"params": params}, wave, mutable=["intermediates"])
+    encoder = seen["intermediates"]["encoder"]
+    layers = encoder["layers"]["hidden_states"][0][:-1]
+    return jnp.concatenate(
+        [encoder["encoder_input"][0][None], layers, output.last_hidden_state[None]]
+    )
+
+
+def write(path: str, checkpoint: Checkpoint) -> None:
+    """Fill the directory `path`; OSError where the disk does not take it."""
+    student = checkpoint.student.clone(heads=())
+    flat = _body(checkpoint)
+    symbols = export.symbolic_shape("b, n", constraints=(f"n >= {receptive_field(student)}",))
+    params = traverse_util.unflatten_dict(
+        {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flat.items()}, sep="/"
+    )
+    function = jax.jit(lambda params, wave: hidden_states(student, params, wave))
+    wave = jax.ShapeDtypeStruct(symbols, jnp.float32)
+    program = export.export(function, platforms=PLATFORMS)(params, wave)
+    with open(os.path.join(path, PROGRAM), "wb") as f:
+        f.write(program.serialize())
+    weights.write(os.path.join(path, PARAMS), flat)
+    signature = dict(
+        call="(params, wave) -> hidden_states",
+        params=f"{PARAMS}, nested at each slash",
+        wave=f"float32 [B, N], N >= {receptive_field(student)}",
+        hidden_states=f"float32 [{student.num_layers + 1}, B, T, {student.hidden_size}]",
+        sample_rate=checkpoint.about.sample_rate,
+        do_normalize=checkpoint.about.do_normalize,
+        platforms=PLATFORMS,
+        student=architecture(student),
+    )
+    with open(os.path.join(path, SIGNATURE), "w") as f:
+        json.dump(signature, f, indent=1)
+
+
+def load(path: str) -> tuple[Any, Any]:
+    """The program in a directory, as a function of (params, wave), and its params."""
+    with open(os.path.join(path, PROGRAM), "rb") as f:
+        program = export.deserialize(bytearray(f.read()))
+    params = weights.read(os.path.join(path, PARAMS))
+    return program.call, traverse_util.unflatten_dict(params, sep="/")
+
+
+def check(path: str, checkpoint: Checkpoint) -> float:
+    """The largest difference between the program in `path` and the student itself, over two batches
+    of different sizes; UserError where it is above `TOLERANCE`."""
+    call, params = load(path)
+    student = checkpoint.student.clone(heads=())
+    body = traverse_util.unflatten_dict(_body(checkpoint), sep="/")
+    rng, shortest, largest = np.random.default_rng(0), receptive_field(student), 0.0
+    for shape in ((1, 3 * shortest), (2, 5 * shortest + 123)):
+        wave = rng.normal(0, 0.1, shape).astype(np.float32)
+        expected = hidden_states(student, body, wave)
+        difference = np.abs(np.asarray(call(params, wave)) - np.asarray(expected)).max()
+        largest = max(largest, float(difference))
+    if not largest <= TOLERANCE:
+        raise UserError(f"the program differs from the student by {largest:.1e}: not written")
+    return largest
+
+
+def receptive_field(student: Student) -> int:
+    """Samples that the first frame hears, the fewest that make a frame."""
+    samples = 1
+    for kernel, stride in zip(
+        reversed(student.conv_kernels), reversed(student.conv_strides), strict=True
+    ):
+        samples = (samples - 1) * stride + kernel
+    return samples
+
+
+def _body(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The parameters without heads, by name."""
+    flat = traverse_util.flatten_dict(checkpoint.params, sep="/")
+    heads = tuple(f"{head.name}_" for head in checkpoint.student.heads)
+    return {name: x for name, x in flat.items() if not name.startswith(heads or ("/",))}

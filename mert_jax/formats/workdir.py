@@ -1,0 +1,133 @@
+"""Checkpoints of ours: a run's workdir, or what `convert --to=orbax` made, which is like one.
+
+WORKDIR/model.json says what the student is, WORKDIR/checkpoints/STEP holds its state as
+`step.TrainState`. A run has config.json and metrics.jsonl besides.
+"""
+
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from mert_jax import atomic, checkpoint, metrics, optimizer, weights
+from mert_jax.cli import UserError
+from mert_jax.formats import About, Checkpoint, architecture, names, student_of
+from mert_jax.model import Student
+from mert_jax.step import TrainState
+
+MODEL = "model.json"
+# of About, what model.json holds; the rest lies in the run's own files
+KEPT = (
+    *("sample_rate", "do_normalize", "dtype", "flat_moments", "row_orders", "teachers", "licence"),
+    *("data", "lineage"),
+)
+
+
+def describe(workdir: str, student: Student, about: About) -> None:
+    """Write WORKDIR/model.json, what `read` needs beside the weights."""
+    content = {"student": architecture(student)} | {key: getattr(about, key) for key in KEPT}
+    with atomic.staged(os.path.join(workdir, MODEL), replace=True) as path, open(path, "w") as f:
+        json.dump(content, f, indent=1)
+
+
+def locate(path: str) -> tuple[str, int]:
+    """The workdir of `path`, which is one or WORKDIR/checkpoints/STEP, and the step: the newest or
+    the one named. UserError where there is none."""
+    if os.path.exists(os.path.join(path, "_CHECKPOINT_METADATA")):
+        step = os.path.basename(os.path.normpath(path))
+        return os.path.dirname(os.path.dirname(os.path.abspath(path))), int(step)
+    steps = ocp.utils.checkpoint_steps(os.path.abspath(os.path.join(path, "checkpoints")))
+    if not steps:
+        raise UserError(f"{path} has no finished checkpoint in checkpoints/ yet")
+    return path, max(steps)
+
+
+def read(path: str, moments: bool = True) -> Checkpoint:
+    """The newest checkpoint of a workdir, or WORKDIR/checkpoints/STEP itself.
+
+    Raises UserError as `formats.read` does.
+    """
+    workdir, step = locate(path)
+    content = weights.read_json(os.path.join(workdir, MODEL))
+    try:
+        student = student_of(content["student"])
+        about = About(**{key: content[key] for key in KEPT if key in content})
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{workdir}/{MODEL} does not describe a student: {e!r}") from e
+    state = _restore(os.path.join(workdir, "checkpoints"), step, moments)
+    params = _checked(state["params"], student, f"{workdir}, step {step}")
+    found = None
+    if adam := [x for x in state.get("opt_state") or () if x]:
+        found = tuple(_checked(adam[0][key], student, f"{workdir}, {key}") for key in ("mu", "nu"))
+    run = os.path.join(workdir, "config.json")
+    rows = metrics.read(os.path.join(workdir, "metrics.jsonl"))
+    about = about._replace(
+        config=weights.read_json(run) if os.path.exists(run) else {},
+        metrics=next((row for row in reversed(rows) if row["step"] <= step), {}),
+        lineage=(*about.lineage, f"{os.path.abspath(workdir)} (step {step})"),
+    )
+    return Checkpoint(student, params, found, step, about)
+
+
+def _restore(directory: str, step: int, moments: bool) -> dict[str, Any]:
+    """The state as nested dicts and lists of numpy arrays, the optimiser's without `moments` left
+    out."""
+    manager = ocp.CheckpointManager(
+        os.path.abspath(directory), item_handlers=ocp.PyTreeCheckpointHandler()
+    )
+    try:
+        tree = manager.item_metadata(step)
+        wanted = {"params": tree["params"]}
+        if moments:
+            wanted["opt_state"] = [
+                {key: part[key] for key in ("mu", "nu")} if part and "mu" in part else None
+                for part in tree["opt_state"] or ()
+            ]
+        arguments = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            wanted,
+            is_leaf=lambda x: hasattr(x, "shape"),
+        )
+        options = dict(restore_args=arguments, partial_restore=True)
+        return manager.restore(step, args=ocp.args.PyTreeRestore(wanted, **options))
+    # what orbax and tensorstore raise for files that are missing, cut short or garbled
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{directory}/{step} cannot be read: {e}") from e
+    finally:
+        manager.close()
+
+
+def _checked(params: Any, student: Student, path: str) -> Any:
+    """`params` itself, if it is `student`'s and finite; UserError with all that is not."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    shapes = {name: x.shape for name, x in names.abstract(student).items()}
+    problems = [f"missing {name}" for name in shapes if name not in flat]
+    problems += [f"unexpected {name}" for name in flat if name not in shapes]
+    for name in shapes.keys() & flat.keys():
+        if flat[name].shape != shapes[name]:
+            problems.append(f"{name} is {list(flat[name].shape)}, not {list(shapes[name])}")
+        elif bad := np.count_nonzero(~np.isfinite(flat[name])):
+            problems.append(f"{name} has {bad} values that are not finite")
+    names.refuse(problems, path)
+    return params
+
+
+def write(path: str, content: Checkpoint) -> None:
+    """Fill the directory `path` with a workdir that holds `content`; OSError where the disk does
+    not take it."""
+    step = jnp.int32(content.step)
+    opt_state: Any = ()
+    if content.moments:
+        adam = optimizer.AdamState(step, *content.moments)
+        opt_state = optimizer.state_of(adam, step)
+    checkpoints = checkpoint.Checkpoints(path, keep=1)
+    try:
+        checkpoints.save(content.step, TrainState(step, content.params, opt_state))
+    finally:
+        checkpoints.close()
+    describe(path, content.student, content.about)
