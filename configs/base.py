@@ -21,6 +21,8 @@ def get_config() -> ConfigDict:
     config.group = 16
     config.log_every = 200
     config.eval_every = 5_000
+    # weights to begin with: a workdir, a Hugging Face MERT or a fairseq .pt; "": none
+    config.init_from = ""
     config.tensorboard = False  # needs the extra [tensorboard]
 
     config.data = ConfigDict(

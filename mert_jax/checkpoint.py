@@ -1,5 +1,6 @@
 """Saving and restoring a run: when, where, and what it must agree with."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -9,6 +10,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from mert_jax.cli import UserError
+
+CONFIG, MODEL = "config.json", "model.json"  # of a workdir: the settings, the student
 
 
 class SavePolicy:
@@ -26,6 +29,12 @@ class SavePolicy:
         if by_steps or by_time:
             self._last = now
         return by_steps or by_time
+
+
+def steps(workdir: str) -> list[int]:
+    """Steps of the finished checkpoints in WORKDIR/checkpoints."""
+    directory = os.path.abspath(os.path.join(workdir, "checkpoints"))
+    return sorted(ocp.utils.checkpoint_steps(directory)) if os.path.isdir(directory) else []
 
 
 class Checkpoints:
@@ -75,7 +84,12 @@ def claim(workdir: str, config: dict[str, Any]) -> None:
     Raises UserError when the directory cannot be written or holds a run of other settings, naming
     each with both values.
     """
-    path = os.path.join(workdir, "config.json")
+    path = os.path.join(workdir, CONFIG)
+    if steps(workdir) and not os.path.exists(path):  # what convert --to=orbax makes
+        raise UserError(
+            f"--workdir={workdir} holds a checkpoint without a run; begin one from it with "
+            f"--config.init_from={workdir} and another --workdir"
+        )
     try:
         os.makedirs(workdir, exist_ok=True)
         if not os.path.exists(path):
@@ -105,7 +119,9 @@ def claim(workdir: str, config: dict[str, Any]) -> None:
 def release(workdir: str) -> None:
     """Give up a claim on a workdir whose run has not begun, so that other settings may have it."""
     if jax.process_index() == 0 and not os.path.exists(os.path.join(workdir, "metrics.jsonl")):
-        os.unlink(os.path.join(workdir, "config.json"))
+        for name in (CONFIG, MODEL):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(workdir, name))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

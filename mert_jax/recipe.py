@@ -1,8 +1,8 @@
-"""From a config to the things a run is made of; the one place that reads it."""
+"""From a config to the things a run is made of; with `datasets`, the one place that reads it."""
 
+import json
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,21 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mert_jax import cli, codes, labels, masking, mixture, model, optimizer, records, step, teachers
+from mert_jax import (
+    cli,
+    codes,
+    datasets,
+    formats,
+    labels,
+    masking,
+    mixture,
+    model,
+    optimizer,
+    records,
+    step,
+    teachers,
+    warm_start,
+)
 
 
 def check(config: ConfigDict | None) -> ConfigDict:
@@ -46,67 +60,14 @@ def check(config: ConfigDict | None) -> ConfigDict:
             f"objective.mixture_length reaches {longest} samples, more than the "
             f"{config.data.num_samples} of a clip (data.num_samples)"
         )
-    weights, count = tuple(config.data.weights), len(directories(config))
+    weights, count = tuple(config.data.weights), len(datasets.directories(config))
     positive = (type(x) in (int, float) and 0 < x < math.inf for x in weights)
-    if weights and not (len(weights) == count and all(positive)):
+    if weights and count and not (len(weights) == count and all(positive)):
         raise cli.UserError(
             f"data.weights are {len(weights)} {weights} for {count} datasets (data.dir "
             f"{config.data.dir!r}); give each dataset a number above 0, or () for all records alike"
         )
     return config
-
-
-def directories(config: ConfigDict) -> list[str]:
-    """The prepared datasets of `data.dir`."""
-    return [name.strip() for name in config.data.dir.split(",") if name.strip()]
-
-
-def stored_codes(config: ConfigDict) -> dict[str, codes.Info]:
-    """What every dataset stores alike of the config's teachers, by name, as the first says it.
-
-    Where datasets differ, a teacher with a checkpoint computes its codes instead, and a line is
-    printed; UserError for one without.
-    """
-    stored = {}
-    for name in config.teachers:
-        found = {directory: codes.info(directory, name) for directory in directories(config)}
-        first = next((directory for directory, info in found.items() if info), None)
-        if not first:
-            continue
-        codec = found[first].codec
-        others = [d for d, info in found.items() if not info or info.codec != codec]
-        if not others:
-            stored[name] = found[first]
-            continue
-        said = f"{others[0]} does not store the codes of {name} that {first} does"
-        if not config.teacher.get(name, {}).get("checkpoint"):
-            raise cli.UserError(
-                f"{said}; run python -m mert_jax.prepare --output={others[0]} --codes=CHECKPOINT "
-                f"with the same codec, or set teacher.{name}.checkpoint to compute them"
-            )
-        print(f"{said}: they are computed for every dataset", flush=True)
-    return stored
-
-
-def open_datasets(config: ConfigDict, split: str, stored: dict[str, codes.Info]) -> list[Any]:
-    """The records of each prepared dataset, with the codes it has `stored`; UserError when the
-    clips asked for cannot be cut from it."""
-    if not directories(config):
-        raise cli.UserError(
-            "--config.data.dir=DIR is needed: a folder made by python -m mert_jax.prepare"
-        )
-    sources = []
-    for directory in directories(config):
-        overlap = records.metadata(directory)["overlap_samples"]
-        if config.data.num_samples > overlap:
-            raise cli.UserError(
-                f"clips of {config.data.num_samples} samples (data.num_samples) are longer than "
-                f"the {overlap} that {directory} was prepared for; prepare it again with "
-                f"--crop_seconds={config.data.num_samples / records.SAMPLE_RATE:g}"
-            )
-        own = {name: codes.info(directory, name) for name in stored}
-        sources.append(codes.attach(records.open_source(directory, split), directory, split, own))
-    return sources
 
 
 def make_teachers(
@@ -129,7 +90,7 @@ def make_teachers(
         if info and (now := teachers.fingerprint(made[name])) != info.fingerprint:
             store = [
                 f"python -m mert_jax.prepare --output={directory} --codes={options['checkpoint']}"
-                for directory in directories(config)
+                for directory in datasets.directories(config)
             ]
             raise cli.UserError(
                 f"{config.data.dir} stores codes of another {name} (fingerprint "
@@ -262,6 +223,61 @@ def init(
     wave = jnp.zeros((1, 4000))
     params = student.init(jax.random.key(config.seed), wave)["params"]
     return step.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def fingerprints(
+    config: ConfigDict,
+    made: Mapping[str, teachers.Teacher],
+    stored: Mapping[str, codes.Info],
+) -> dict[str, str]:
+    """What tells each teacher from others of its name: its codebooks, or what features it makes."""
+    found = {}
+    for name, teacher in made.items():
+        if name in stored:
+            found[name] = stored[name].fingerprint
+        elif any(head.num_codebooks for head in student(config, {name: teacher}).heads):
+            found[name] = teachers.fingerprint(teacher)
+        else:
+            options = {k: v for k, v in config.teacher.get(name, {}).items() if k != "weight"}
+            found[name] = json.dumps(options, sort_keys=True)
+    return found
+
+
+def read_start(
+    config: ConfigDict, student: model.Student, fingerprints: Mapping[str, str]
+) -> warm_start.Start | None:
+    """What a run takes over from `init_from`, None where it begins from nothing.
+
+    Raises UserError where that is no checkpoint or of another student.
+    """
+    if not config.init_from:
+        return None
+    found = formats.read(config.init_from)
+    start = warm_start.match(found, student, fingerprints, config.objective.special_codes)
+    o = config.optimizer
+    print(
+        f"weights from {config.init_from}",
+        *start.lines,
+        f"learning rate: from 0 to {o.peak_learning_rate:g} in {o.warmup_steps:,} updates, then to "
+        f"0 at {config.total_steps:,}",
+        *([f"licence: {start.about.licence} carries over"] if start.about.licence else []),
+        sep="\n  ",
+        flush=True,
+    )
+    return start
+
+
+def about(
+    config: ConfigDict, fingerprints: Mapping[str, str], start: warm_start.Start | None
+) -> formats.About:
+    """What this run's checkpoints will say of themselves."""
+    return formats.About(
+        special_codes=config.objective.special_codes,
+        teachers=dict(fingerprints),
+        data=datasets.summaries(config),
+        licence=start.about.licence if start else "",
+        lineage=start.about.lineage if start else (),
+    )
 
 
 def describe(config: ConfigDict, student: model.Student, table: bool) -> str:

@@ -1,6 +1,7 @@
 """Pretraining: `python -m mert_jax.train --config=configs/base.py --workdir=DIR`.
 
-Weights come from WORKDIR's newest checkpoint or, where there is none, from initialisation.
+Weights come from WORKDIR's newest checkpoint or, where there is none, from the config's `init_from`
+or, where that is not set, from initialisation.
 """
 
 import functools
@@ -13,7 +14,19 @@ from absl import flags
 from flax import linen as nn
 from ml_collections import config_flags
 
-from mert_jax import checkpoint, cli, data, metrics, recipe, records, sharding, step
+from mert_jax import (
+    checkpoint,
+    cli,
+    data,
+    datasets,
+    metrics,
+    recipe,
+    records,
+    sharding,
+    step,
+    warm_start,
+)
+from mert_jax.formats import workdir as workdirs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/base.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.")
@@ -23,7 +36,7 @@ _DESCRIBE = flags.DEFINE_bool("describe", False, "Print every parameter and exit
 def main() -> int:
     """Train to `total_steps`; returns the exit code."""
     config = recipe.check(cli.config_of(_CONFIG))
-    stored = recipe.stored_codes(config)
+    stored = datasets.stored_codes(config)
     teachers = recipe.make_teachers(config, stored)
     student = recipe.student(config, teachers, stored)
     print(recipe.describe(config, student, table=_DESCRIBE.value), flush=True)
@@ -31,16 +44,21 @@ def main() -> int:
         return 0
     if not _WORKDIR.value:
         raise cli.UserError("--workdir=DIR is needed: where checkpoints and metrics go")
-    sources = recipe.open_datasets(config, "train", stored)
-    validation = recipe.open_datasets(config, "validation", stored)
+    sources = datasets.open_datasets(config, "train", stored)
+    validation = datasets.open_datasets(config, "validation", stored)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(config.batch_size // config.accumulation, mesh)
+    begun = checkpoint.steps(_WORKDIR.value)
+    fingerprints = recipe.fingerprints(config, teachers, stored)
+    warm = None if begun else recipe.read_start(config, student, fingerprints)
     checkpoint.claim(_WORKDIR.value, json.loads(config.to_json()))
+    if not begun and jax.process_index() == 0:
+        workdirs.describe(_WORKDIR.value, student, recipe.about(config, fingerprints, warm))
     with jax.set_mesh(mesh):
-        return train(config, _WORKDIR.value, student, teachers, mesh, sources, validation)
+        return train(config, _WORKDIR.value, student, teachers, mesh, sources, validation, warm)
 
 
-def train(config, workdir, student, teachers, mesh, sources, validation) -> int:
+def train(config, workdir, student, teachers, mesh, sources, validation, warm) -> int:
     """The run itself: state, compiled steps, and the loop over batches."""
     optimizer = recipe.make_optimizer(config)
     init = functools.partial(recipe.init, config, student, optimizer)
@@ -56,6 +74,7 @@ def train(config, workdir, student, teachers, mesh, sources, validation) -> int:
     else:
         # sharded from birth: no device ever holds all of it
         state = jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
+        state = warm_start.begin(state, warm) if warm else state
 
     objective = recipe.objective(config, student, teachers)
     teacher_params = sharding.replicated({name: t.params for name, t in teachers.items()}, mesh)
@@ -86,7 +105,7 @@ def train(config, workdir, student, teachers, mesh, sources, validation) -> int:
         )
 
     try:
-        for directory, source in zip(recipe.directories(config), validation, strict=True):
+        for directory, source in zip(datasets.directories(config), validation, strict=True):
             first = next(validation_sums(state.params, source))
             print(*recipe.check_labels(config, first, directory), sep="\n", flush=True)
     except cli.UserError:

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 
+import jax.numpy as jnp
 import pytest
 
 from mert_jax import checkpoint
@@ -105,6 +106,18 @@ def test_a_claim_is_given_up_before_the_run_begins_and_not_after(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     checkpoint.release(str(tmp_path))
     assert (tmp_path / "config.json").exists()
+
+
+def test_a_checkpoint_that_no_run_made_is_not_resumed(tmp_path):
+    checkpoint.Checkpoints(str(tmp_path), keep=1).close()
+    checkpoint.claim(str(tmp_path), CONFIG)
+    os.unlink(tmp_path / "config.json")
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=1)
+    checkpoints.save(3, {"x": jnp.zeros(2)})
+    checkpoints.close()
+    assert checkpoint.steps(str(tmp_path)) == [3]
+    with pytest.raises(UserError, match=r"--config\.init_from="):
+        checkpoint.claim(str(tmp_path), CONFIG)
 
 
 def test_every_change_is_named(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mert_jax import codec, codes, data, encodec, model, recipe, records, step, teachers
+from mert_jax import codec, codes, data, datasets, encodec, model, recipe, records, step, teachers
 from mert_jax.cli import UserError
 from mert_jax.preparation import encode
 from mert_jax.preparation.assemble import stored_tracks
@@ -211,7 +211,7 @@ def config_of(dataset: str, **overrides):
 
 def test_training_takes_stored_codes_without_a_checkpoint(dataset, teacher):
     config = config_of(dataset)
-    found = recipe.stored_codes(config)
+    found = datasets.stored_codes(config)
     made = recipe.make_teachers(config, found)
     student = recipe.student(config, made, found)
     assert student.heads[0] == model.Head("rvq_vae", 16 + 4, 3)
@@ -253,7 +253,7 @@ def test_codes_of_another_codec_are_refused(dataset, tmp_path):
     encodec.write(str(tmp_path), params())
     config = config_of(dataset, teacher__rvq_vae__checkpoint=str(tmp_path))
     with pytest.raises(UserError, match="codes of another rvq_vae"):
-        recipe.make_teachers(config, recipe.stored_codes(config))
+        recipe.make_teachers(config, datasets.stored_codes(config))
 
 
 @pytest.fixture
@@ -271,14 +271,14 @@ def rewrite(path: str, **changes) -> None:
 
 def test_two_datasets_that_store_the_same_codec_need_no_checkpoint(dataset, another):
     config = config_of(f"{dataset},{another}")
-    found = recipe.stored_codes(config)
+    found = datasets.stored_codes(config)
     assert found["rvq_vae"].codec == stored(dataset)["rvq_vae"].codec
     # what the second one stores is read from its own files
     folder = codes.folder(another, "rvq_vae")
     (shard,) = found["rvq_vae"].shards["train"]
     os.rename(f"{folder}/{shard}", f"{folder}/other")
     rewrite(f"{folder}/codes.json", shards=found["rvq_vae"].shards | {"train": ["other"]})
-    sources = recipe.open_datasets(config, "train", found)
+    sources = datasets.open_datasets(config, "train", found)
     options = dict(num_samples=HOP * 50, hop=HOP, batch_size=8, seed=1, threads=2)
     (batch,) = itertools.islice(data.train_stream(sources, **options), 1)
     assert (batch["record"] >= len(sources[0])).sum() == 4
@@ -304,9 +304,9 @@ def test_codes_that_not_all_datasets_store_are_computed_or_refused(
         said = f"{odd} does not store the codes of rvq_vae that"
         config = config_of(",".join(dirs))
         with pytest.raises(UserError, match=f"{said}.* --output={odd} --codes=CHECKPOINT"):
-            recipe.stored_codes(config)
+            datasets.stored_codes(config)
         config.teacher.rvq_vae.checkpoint = checkpoint
-        assert recipe.stored_codes(config) == {}
+        assert datasets.stored_codes(config) == {}
         assert said in capsys.readouterr().out
 
 
@@ -314,7 +314,7 @@ def test_clips_must_fit_every_dataset(dataset, another):
     rewrite(os.path.join(another, records.METADATA), overlap_samples=15_000)
     config = config_of(f"{dataset}, {another}")
     with pytest.raises(UserError, match=f"longer than the 15000 that {another} was prepared"):
-        recipe.open_datasets(config, "train", {})
+        datasets.open_datasets(config, "train", {})
 
 
 def test_codes_that_do_not_fit_the_audio_are_refused(dataset, tmp_path):

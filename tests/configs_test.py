@@ -16,6 +16,7 @@ SIZES = ("base", "large", "tiny")
 CQT = ("cqt", 336, 0)
 HEADS = {
     "mert_v1": [("rvq_vae", 1028, 8), CQT],
+    "continue_base": [("rvq_vae", 1028, 8), CQT],
     "mert_v0": [("kmeans", 304, 2), CQT],
     "musicfm": [("random_projection", 4096, 1)],
     "muq": [("mel_rvq", 1024, 8)],

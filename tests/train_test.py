@@ -175,6 +175,23 @@ def test_a_nan_stops_the_run_and_names_the_step(dataset, tmp_path):
     assert "peak_learning_rate" in done.stderr
 
 
+def test_a_run_begins_from_another_runs_weights(dataset, finished, tmp_path):
+    workdir = tmp_path / "continued"
+    more = (f"--config.init_from={finished[0]}", "--config.total_steps=1")
+    done = run("train", *flags(dataset, workdir, *more))
+    assert done.returncode == 0, done.stderr
+    assert "body: 26,544 parameters loaded" in done.stdout
+    assert "head random_projection: loaded" in done.stdout
+    assert "Adam's moments: loaded, of 6 updates" in done.stdout
+    # the first update has learning rate 0: this is the loss that the other run ended with
+    before, after = (rows(path)[-1]["validation_loss"] for path in (finished[0], workdir))
+    assert after == pytest.approx(before, rel=1e-6)
+    with open(workdir / "model.json") as f:
+        assert json.load(f)["lineage"] == [f"{finished[0].name} (step 6)"]
+    again = run("train", *flags(dataset, workdir, *more))  # and takes nothing over twice
+    assert "is finished" in again.stdout
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -187,6 +204,7 @@ def test_a_nan_stops_the_run_and_names_the_step(dataset, tmp_path):
         (["--config.mesh.data=3"], "does not make 2 devices"),
         (["--workdir=/proc/nowhere"], "cannot be used"),
         (["--config=configs/nope.py"], "configs/nope.py"),
+        (["--config.init_from=/nowhere"], "/nowhere does not exist"),
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(dataset, tmp_path, extra, message):

@@ -26,15 +26,17 @@ class About(NamedTuple):
 
     sample_rate: Hz; do_normalize: whether each clip is brought to mean 0 and variance 1;
     dtype: of its tensors, as they were read; flat_moments: Adam's moments in one vector, as fairseq
-    keeps them in fp16 training; row_orders: for each codebook the row of a fairseq file that each
-    of ours was, () where they are the same; teachers: fingerprints by name; licence, config,
-    metrics (the last line) and data of the run; lineage: the checkpoints it goes back to.
+    keeps them in fp16 training; special_codes: rows of a codebook before code 0; row_orders: for
+    each codebook the row of a fairseq file that each of ours was, () where they are the same;
+    teachers: fingerprints by name; licence, config, metrics (the last line) and data of the run;
+    lineage: the checkpoints it goes back to.
     """
 
     sample_rate: int = 24_000
     do_normalize: bool = False
     dtype: str = "float32"
     flat_moments: bool = False
+    special_codes: int = 4
     row_orders: tuple[tuple[int, ...], ...] = ()
     teachers: Mapping[str, str] = {}
     licence: str = ""

@@ -8,6 +8,7 @@ A file holds settings (`cfg`, or `args` in old ones), tensors (`model`), the num
 
 import ast
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -206,7 +207,7 @@ def read(path: str, moments: bool = True) -> Checkpoint:
         dtype=names.dtype_of(state),
         flat_moments=last is not None and last[2],
         row_orders=orders,
-        lineage=(f"{path} (fairseq)",),
+        lineage=(f"{os.path.basename(path)} (fairseq)",),
     )
     return Checkpoint(
         found,
@@ -245,6 +246,7 @@ def settings(student: Student, about: About) -> dict[str, Any]:
     """The `cfg` that fairseq builds the model from: the weights' sizes, and MERT's constants."""
     convs = zip(student.conv_kernels, student.conv_strides, strict=True)
     books = sum(head.num_codebooks for head in student.heads)
+    run = about.config
     model = dict(
         _name="mert",
         label_rate=75.0,
@@ -260,12 +262,10 @@ def settings(student: Student, about: About) -> dict[str, Any]:
         conv_pos_groups=student.pos_conv_groups,
         final_dim=student.final_dim,
         untie_final_proj=True,
-        logit_temp=about.config.get("objective", {}).get("logit_temperature", 0.1),
-        feature_grad_mult=about.config.get("model", {}).get(
-            "feature_grad_mult", student.feature_grad_mult
-        ),
+        logit_temp=run.get("objective", {}).get("logit_temperature", 0.1),
+        feature_grad_mult=run.get("model", {}).get("feature_grad_mult", 1.0),
         audio_cqt_loss_m=True,
-        audio_cqt_bins=student.heads[-1].size,
+        audio_cqt_bins=cqt_size(student),
     )
     task = dict(
         _name="mert_pretraining",
@@ -277,6 +277,31 @@ def settings(student: Student, about: About) -> dict[str, Any]:
     return {"_name": None, "model": model, "task": task}
 
 
+def official(params: Any, student: Student, about: About) -> dict[str, np.ndarray]:
+    """fairseq's tensors of `params` or of their moments, codebooks in the file's order; special
+    rows that the run had none of are 0."""
+    state = reordered(names.params_to_fairseq(params), about.row_orders, back=True)
+    if about.special_codes not in (0, SPECIAL):
+        raise UserError(f"codebooks have {about.special_codes} special rows, fairseq's {SPECIAL}")
+    if not about.special_codes:
+        head = next(head for head in student.heads if head.num_codebooks)
+        books = state["label_embs_concat"].reshape(head.num_codebooks, head.size, -1)
+        padded = np.pad(books, ((0, 0), (SPECIAL, 0), (0, 0)))
+        state["label_embs_concat"] = padded.reshape(-1, books.shape[-1])
+    return state
+
+
+def optimizer_state(mu: Mapping, nu: Mapping, step: int, flat: bool) -> dict[str, Any]:
+    """Adam's moments by name as torch's optimiser numbers them, or `flat` in one vector each."""
+    pairs = [(mu[name], nu[name]) for name in mu]
+    if flat:
+        whole = (np.concatenate([x.reshape(-1) for x in xs]) for xs in zip(*pairs, strict=True))
+        pairs = [tuple(whole)]
+    entries = [{"step": step, "exp_avg": m, "exp_avg_sq": v} for m, v in pairs]
+    groups = [{"params": list(range(len(entries)))}]
+    return {"state": dict(enumerate(entries)), "param_groups": groups}
+
+
 def write(path: str, checkpoint: Checkpoint) -> None:
     """Write the checkpoint as fairseq's trainer does: its names, shapes and order.
 
@@ -284,8 +309,7 @@ def write(path: str, checkpoint: Checkpoint) -> None:
     not take it.
     """
     student, about = checkpoint.student, checkpoint.about
-    kinds = [bool(head.num_codebooks) for head in student.heads]
-    if sorted(kinds) != [False, True]:
+    if sorted(bool(head.num_codebooks) for head in student.heads) != [False, True]:
         have = ", ".join(head.name for head in student.heads) or "none"
         raise UserError(
             "fairseq's model has one head for codes and one for the CQT, and loads nothing else; "
@@ -293,46 +317,35 @@ def write(path: str, checkpoint: Checkpoint) -> None:
         )
     if student.project_equal_widths and student.conv_dim == student.hidden_size:
         raise UserError("fairseq does not project equal widths; this student does")
-    dtype = names.DTYPES[about.dtype]
-    official = lambda params: reordered(
-        names.params_to_fairseq(params), about.row_orders, back=True
+    model = official(checkpoint.params, student, about) | cqt_tables(
+        cqt_size(student), about.sample_rate
     )
-    trained = official(checkpoint.params)
-    cqt_head = next(head for head in student.heads if not head.num_codebooks)
-    model = trained | cqt_tables(cqt_head.size, about.sample_rate)
-    model = {name: np.asarray(model[name], dtype) for name in sorted(model, key=names.fairseq_rank)}
+    dtype = names.DTYPES[about.dtype]
     last = None
     if checkpoint.moments:
-        mu, nu = (official(x) for x in checkpoint.moments)
-        pairs = [(mu[name], nu[name]) for name in trained]
-        if about.flat_moments:
-            pairs = [
-                tuple(
-                    np.concatenate([x.reshape(-1) for x in xs]) for xs in zip(*pairs, strict=True)
-                )
-            ]
-        last = {
-            "state": {
-                i: {"step": checkpoint.step, "exp_avg": mu, "exp_avg_sq": nu}
-                for i, (mu, nu) in enumerate(pairs)
-            },
-            "param_groups": [{"params": list(range(len(pairs)))}],
-        }
+        mu, nu = (official(x, student, about) for x in checkpoint.moments)
+        last = optimizer_state(mu, nu, checkpoint.step, about.flat_moments)
     history = {
         "criterion_name": "MertCriterion",
         "optimizer_name": "Adam",
         "lr_scheduler_state": {},
+        "num_updates": checkpoint.step,
     }
-    torch_files.write(
-        path,
-        {
-            "args": None,
-            "cfg": settings(student, about),
-            "model": model,
-            "criterion": {},
-            "optimizer_history": [history | {"num_updates": checkpoint.step}],
-            "task_state": {},
-            "extra_state": {},
-            "last_optimizer_state": last,
+    content = {
+        "args": None,
+        "cfg": settings(student, about),
+        "model": {
+            name: np.asarray(model[name], dtype) for name in sorted(model, key=names.fairseq_rank)
         },
-    )
+        "criterion": {},
+        "optimizer_history": [history],
+        "task_state": {},
+        "extra_state": {},
+        "last_optimizer_state": last,
+    }
+    torch_files.write(path, content)
+
+
+def cqt_size(student: Student) -> int:
+    """Bins of the student's CQT head."""
+    return next(head.size for head in student.heads if not head.num_codebooks)

@@ -117,7 +117,7 @@ def read(path: str, moments: bool = True) -> Checkpoint:
         do_normalize=settings.get("do_normalize", False),
         dtype=names.dtype_of(state),
         licence=card.licence(path),
-        lineage=(f"{os.path.abspath(path)} (Hugging Face)",),
+        lineage=(f"{os.path.basename(os.path.abspath(path))} (Hugging Face)",),
     )
     return Checkpoint(found, names.params_from_hf(state, found, path), None, 0, about)
 

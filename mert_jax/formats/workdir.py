@@ -20,18 +20,18 @@ from mert_jax.formats import About, Checkpoint, architecture, names, student_of
 from mert_jax.model import Student
 from mert_jax.step import TrainState
 
-MODEL = "model.json"
 # of About, what model.json holds; the rest lies in the run's own files
 KEPT = (
-    *("sample_rate", "do_normalize", "dtype", "flat_moments", "row_orders", "teachers", "licence"),
-    *("data", "lineage"),
+    *("sample_rate", "do_normalize", "dtype", "flat_moments", "special_codes", "row_orders"),
+    *("teachers", "licence", "data", "lineage"),
 )
 
 
 def describe(workdir: str, student: Student, about: About) -> None:
     """Write WORKDIR/model.json, what `read` needs beside the weights."""
     content = {"student": architecture(student)} | {key: getattr(about, key) for key in KEPT}
-    with atomic.staged(os.path.join(workdir, MODEL), replace=True) as path, open(path, "w") as f:
+    path = os.path.join(workdir, checkpoint.MODEL)
+    with atomic.staged(path, replace=True) as temporary, open(temporary, "w") as f:
         json.dump(content, f, indent=1)
 
 
@@ -41,7 +41,7 @@ def locate(path: str) -> tuple[str, int]:
     if os.path.exists(os.path.join(path, "_CHECKPOINT_METADATA")):
         step = os.path.basename(os.path.normpath(path))
         return os.path.dirname(os.path.dirname(os.path.abspath(path))), int(step)
-    steps = ocp.utils.checkpoint_steps(os.path.abspath(os.path.join(path, "checkpoints")))
+    steps = checkpoint.steps(path)
     if not steps:
         raise UserError(f"{path} has no finished checkpoint in checkpoints/ yet")
     return path, max(steps)
@@ -53,12 +53,12 @@ def read(path: str, moments: bool = True) -> Checkpoint:
     Raises UserError as `formats.read` does.
     """
     workdir, step = locate(path)
-    content = weights.read_json(os.path.join(workdir, MODEL))
+    content = weights.read_json(os.path.join(workdir, checkpoint.MODEL))
     try:
         student = student_of(content["student"])
         about = About(**{key: content[key] for key in KEPT if key in content})
     except (KeyError, TypeError) as e:
-        raise UserError(f"{workdir}/{MODEL} does not describe a student: {e!r}") from e
+        raise UserError(f"{workdir}/{checkpoint.MODEL} does not describe a student: {e!r}") from e
     state = _restore(os.path.join(workdir, "checkpoints"), step, moments)
     params = _checked(state["params"], student, f"{workdir}, step {step}")
     found = None
@@ -69,7 +69,7 @@ def read(path: str, moments: bool = True) -> Checkpoint:
     about = about._replace(
         config=weights.read_json(run) if os.path.exists(run) else {},
         metrics=next((row for row in reversed(rows) if row["step"] <= step), {}),
-        lineage=(*about.lineage, f"{os.path.abspath(workdir)} (step {step})"),
+        lineage=(*about.lineage, f"{os.path.basename(os.path.abspath(workdir))} (step {step})"),
     )
     return Checkpoint(student, params, found, step, about)
 
