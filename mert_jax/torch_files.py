@@ -6,6 +6,7 @@ their storage and plain containers, and the classes of the packages in `STUBS`, 
 """
 
 import collections
+import mmap
 import os
 import pickle
 import struct
@@ -45,14 +46,14 @@ def read(path: str | os.PathLike) -> Any:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 return _read_zip(archive)
-        with open(path, "rb") as file:
-            return _read_legacy(file)
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            return _read_legacy(view)
     except UserError:
         raise
-    except (OSError, EOFError, KeyError, ValueError, TypeError, IndexError, AttributeError) as e:
-        raise UserError(f"{path} is no readable torch file: {e!r}") from e
     except (pickle.UnpicklingError, zipfile.BadZipFile) as e:
         raise UserError(f"{path} is no readable torch file: {e}") from e
+    except Exception as e:  # garbled bytes make pickle, zipfile and numpy raise nearly anything
+        raise UserError(f"{path} is no readable torch file: {e!r}") from e
 
 
 class Stub:
@@ -88,6 +89,12 @@ def _scalar(dtype: _Dtype, content: bytes) -> Any:
     return np.frombuffer(content, np.dtype(str(dtype.args[0])), 1)[0]
 
 
+def _type_of(x: Any) -> type:
+    if x is not None:  # the type of a type makes classes, that of a function makes functions
+        raise pickle.UnpicklingError("it asks for the type of a value; refused")
+    return type(None)
+
+
 def _item_of_type(kind: Any, item: Any) -> type[Stub]:
     if not (isinstance(kind, type) and issubclass(kind, Stub)):
         raise pickle.UnpicklingError("it asks for operator.getitem of a value; refused")
@@ -108,14 +115,14 @@ ADMITTED = {
     # types of settings
     ("collections", "defaultdict"): lambda *_: {},
     ("_operator", "getitem"): _item_of_type,
-    ("__builtin__", "type"): lambda x: type(x),
+    ("__builtin__", "type"): _type_of,
     ("__builtin__", "unicode"): str,  # protocol 2 speaks Python 2
     ("__builtin__", "long"): int,
     **{("__builtin__", kind.__name__): kind for kind in (bool, dict, float, int, list, set, str)},
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the one in Python: in C, no opcode can be refused
     def __init__(self, file: BinaryIO, load_storage: Any):
         super().__init__(file, encoding="utf-8")
         self._load_storage = load_storage
@@ -129,6 +136,17 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(
             f"it asks for {module}.{name}, which tensors do not need; refused"
         )
+
+    def load_build(self) -> None:
+        """Give an object its state; of a function it would be its defaults, of an array its memory,
+        which others look into."""
+        if not isinstance(self.stack[-2], Stub | collections.OrderedDict):
+            kind = type(self.stack[-2]).__name__
+            raise pickle.UnpicklingError(f"it asks to set the state of a {kind}; refused")
+        super().load_build()
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
+    del dispatch[pickle.BYTEARRAY8[0]]  # makes room for whatever length it is told
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         kind, dtype, key, _, count = pid[:5]
@@ -155,13 +173,13 @@ def _read_zip(archive: zipfile.ZipFile) -> Any:
         return _Unpickler(file, load).load()
 
 
-def _read_legacy(file: BinaryIO) -> Any:
-    length = os.fstat(file.fileno()).st_size
+def _read_legacy(file: mmap.mmap) -> Any:
+    # a map reads no further than its end, where a file makes room for whatever length it is told
     storages: dict[str, np.ndarray] = {}
 
     def load(dtype: np.dtype, key: str, count: int) -> np.ndarray:
-        if count * dtype.itemsize > length:
-            raise ValueError(f"storage {key} of {count} values in a file of {length} bytes")
+        if count * dtype.itemsize > len(file):
+            raise ValueError(f"storage {key} of {count} values in a file of {len(file)} bytes")
         # filled below: the bytes come after the objects
         return storages.setdefault(key, np.zeros(count, dtype))
 
@@ -175,8 +193,10 @@ def _read_legacy(file: BinaryIO) -> Any:
     for key in part():
         count = int.from_bytes(file.read(8), "little")
         storage = storages[key]
-        if count != len(storage) or file.readinto(storage.view(np.uint8)) != storage.nbytes:
+        stored = file.read(storage.nbytes)
+        if count != len(storage) or len(stored) != storage.nbytes:
             raise EOFError(f"storage {key} is cut short")
+        storage.view(np.uint8)[:] = np.frombuffer(stored, np.uint8)
     return content
 
 
@@ -221,7 +241,7 @@ def _pickled(x: Any, arrays: list[np.ndarray]) -> bytes:
             return b"](" + inner(*x) + b"e"
         case tuple():
             return b"(" + inner(*x) + b"t"
-        case np.ndarray():
+        case np.ndarray() if x.dtype in STORAGE_OF:
             arrays.append(x)
             storage = b"ctorch\n" + STORAGE_OF[x.dtype].encode() + b"\n"
             reference = inner("storage") + storage + inner(str(len(arrays) - 1), "cpu", x.size)

@@ -45,8 +45,11 @@ def read_folder(path: str | os.PathLike) -> dict[str, np.ndarray]:
         if os.path.exists(file):
             return read(file)
         if os.path.exists(f"{file}.index.json"):
-            index = read_json(f"{file}.index.json")
-            shards = sorted(set(index.get("weight_map", {}).values()))
+            files = read_json(f"{file}.index.json").get("weight_map")
+            named = list(files.values()) if isinstance(files, dict) else []
+            if not named or not all(isinstance(shard, str) for shard in named):
+                raise UserError(f"{file}.index.json does not say which file has which tensor")
+            shards = sorted(set(named))
             if odd := [shard for shard in shards if os.path.basename(shard) != shard]:
                 raise UserError(f"{file}.index.json names a file outside of {path}: {odd[0]}")
             state: dict[str, np.ndarray] = {}

@@ -1,102 +1,35 @@
-"""Files of tensors: what safetensors and torch write, what is broken, and what would run code."""
+"""Tensors by name: safetensors and torch's files, whole folders in shards, and broken ones."""
 
+import json
 import os
-import pickle
-import zipfile
-from pathlib import Path
+import stat
 
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from mert_jax import cli, weights
+from mert_jax import cli, torch_files, weights
 
-# written by torch 2.13, torch.save(state, path, _use_new_zipfile_serialization=True and False), of
-# x = torch.arange(12.).reshape(3, 4)
-FILES = Path(__file__).parent / "torch_files"
 X = np.arange(12, dtype=np.float32).reshape(3, 4)
-STATE = {
-    "float": X,
-    "transposed": X.T,
-    "slice": X[1:, 1:3],
-    "half": X.astype(np.float16),
-    "bfloat16": X.astype(ml_dtypes.bfloat16),
-    "double": X.astype(np.float64),
-    "long": np.arange(3),
-    "bool": np.array([True, False]),
-    "scalar": np.array(2.5, np.float32),
-    "empty": np.zeros((0, 3), np.float32),
-    "parameter": X + 1,
-}
 
 
-@pytest.mark.parametrize("name", ["state_dict.pt", "state_dict_legacy.pt"])
-def test_what_torch_wrote(name):
-    read = weights.read(FILES / name)
-    assert list(read) == list(STATE)
-    for key, x in STATE.items():
-        assert read[key].dtype == x.dtype
-        np.testing.assert_array_equal(read[key], x)
-
-
-@pytest.mark.parametrize("name", ["state_dict.pt", "state_dict_legacy.pt"])
-@pytest.mark.parametrize("missing", [1, 100, 700, 1500, 1790])
-def test_a_torch_file_cut_short(tmp_path, name, missing):
-    whole = (FILES / name).read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[:-missing])
-    with pytest.raises(cli.UserError, match=r"cut\.pt"):
-        weights.read(tmp_path / "cut.pt")
-
-
-class RunsCode:
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_code_is_refused_by_name(tmp_path, monkeypatch, legacy):
-    monkeypatch.chdir(tmp_path)
-    pickled = pickle.dumps({"x": RunsCode()}, 2)
-    if legacy:
-        parts = (weights.LEGACY_MAGIC, 1001, {})
-        Path("bad.pt").write_bytes(b"".join(pickle.dumps(p, 2) for p in parts) + pickled)
-    else:
-        with zipfile.ZipFile("bad.pt", "w") as archive:
-            archive.writestr("archive/data.pkl", pickled)
-    with pytest.raises(cli.UserError, match=r"mkdir.*refused"):
-        weights.read("bad.pt")
-    assert not os.path.exists("ran")
-
-
-def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
-    """What a forged file would read the memory beside its tensors with."""
-    with zipfile.ZipFile(FILES / "state_dict.pt") as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    (pickled,) = (name for name in members if name.endswith("data.pkl"))
-    shape = b"K\x03K\x04\x86"  # the tuple (3, 4)
-    assert shape in members[pickled]
-    members[pickled] = members[pickled].replace(shape, b"K\x63K\x04\x86", 1)
-    with zipfile.ZipFile(tmp_path / "forged.pt", "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    with pytest.raises(cli.UserError, match=r"forged\.pt"):
-        weights.read(tmp_path / "forged.pt")
-
-
-def test_safetensors(tmp_path):
-    kinds = (np.float32, np.float16, ml_dtypes.bfloat16, np.int64)
-    state = {np.dtype(kind).name: X.astype(kind) for kind in kinds}
-    save_file(state, tmp_path / "model.safetensors")
-    read = weights.read(tmp_path / "model.safetensors")
+def assert_same(read, state):
     assert set(read) == set(state)
     for name, x in state.items():
         assert read[name].dtype == x.dtype
         np.testing.assert_array_equal(read[name], x)
 
 
+def test_safetensors(tmp_path):
+    kinds = (np.float32, np.float16, ml_dtypes.bfloat16, np.int64)
+    state = {np.dtype(kind).name: X.astype(kind) for kind in kinds}
+    save_file(state, tmp_path / "model.safetensors")
+    assert_same(weights.read(tmp_path / "model.safetensors"), state)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{", b"not a file of tensors at all"])
-@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.bin"])
 def test_broken_files(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(cli.UserError, match=name):
@@ -105,8 +38,109 @@ def test_broken_files(tmp_path, name, content):
         weights.read(tmp_path / "elsewhere" / name)
 
 
-def test_a_checkpoint_that_is_no_state_dict(tmp_path):
-    with zipfile.ZipFile(tmp_path / "run.pt", "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps({"epoch": 3, "lr": 0.1}, 2))
-    with pytest.raises(cli.UserError, match=r"2 of its 2 entries.*epoch, lr"):
+def test_safetensors_cut_short(tmp_path):
+    save_file({"x": X, "y": X}, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-4])
+    with pytest.raises(cli.UserError, match="no readable safetensors file"):
+        weights.read(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"epoch": 3, "lr": 0.1}, r"2 of its 2 entries.*epoch, lr"),
+        ({"x": X, "step": 1}, r"1 of its 2 entries.*step"),
+        ([X], "holds a list"),
+    ],
+)
+def test_a_torch_file_that_is_no_state_dict(tmp_path, content, message):
+    torch_files.write(tmp_path / "run.pt", content)
+    with pytest.raises(cli.UserError, match=message):
         weights.read(tmp_path / "run.pt")
+
+
+# folders -----------------------------------------------------------------------------------------
+
+STATE = {"a": X, "b": X + 1, "c": X.astype(np.float16)}
+SHARDS = {"a": "00001-of-00002", "b": "00001-of-00002", "c": "00002-of-00002"}
+
+
+def shard(folder, kind):
+    """`STATE` in two files and an index, as transformers splits large models."""
+    stem, end, write = {
+        "safetensors": ("model", "safetensors", save_file),
+        "bin": ("pytorch_model", "bin", lambda state, path: torch_files.write(path, state)),
+    }[kind]
+    files = {name: f"{stem}-{part}.{end}" for name, part in SHARDS.items()}
+    for file in set(files.values()):
+        write({name: x for name, x in STATE.items() if files[name] == file}, folder / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": files}
+    (folder / f"{stem}.{end}.index.json").write_text(json.dumps(index))
+    return sorted(set(files.values()))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_folder_in_shards(tmp_path, kind):
+    files = shard(tmp_path, kind)
+    assert_same(weights.read_folder(tmp_path), STATE)
+    os.unlink(tmp_path / files[1])
+    with pytest.raises(cli.UserError, match="00002-of-00002"):
+        weights.read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("outside", ["../model.safetensors", "/etc/model.safetensors", "a/b"])
+def test_an_index_that_names_a_file_outside_of_its_folder(tmp_path, outside):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(STATE, tmp_path / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(STATE, outside)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(cli.UserError, match=f"outside of .*{outside}"):
+        weights.read_folder(folder)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {}}', '{"weight_map": [1]}', "{}"])
+def test_a_broken_index(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(cli.UserError, match=r"model\.safetensors\.index\.json"):
+        weights.read_folder(tmp_path)
+
+
+def test_safetensors_are_preferred_to_torch(tmp_path):
+    torch_files.write(tmp_path / "pytorch_model.bin", {"x": X})
+    assert_same(weights.read_folder(tmp_path), {"x": X})
+    save_file({"x": X + 1}, tmp_path / "model.safetensors")
+    assert_same(weights.read_folder(tmp_path), {"x": X + 1})
+
+
+def test_a_folder_without_weights(tmp_path):
+    with pytest.raises(cli.UserError, match=r"has no model\.safetensors or pytorch_model\.bin"):
+        weights.read_folder(tmp_path)
+
+
+# writing -----------------------------------------------------------------------------------------
+
+
+def test_transposed_and_sliced_arrays_are_written_as_they_read(tmp_path):
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    state = {"t": x.T, "swapped": x.swapaxes(0, 2), "slice": x[:, ::2], "back": x[::-1], "x": x}
+    state |= {"number": np.array(2.5, np.float32), "half": x.T.astype(ml_dtypes.bfloat16)}
+    weights.write(tmp_path / "x.safetensors", state)
+    assert_same(weights.read(tmp_path / "x.safetensors"), state)
+    assert_same(load_file(tmp_path / "x.safetensors"), state)
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        weights.write(tmp_path / "x.safetensors", {"x": X})
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(tmp_path / "x.safetensors").st_mode) == 0o640
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    with pytest.raises(OSError, match=r"nowhere|No such file"):
+        weights.write(tmp_path / "nowhere" / "x.safetensors", {"x": X})

@@ -200,26 +200,26 @@ def _from_state(
     state: Mapping[str, np.ndarray], student: Student, style: int, path: str = "the checkpoint"
 ) -> Any:
     state = {name: x for name, x in weight_norm(state).items() if not BUFFERS.search(name)}
-    ours = abstract(student)
-    shapes = {path: x.shape for path, x in ours.items()}
-    names = _names(ours, style)
+    parameters = abstract(student)
+    shapes = {name: x.shape for name, x in parameters.items()}
+    names = _names(parameters, style)
     problems = [f"missing {name}" for name in names if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in names]
-    for name, (path, layer) in names.items():
-        shape = shapes[path][1:] if layer is not None else shapes[path]
-        expected = _to_torch(path, np.broadcast_to(np.float32(0), shape)).shape
+    for name, (ours, layer) in names.items():
+        shape = shapes[ours][1:] if layer is not None else shapes[ours]
+        expected = _to_torch(ours, np.broadcast_to(np.float32(0), shape)).shape
         if name in state and state[name].shape != expected:
             problems.append(f"{name} is {list(state[name].shape)}, not {list(expected)}")
         elif name in state and (bad := np.count_nonzero(~np.isfinite(state[name]))):
             problems.append(f"{name} has {bad} values that are not finite")
     refuse(problems, path)
     pieces: dict[str, list[np.ndarray]] = {}
-    for name, (path, layer) in names.items():
-        shape = shapes[path][1:] if layer is not None else shapes[path]
-        pieces.setdefault(path, []).append(_from_torch(path, state[name], shape))
+    for name, (ours, layer) in names.items():
+        shape = shapes[ours][1:] if layer is not None else shapes[ours]
+        pieces.setdefault(ours, []).append(_from_torch(ours, state[name], shape))
     flat = {
-        path: np.stack(xs) if path.startswith("encoder/layers/") else xs[0]
-        for path, xs in pieces.items()
+        ours: np.stack(xs) if ours.startswith("encoder/layers/") else xs[0]
+        for ours, xs in pieces.items()
     }
     return traverse_util.unflatten_dict(flat, sep="/")
 
