@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import jax
 import numpy as np
@@ -48,7 +50,8 @@ def assert_same(a, b):
     """Two trees of equal names, dtypes and values, bit for bit."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
-    assert jax.tree.map(lambda x: x.dtype, a) == jax.tree.map(lambda x: x.dtype, b)
+    dtypes = lambda tree: [np.asarray(x).dtype for x in jax.tree.leaves(tree)]
+    assert dtypes(a) == dtypes(b)
 
 
 # fairseq's files ---------------------------------------------------------------------------------
@@ -116,6 +119,35 @@ def content(student: model.Student, state: dict, **changes) -> dict:
         "extra_state": {"train_iterator": {"epoch": 2, "shuffle": True}, "best": 3.5},
         "last_optimizer_state": None,
     } | changes
+
+
+class Object(NamedTuple):
+    """An object in a pickle, of a class that is not here."""
+
+    module: str
+    name: str
+    attributes: dict
+
+
+def write_with_objects(path, content) -> None:
+    """torch_files.write, for content with `Object`s too."""
+    plain = torch_files._pickled
+
+    def pickled(x, arrays):
+        if not isinstance(x, Object):
+            return plain(x, arrays)
+        made = f"c{x.module}\n{x.name}\n)".encode() + b"\x81"
+        return made + plain(x.attributes, arrays) + b"b"
+
+    with mock.patch.object(torch_files, "_pickled", pickled):
+        torch_files.write(path, content)
+
+
+def dictionary(codes) -> Object:
+    """A fairseq dictionary whose text file listed `codes` in this order."""
+    symbols = ["<s>", "<pad>", "</s>", "<unk>", *map(str, codes)]
+    attributes = {"symbols": symbols, "indices": {s: i for i, s in enumerate(symbols)}}
+    return Object("fairseq.data.dictionary", "Dictionary", attributes | {"nspecial": 4})
 
 
 # Hugging Face's directories ----------------------------------------------------------------------

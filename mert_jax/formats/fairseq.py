@@ -23,6 +23,13 @@ from mert_jax.teachers import cqt
 
 SPECIAL = 4  # rows of a codebook before its codes: <s>, <pad>, </s>, <unk>
 FMIN, OCTAVES = 32.7, 7  # of the CQT head
+LAYERS = "encoder.layers."
+# tensors whose shapes tell the student's, and those of each head, which come together
+BODY = ("encoder.pos_conv.0.weight_v", "encoder.layers.0.fc1.weight")
+HEADS = (
+    ("label_embs_concat", "final_proj.weight", "final_proj.bias"),
+    ("encoder_cqt_model.fc.weight", "encoder_cqt_model.fc.bias"),
+)
 DEFAULT_CONV = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
 
 
@@ -50,18 +57,30 @@ def conv_layers(text: str) -> list[tuple[int, int, int]]:
                 return value(left) * value(right)
             case ast.List() | ast.Tuple() | ast.Constant():
                 return ast.literal_eval(node)
-        raise UserError(f"conv_feature_layers is not understood: {text!r}")
+        raise ValueError
 
-    return [tuple(layer) for layer in value(ast.parse(text, mode="eval").body)]
+    try:
+        layers = [tuple(layer) for layer in value(ast.parse(str(text), mode="eval").body)]
+        if not layers or any(len(layer) != 3 for layer in layers):
+            raise ValueError
+    except (SyntaxError, TypeError, ValueError) as e:
+        raise UserError(f"conv_feature_layers is not understood: {text!r}") from e
+    return layers
 
 
-def student(config: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> Student:
+def student(
+    config: Mapping[str, Any], state: Mapping[str, np.ndarray], path: str = "the checkpoint"
+) -> Student:
     """The student of a fairseq checkpoint, without dropout: widths from the tensors' shapes, what
     they do not tell from the `config` of its model. Its heads are called rvq_vae and cqt.
 
     Raises UserError for settings that no MERT has, and where settings and tensors differ.
     """
     state = names.weight_norm(state)
+    together = (BODY, *(group for group in HEADS if not state.keys().isdisjoint(group)))
+    names.refuse(
+        [f"missing {name}" for group in together for name in group if name not in state], path
+    )
     channels, kernels, strides = zip(
         *conv_layers(config.get("conv_feature_layers", DEFAULT_CONV)), strict=True
     )
@@ -82,7 +101,7 @@ def student(config: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> Stude
         conv_kernels=kernels,
         conv_strides=strides,
         hidden_size=width,
-        num_layers=sum(name.endswith(".fc1.weight") for name in state),
+        num_layers=len({name.split(".")[2] for name in state if name.startswith(LAYERS)}),
         num_heads=config.get("encoder_attention_heads", 12),
         intermediate_size=state["encoder.layers.0.fc1.weight"].shape[0],
         pre_norm=config.get("layer_norm_first", False),
@@ -114,7 +133,7 @@ def row_order(dictionary: torch_files.Stub, size: int, raw: bool, book: int) -> 
     """
     if raw:
         return [*range(size - SPECIAL, size), *range(size - SPECIAL)]
-    symbols = list(getattr(dictionary, "symbols", []))[SPECIAL:]
+    symbols = list(dictionary.symbols)[SPECIAL:]
     codes = [int(s) for s in symbols if str(s).isdecimal()]
     if len(symbols) != size - SPECIAL or sorted(codes) != list(range(size - SPECIAL)):
         raise UserError(
@@ -127,7 +146,10 @@ def row_order(dictionary: torch_files.Stub, size: int, raw: bool, book: int) -> 
 
 def row_orders(task_state: Any, task: Mapping[str, Any], head: Head) -> tuple[tuple[int, ...], ...]:
     """`row_order` of every codebook, () where all of them are in order already."""
-    dictionaries = (task_state or {}).get("dictionaries") or []
+    # one without symbols says nothing: its codes are taken to be in order
+    dictionaries = [
+        x for x in (task_state or {}).get("dictionaries") or [] if getattr(x, "symbols", None)
+    ]
     raw = bool(task.get("numpy_memmap_label"))
     if not dictionaries and not raw:
         return ()
@@ -163,6 +185,11 @@ def moments_of(last: Any, state: Mapping[str, np.ndarray], path: str) -> Any:
     sizes = [state[name].size for name in trained]
     moments, flat = [], len(entries) == 1 < len(trained)
     for key in ("exp_avg", "exp_avg_sq"):
+        if any(key not in entry for entry in entries):
+            raise UserError(
+                f"{path}: the optimiser's state has no {key}, so that it is not Adam's; leave the "
+                "moments out (--moments=False)"
+            )
         vectors = [np.asarray(entry[key]) for entry in entries]
         if flat and vectors[0].size == sum(sizes):
             vectors = np.split(vectors[0].reshape(-1), np.cumsum(sizes)[:-1])
@@ -184,6 +211,8 @@ def read(path: str, moments: bool = True) -> Checkpoint:
     if not isinstance(state, dict) or "encoder.layers.0.fc1.weight" not in state:
         held = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else "no dict"
         raise UserError(f"{path} is no checkpoint of fairseq's MERT; it holds: {held}")
+    if odd := [name for name, x in state.items() if not isinstance(x, np.ndarray)]:
+        raise UserError(f"{path}: not tensors, though in its model: {', '.join(map(str, odd[:5]))}")
     cfg, args = plain(content.get("cfg")) or {}, plain(content.get("args")) or {}
     config, task = cfg.get("model") or args, cfg.get("task") or args
     if not config:
@@ -191,7 +220,7 @@ def read(path: str, moments: bool = True) -> Checkpoint:
             f"{path} has neither cfg nor args: whether its layers are pre-norm, and their heads, "
             "cannot be known"
         )
-    found = student(config, state)
+    found = student(config, state, path)
     if "label_embs_concat" in state:
         orders = row_orders(content.get("task_state"), task, found.heads[0])
     else:

@@ -4,6 +4,7 @@ State dicts hold numpy arrays in torch's layout. Our parameters are flax's tree,
 stacked on the first axis; names of ours are written as paths, "encoder/layer_norm/scale".
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -160,10 +161,21 @@ def _to_state(params: Any, style: int) -> dict[str, np.ndarray]:
     }
 
 
-def abstract(student: Student) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the student's parameters, by path."""
+@functools.lru_cache(maxsize=8)  # asked for parameters, and again for each moment
+def _abstract(student: Student) -> dict[str, jax.ShapeDtypeStruct]:
     wave = jax.ShapeDtypeStruct((1, 4000), jnp.float32)  # any length will do
     return _flat(jax.eval_shape(student.init, jax.random.key(0), wave)["params"])
+
+
+def abstract(student: Student) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the student's parameters, by path; UserError for sizes that no student
+    can have."""
+    try:
+        return dict(_abstract(student))
+    except Exception as e:  # whatever the settings of a file make of shapes
+        sizes = ("hidden_size", "num_layers", "num_heads", "pos_conv_kernel", "pos_conv_groups")
+        given = ", ".join(f"{size}={getattr(student, size)!r}" for size in sizes)
+        raise UserError(f"no student can have {given}: {str(e).splitlines()[0]}") from e
 
 
 def weight_norm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
