@@ -54,19 +54,22 @@ def student(config: Mapping[str, Any]) -> Student:
     ]:
         raise UserError(f"not a MERT this program knows: {', '.join(wrong)}")
     config = DEFAULTS | dict(config)
-    return Student(
-        conv_dim=one_width(config["conv_dim"]),
-        conv_kernels=tuple(config["conv_kernel"]),
-        conv_strides=tuple(config["conv_stride"]),
-        hidden_size=config["hidden_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        intermediate_size=config["intermediate_size"],
-        pre_norm=config["do_stable_layer_norm"],
-        project_equal_widths=True,
-        pos_conv_kernel=config["num_conv_pos_embeddings"],
-        pos_conv_groups=config["num_conv_pos_embedding_groups"],
-    )
+    try:
+        return Student(
+            conv_dim=one_width(config["conv_dim"]),
+            conv_kernels=tuple(config["conv_kernel"]),
+            conv_strides=tuple(config["conv_stride"]),
+            hidden_size=config["hidden_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=config["num_attention_heads"],
+            intermediate_size=config["intermediate_size"],
+            pre_norm=config["do_stable_layer_norm"],
+            project_equal_widths=True,
+            pos_conv_kernel=config["num_conv_pos_embeddings"],
+            pos_conv_groups=config["num_conv_pos_embedding_groups"],
+        )
+    except TypeError as e:  # a number in place of a list
+        raise UserError(f"config.json does not describe a student: {e}") from e
 
 
 def config(student: Student, about: About) -> dict[str, Any]:
