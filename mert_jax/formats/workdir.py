@@ -40,6 +40,10 @@ def locate(path: str) -> tuple[str, int]:
     the one named. UserError where there is none."""
     if os.path.exists(os.path.join(path, "_CHECKPOINT_METADATA")):
         step = os.path.basename(os.path.normpath(path))
+        if not step.isdecimal():
+            raise UserError(
+                f"{path} is a checkpoint away from its run: put it at WORKDIR/checkpoints/STEP"
+            )
         return os.path.dirname(os.path.dirname(os.path.abspath(path))), int(step)
     steps = checkpoint.steps(path)
     if not steps:
