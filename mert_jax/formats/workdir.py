@@ -4,6 +4,8 @@ WORKDIR/model.json says what the student is, WORKDIR/checkpoints/STEP holds its 
 `step.TrainState`. A run has config.json and metrics.jsonl besides.
 """
 
+import contextlib
+import errno
 import json
 import os
 from typing import Any
@@ -129,9 +131,9 @@ def write(path: str, content: Checkpoint) -> None:
     if content.moments:
         adam = optimizer.AdamState(step, *content.moments)
         opt_state = optimizer.state_of(adam, step)
-    checkpoints = checkpoint.Checkpoints(path, keep=1)
     try:
-        checkpoints.save(content.step, TrainState(step, content.params, opt_state))
-    finally:
-        checkpoints.close()
+        with contextlib.closing(checkpoint.Checkpoints(path, keep=1)) as checkpoints:
+            checkpoints.save(content.step, TrainState(step, content.params, opt_state))
+    except (ValueError, RuntimeError) as e:  # tensorstore's words for a full disk
+        raise OSError(errno.EIO, str(e)) from e
     describe(path, content.student, content.about)
