@@ -2,15 +2,19 @@
 [peers])."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
-from mert_jax import codec, encodec, masking, quantize, teachers
-from mert_jax.formats import huggingface, names
+from mert_jax import codec, encodec, formats, masking, quantize, teachers
+from mert_jax.formats import fairseq, huggingface, names
 from mert_jax.teachers import rvq_vae
 
 pytestmark = pytest.mark.peers
@@ -48,8 +52,19 @@ def test_all_hidden_states_of_a_full_size_model(size, record_property):
     student = huggingface.student(config.to_dict())
     state = {name: x.numpy() for name, x in peer.state_dict().items()}
     params = names.params_from_hf(state, student)
+    found = [x.numpy() for x in theirs.hidden_states], theirs.last_hidden_state.numpy()
+    ours = hidden_states(student, params, wave, valid)
+    error = assert_same_states(*found, *ours, transformers.__version__)
+    record_property("max_error", error)
+
+
+def hidden_states(student, params, wave, valid) -> tuple[list, np.ndarray]:
+    """The encoder's input and every layer's raw output, and the model's output."""
     padding = masking.conv_frame_padding(
-        jnp.asarray(valid), student.conv_kernels, student.conv_strides, student.num_frames(24_000)
+        jnp.asarray(valid),
+        student.conv_kernels,
+        student.conv_strides,
+        student.num_frames(wave.shape[1]),
     )
     forward = jax.jit(
         lambda params, wave: student.apply(
@@ -58,16 +73,219 @@ def test_all_hidden_states_of_a_full_size_model(size, record_property):
     )
     output, seen = forward(params, wave)
     encoder = seen["intermediates"]["encoder"]
-    # transformers 5 returns the raw last layer, 4 returned it after the final norm
-    ours = [encoder["encoder_input"][0], *encoder["layers"]["hidden_states"][0]]
-    if int(transformers.__version__.split(".")[0]) < 5:
-        ours[-1] = output.last_hidden_state
-    assert len(theirs.hidden_states) == len(ours)
-    errors = [np.abs(a - b.numpy()).max() for a, b in zip(ours, theirs.hidden_states, strict=True)]
-    last = np.abs(output.last_hidden_state - theirs.last_hidden_state.numpy()).max()
-    print(f"largest differences from transformers {transformers.__version__}: {errors}, {last}")
-    record_property("max_error", float(max(*errors, last)))
-    assert max(*errors, last) < 1e-4
+    states = [encoder["encoder_input"][0], *encoder["layers"]["hidden_states"][0]]
+    return [np.asarray(x) for x in states], np.asarray(output.last_hidden_state)
+
+
+@pytest.fixture(scope="module", params=["base", pytest.param("large", marks=pytest.mark.slow)])
+def exported(request, tmp_path_factory):
+    """A full-size model of ours as `convert --to=hf` writes it, a batch with a short row, and our
+    hidden states of it."""
+    large = request.param == "large"
+    sizes = SIZES[request.param]
+    config = huggingface.DEFAULTS | sizes
+    config |= dict(do_stable_layer_norm=large, intermediate_size=4 * sizes["hidden_size"])
+    student, rng = huggingface.student(config), np.random.default_rng(0)
+    flat = {
+        name: (0.04 * rng.standard_normal(x.shape, np.float32) + name.endswith(("scale", "_g")))
+        for name, x in names.abstract(student).items()
+    }
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    folder = tmp_path_factory.mktemp("exported")
+    about = formats.About(do_normalize=large)
+    huggingface.write(str(folder), formats.Checkpoint(student, params, None, 0, about))
+    wave = 0.1 * rng.normal(size=(2, 24_000)).astype(np.float32)
+    valid = np.array([24_000, 17_000])
+    wave[1, valid[1] :] = 0
+    return folder, wave, valid, *hidden_states(student, params, wave, valid)
+
+
+def assert_same_states(theirs, last, expected, expected_last, version: str) -> float:
+    """The largest difference of all hidden states; the last is after the final norm in 4.x."""
+    after_norm = int(version.split(".")[0]) < 5
+    ours = [*expected[:-1], expected_last if after_norm else expected[-1]]
+    assert len(theirs) == len(ours)
+    errors = [np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True)]
+    errors.append(np.abs(last - expected_last).max())
+    print(f"largest differences from transformers {version}: {max(errors):.1e} of {errors}")
+    assert max(errors) < 1e-4
+    return float(max(errors))
+
+
+def loaded(model_class, folder, **options):
+    """The model of a directory, which has all that it needs and nothing else."""
+    model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
+    wrong = {key: found for key, found in info.items() if found}
+    assert not wrong
+    return model.eval()
+
+
+def their_states(model, wave, valid) -> tuple[list, np.ndarray]:
+    attention = torch.arange(wave.shape[1])[None] < torch.tensor(valid)[:, None]
+    with torch.no_grad():
+        output = model(torch.tensor(wave), attention_mask=attention, output_hidden_states=True)
+    return [x.numpy() for x in output.hidden_states], output.last_hidden_state.numpy()
+
+
+def test_stock_transformers_loads_what_we_write(exported, record_property):
+    transformers = pytest.importorskip("transformers", reason="pip install mert_jax[peers]")
+    folder, wave, valid, *expected = exported
+    model = loaded(transformers.HubertModel, folder)
+    states = their_states(model, wave, valid)
+    error = assert_same_states(*states, *expected, transformers.__version__)
+    record_property("max_error", error)
+    assert type(loaded(transformers.AutoModel, folder)) is transformers.HubertModel
+
+
+def test_nothing_is_masked_in_training_mode(exported):
+    transformers = pytest.importorskip("transformers", reason="pip install mert_jax[peers]")
+    folder, wave, *_ = exported
+    model = transformers.HubertModel.from_pretrained(folder)
+    assert model.config.apply_spec_augment is False
+    assert model.masked_spec_embed.shape == (model.config.hidden_size,)
+    with torch.no_grad():
+        trained, evaluated = (
+            model.train(mode)(torch.tensor(wave[:, :8_000])).last_hidden_state
+            for mode in (True, False)
+        )
+    assert torch.equal(trained, evaluated)
+
+
+def test_the_processor_treats_waves_as_in_training(exported):
+    transformers = pytest.importorskip("transformers", reason="pip install mert_jax[peers]")
+    folder, wave, *_ = exported
+    processor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(folder)
+    large = json.loads((folder / "config.json").read_text())["do_stable_layer_norm"]
+    assert processor.sampling_rate == 24_000
+    assert processor.do_normalize == large
+    values = processor(wave[0], sampling_rate=24_000, return_tensors="np").input_values[0]
+    normal = (wave[0] - wave[0].mean()) / np.sqrt(wave[0].var() + 1e-7)
+    np.testing.assert_allclose(values, normal if large else wave[0], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="24000"):
+        processor(wave[0], sampling_rate=16_000)
+
+
+def test_a_wrapper_with_a_config_of_its_own_loads_what_we_write(exported, record_property):
+    """As MARBLE's does: MERT's model type, settings that do not come from HuBERT's class, and
+    another prefix."""
+    transformers = pytest.importorskip("transformers", reason="pip install mert_jax[peers]")
+    hubert = transformers.HubertConfig().to_dict()
+
+    class WrapperConfig(transformers.PretrainedConfig):
+        model_type = "mert_model"
+
+        def __init__(self, feature_extractor_cqt=True, attention_relax=-1.0, **settings):
+            given = {key: x for key, x in hubert.items() if key != "model_type"} | settings
+            super().__init__(**given)
+            self.feature_extractor_cqt = feature_extractor_cqt
+            self.attention_relax = attention_relax
+
+    class Wrapper(transformers.HubertModel):
+        config_class = WrapperConfig
+        base_model_prefix = "music_hubert"
+
+        def __init__(self, config):
+            super().__init__(config)
+            assert not config.feature_extractor_cqt, "asks for a CQT that no checkpoint has"
+
+    folder, wave, valid, *expected = exported
+    model = loaded(Wrapper, folder)
+    assert isinstance(model.config, WrapperConfig)
+    states = their_states(model, wave, valid)
+    error = assert_same_states(*states, *expected, transformers.__version__)
+    record_property("max_error", error)
+
+
+def test_settings_left_out_mean_what_transformers_means():
+    transformers = pytest.importorskip("transformers", reason="pip install mert_jax[peers]")
+    theirs = transformers.HubertConfig().to_dict()
+    listed = lambda x: list(x) if isinstance(x, list | tuple) else x
+    ours = {key: listed(x) for key, x in huggingface.DEFAULTS.items()}
+    assert ours == {key: listed(theirs[key]) for key in ours}
+
+
+OLD_TRANSFORMERS = """
+import sys
+import numpy as np, torch, transformers
+
+folder, inputs, out = sys.argv[1:]
+inputs = np.load(inputs)
+model, info = transformers.HubertModel.from_pretrained(folder, output_loading_info=True)
+auto = transformers.AutoModel.from_pretrained(folder)
+processor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(folder)
+assert type(auto) is transformers.HubertModel and processor.sampling_rate == 24000
+assert not any(info.values()), info
+wave, valid = torch.tensor(inputs["wave"]), torch.tensor(inputs["valid"])
+attention = torch.arange(wave.shape[1])[None] < valid[:, None]
+with torch.no_grad():
+    output = model.eval()(wave, attention_mask=attention, output_hidden_states=True)
+states = {f"state{i}": x.numpy() for i, x in enumerate(output.hidden_states)}
+version = transformers.__version__
+np.savez(out, last=output.last_hidden_state.numpy(), version=version, **states)
+"""
+
+
+@pytest.fixture(scope="module")
+def old_python(tmp_path_factory) -> str:
+    """A Python with transformers 4.49, the last before the names of weight norm and the meaning of
+    `hidden_states[-1]` changed."""
+    if given := os.environ.get("MERT_JAX_TRANSFORMERS_4"):
+        return given
+    folder = tmp_path_factory.mktemp("transformers_4")
+    python = folder / "bin" / "python"
+    try:
+        for arguments in (
+            [sys.executable, "-m", "venv", folder],
+            [python, "-m", "pip", "install", "-q", "transformers==4.49.*", "torch", "numpy"],
+        ):
+            subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=1800)
+    except (subprocess.SubprocessError, OSError) as e:
+        said = (getattr(e, "stderr", None) or str(e)).strip().splitlines()[-1]
+        pytest.skip(
+            f"transformers 4.49 cannot be installed ({said}): allow pip to, or name a Python that "
+            "has it in the environment variable MERT_JAX_TRANSFORMERS_4"
+        )
+    return str(python)
+
+
+@pytest.mark.slow
+def test_transformers_4_loads_what_we_write(exported, old_python, tmp_path, record_property):
+    folder, wave, valid, *expected = exported
+    np.savez(tmp_path / "inputs.npz", wave=wave, valid=valid)
+    (tmp_path / "old.py").write_text(OLD_TRANSFORMERS)
+    done = subprocess.run(
+        [old_python, "old.py", folder, "inputs.npz", "out.npz"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    found = dict(np.load(tmp_path / "out.npz"))
+    version, last = str(found.pop("version")), found.pop("last")
+    assert version.startswith("4.")
+    states = [found[f"state{i}"] for i in range(len(found))]
+    record_property("max_error", assert_same_states(states, last, *expected, version))
+
+
+def test_nnaudios_tables_are_written_bit_for_bit():
+    features = pytest.importorskip("nnAudio.features", reason="pip install mert_jax[peers]")
+    for size in (336, 84):
+        layer = features.cqt.CQT(
+            sr=24_000,
+            hop_length=320,
+            fmin=fairseq.FMIN,
+            n_bins=size,
+            bins_per_octave=size // 7,
+            verbose=False,
+        )
+        prefix = "encoder_cqt_model.spec_layer."
+        theirs = {prefix + name: x.numpy() for name, x in layer.state_dict().items()}
+        ours = fairseq.cqt_tables(size)
+        assert ours.keys() == theirs.keys()
+        for name, x in theirs.items():
+            assert (ours[name].dtype, ours[name].shape) == (x.dtype, x.shape)
+            assert np.ascontiguousarray(ours[name]).tobytes() == x.tobytes(), name
 
 
 def test_nnaudio(record_property):
