@@ -170,6 +170,10 @@ def test_rows_follow_the_dictionaries_and_go_back(base, tmp_path, flat):
     content = torch_files.read(tmp_path / "back.pt")
     checkpoints.same_state(content["model"], state)
     assert_same(content["last_optimizer_state"]["state"], last["state"])
+    again = formats.read(tmp_path / "back.pt")
+    assert again.about.row_orders == found.about.row_orders
+    assert_same(again.params, found.params)
+    assert_same(again.moments, found.moments)
 
 
 def test_dictionaries_in_order_change_nothing(base, tmp_path):
@@ -207,6 +211,13 @@ def test_dictionaries_that_do_not_fit(base, tmp_path, listed, message):
     state = {"dictionaries": [dictionary(codes) for codes in listed]}
     with pytest.raises(cli.UserError, match=message):
         formats.read(write(tmp_path / "x.pt", *base, task_state=state))
+
+
+def test_orders_of_other_books_are_refused(base, tmp_path):
+    for orders in ([[1, 0]], [list(range(68))], [[0] * 68] * BOOKS):
+        extra = {"mert_jax_row_orders": orders}
+        with pytest.raises(cli.UserError, match="does not order 2 books of 68"):
+            formats.read(write(tmp_path / "x.pt", *base, extra_state=extra))
 
 
 # Adam's moments ----------------------------------------------------------------------------------

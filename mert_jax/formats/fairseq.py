@@ -23,6 +23,7 @@ from mert_jax.teachers import cqt
 
 SPECIAL = 4  # rows of a codebook before its codes: <s>, <pad>, </s>, <unk>
 FMIN, OCTAVES = 32.7, 7  # of the CQT head
+ORDERS = "mert_jax_row_orders"  # its dictionaries lie with the data; this goes with the weights
 LAYERS = "encoder.layers."
 # tensors whose shapes tell the student's, and those of each head, which come together
 BODY = ("encoder.pos_conv.0.weight_v", "encoder.layers.0.fc1.weight")
@@ -162,6 +163,18 @@ def row_orders(task_state: Any, task: Mapping[str, Any], head: Head) -> tuple[tu
     return () if all(order == tuple(range(head.size)) for order in orders) else orders
 
 
+def stated_orders(extra: Any, head: Head, path: str) -> tuple[tuple[int, ...], ...]:
+    """What `write` says of the file's rows, () where it is none of ours. Raises UserError where it
+    is no order of them."""
+    stated = extra.get(ORDERS, ()) if isinstance(extra, dict) else ()
+    rows = list(range(head.size))
+    if stated and [sorted(order) for order in stated] != [rows] * head.num_codebooks:
+        raise UserError(
+            f"{path}: {ORDERS} does not order {head.num_codebooks} books of {head.size}"
+        )
+    return tuple(tuple(order) for order in stated)
+
+
 def reordered(state: dict[str, np.ndarray], orders: Any, back: bool = False) -> dict:
     """`state` with the rows of its codebooks in our order, or `back` in the file's."""
     if not orders:
@@ -222,7 +235,8 @@ def read(path: str, moments: bool = True) -> Checkpoint:
         )
     found = student(config, state, path)
     if "label_embs_concat" in state:
-        orders = row_orders(content.get("task_state"), task, found.heads[0])
+        orders = stated_orders(content.get("extra_state"), found.heads[0], path)
+        orders = orders or row_orders(content.get("task_state"), task, found.heads[0])
     else:
         orders = ()
     history = content.get("optimizer_history") or [{}]
@@ -369,7 +383,7 @@ def write(path: str, checkpoint: Checkpoint) -> None:
         "criterion": {},
         "optimizer_history": [history],
         "task_state": {},
-        "extra_state": {},
+        "extra_state": {ORDERS: about.row_orders} if about.row_orders else {},
         "last_optimizer_state": last,
     }
     torch_files.write(path, content)
