@@ -66,8 +66,8 @@ def test_equal_widths():
     wave = np.random.default_rng(0).normal(size=(1, 400)).astype(np.float32)
     hidden = names.params_from_hf(state, projected.clone(heads=()))
     ours, theirs = (
-        plain.apply({"params": params}, wave),
-        projected.clone(heads=()).apply({"params": hidden}, wave),
+        jax.jit(plain.apply)({"params": params}, wave),
+        jax.jit(projected.clone(heads=()).apply)({"params": hidden}, wave),
     )
     np.testing.assert_allclose(ours.last_hidden_state, theirs.last_hidden_state, atol=1e-5)
 
