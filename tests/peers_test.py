@@ -86,8 +86,10 @@ def exported(request, tmp_path_factory):
     config = huggingface.DEFAULTS | sizes
     config |= dict(do_stable_layer_norm=large, intermediate_size=4 * sizes["hidden_size"])
     student, rng = huggingface.student(config), np.random.default_rng(0)
-    flat = {
-        name: (0.04 * rng.standard_normal(x.shape, np.float32) + name.endswith(("scale", "_g")))
+    flat = {  # norms and biases too, so that a mix-up shows
+        name: (0.04 if name.startswith("feature_encoder") else 0.02)
+        * rng.standard_normal(x.shape, np.float32)
+        + np.float32(name.endswith(("scale", "_g")))
         for name, x in names.abstract(student).items()
     }
     params = traverse_util.unflatten_dict(flat, sep="/")
