@@ -32,9 +32,25 @@ def get_config() -> ConfigDict:
             num_samples=120_000,  # 5 s
             threads=16,  # that read ahead
             workers=0,  # > 0 reads in as many processes
+            # clips whose record cannot be read and whose place another takes, as a share of all:
+            # beyond it a run stops
+            max_faulty=0.01,
+            accept_changes=False,  # go on though the datasets are not those the run began with
         )
     )
-    config.checkpoint = ConfigDict(dict(every_steps=5_000, every_minutes=30.0, keep=3))
+    config.checkpoint = ConfigDict(
+        dict(
+            every_steps=5_000,
+            every_minutes=30.0,
+            keep=3,  # the newest, besides
+            keep_every=0,  # those of steps that this divides; 0: none
+        )
+    )
+    # an update that is not finite, or whose gradient norm is beyond `factor` times the median of
+    # the last `window`, is skipped; `streak` in a row go back to an earlier checkpoint and pass
+    # over the batches since, at most `rollbacks` times
+    config.guard = ConfigDict(dict(window=128, factor=10.0, streak=8, rollbacks=3))
+    config.watchdog_minutes = 30.0  # without a step, ends the run to be started again; 0: never
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the rest of the devices
 
     # Codes by random projection need no download; the official acoustic teacher is an RVQ-VAE of

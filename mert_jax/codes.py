@@ -8,7 +8,7 @@ which codec and which dataset they come from.
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,52 +87,95 @@ def _again(directory: str) -> str:
 
 
 class Source:
-    """Random access to the codes of a split's records: uint16 [frames, K]; cheap to pickle."""
+    """Random access to the codes of a split's records: uint16 [frames, K]; cheap to pickle.
 
-    def __init__(self, directory: str, split: str, info: Info):
-        root = epath.Path(folder(directory, info.teacher))
-        self._paths = [str(root / name) for name in info.shards.get(split, [])]
-        self._books = info.books
-        if missing := [path for path in self._paths if not epath.Path(path).exists()]:
+    `lengths` are the records of each file (none: the files are asked). Raises UserError where files
+    with more than the share `max_missing` of the records, or all of them, are missing, and Fault
+    for a record that cannot be read.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        split: str,
+        info: Info,
+        lengths: Sequence[int] = (),
+        max_missing: float = 0.0,
+    ):
+        self._folder, self._info = folder(directory, info.teacher), info
+        self._names = info.shards.get(split, [])
+        known = lengths or [1] * len(self._names)  # none may be missing if they are to be asked
+        lost, share = records.missing(self._folder, self._names, known, max_missing)
+        if lost:
             raise UserError(
-                f"{len(missing)} of {len(self._paths)} files of codes are missing, {missing[0]} "
-                f"first; {_again(directory)}"
+                f"{len(lost)} of {len(self._names)} files of codes are missing, with {share:.1%} "
+                f"of the records, {os.path.join(self._folder, lost[0])} first; {_again(directory)}"
             )
+        self._lengths = lengths or [
+            records.count(os.path.join(self._folder, name)) for name in self._names
+        ]
 
     @functools.cached_property
-    def _records(self) -> Any:
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-        return ArrayRecordDataSource(self._paths)
+    def _shards(self) -> records.Shards:
+        return records.Shards(self._folder, self._names, self._lengths)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return sum(self._lengths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return np.frombuffer(self._records[index], DTYPE).reshape(-1, self._books)
+        stored = self._shards[index]
+        if len(stored) % (DTYPE.itemsize * self._info.books):
+            what = f"{len(stored)} bytes are no codes of {self._info.books} codebooks"
+            raise self._shards.fault(index, what)
+        return np.frombuffer(stored, DTYPE).reshape(-1, self._info.books)
+
+    def check(self, index: int, found: np.ndarray, samples: int) -> None:
+        """Raise Fault if `found`, the codes of a record, are not those of so many samples or not
+        all in the codebooks."""
+        expected = -(-samples // self._info.hop_length)
+        if len(found) != expected:
+            what = f"{len(found)} frames of codes for {samples} samples, {expected} frames"
+            raise self._shards.fault(index, what)
+        if (top := int(found.max())) >= self._info.size:
+            raise self._shards.fault(index, f"code {top} of codebooks of {self._info.size}")
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[i] for i in range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_records"}
+        return {k: v for k, v in self.__dict__.items() if k != "_shards"}
 
     def __repr__(self) -> str:  # grain names a pipeline by its source
-        return f"Source({self._paths})"
+        return f"Source({self._folder!r}, {self._names})"
 
 
 class WithCodes:
-    """A dataset's records with their stored codes: `source` items, and one array a teacher."""
+    """A dataset's records with their stored codes: `source` items, and one array a teacher.
+
+    Raises Fault for a record that cannot be used, or whose codes are not its own.
+    """
 
     def __init__(self, source: Any, codes: dict[str, Source]):
         self._source, self._codes = source, codes
+
+    @property
+    def directory(self) -> str:
+        """The dataset's."""
+        return self._source.directory
+
+    def fault(self, index: int, what: str) -> records.Fault:
+        """What is wrong with a record of audio."""
+        return self._source.fault(index, what)
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        codes = {name: stored[index] for name, stored in self._codes.items()}
-        return {**self._source[index], "codes": codes}
+        item, found = self._source[index], {}
+        for name, stored in self._codes.items():
+            found[name] = stored[index]
+            stored.check(index, found[name], len(item["audio"]))
+        return {**item, "codes": found}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
@@ -141,33 +184,36 @@ class WithCodes:
         return f"WithCodes({self._source!r}, {self._codes!r})"
 
 
-def attach(source: Any, directory: str, split: str, stored: dict[str, Info]) -> Any:
+def attach(
+    source: Any, directory: str, split: str, stored: dict[str, Info], max_missing: float = 0.0
+) -> Any:
     """`source` with the stored codes of its records; `source` itself where there are none.
 
-    Raises UserError where codes and audio differ in the number of records or, in a few of them, of
-    frames.
+    Raises UserError where codes and audio differ in the number of records, where more than half of
+    a few records cannot be used with their codes, and where files of codes are missing as `Source`
+    says.
     """
     if not stored:
         return source
-    joined = WithCodes(source, {name: Source(directory, split, i) for name, i in stored.items()})
+    shards, held = source.shard_lengths(), {}
     for name, i in stored.items():
-        held = len(joined._codes[name])
-        if held != len(source):
+        alike = len(i.shards.get(split, [])) == len(shards)
+        held[name] = Source(directory, split, i, shards if alike else (), max_missing)
+        if len(held[name]) != len(source):
             raise UserError(
-                f"{name}: {held} records of codes for {len(source)} of audio in split {split!r} of "
-                f"{directory}; {_again(directory)}"
+                f"{name}: {len(held[name])} records of codes for {len(source)} of audio in split "
+                f"{split!r} of {directory}; {_again(directory)}"
             )
-        for index in sorted({int(k) for k in np.linspace(0, held - 1, min(held, 8))}):
-            item = joined[index]
-            frames, samples = len(item["codes"][name]), len(item["audio"])
-            if frames != -(-samples // i.hop_length):
-                raise UserError(
-                    f"{name}: record {index} of {directory} has {frames} frames of codes for "
-                    f"{samples} samples, {-(-samples // i.hop_length)} frames; {_again(directory)}"
-                )
-            if (top := int(item["codes"][name].max())) >= i.size:
-                raise UserError(
-                    f"{name}: code {top} in record {index} of {directory}, of codebooks of "
-                    f"{i.size}; {_again(directory)}"
-                )
+    joined, faults = WithCodes(source, held), []
+    looked = {int(k) for k in np.linspace(0, len(source) - 1, min(len(source), 8))}
+    for index in sorted(looked):
+        try:
+            joined[index]
+        except records.Fault as fault:
+            faults.append(fault)
+    if len(faults) > len(looked) / 2:
+        raise UserError(
+            f"{len(faults)} of {len(looked)} records of {directory} that were looked at do not go "
+            f"with their codes; {faults[0]}; {_again(directory)}"
+        )
     return joined

@@ -10,14 +10,38 @@ from typing import Any, TypeVar
 import grain
 import numpy as np
 
+from mert_jax import records
 from mert_jax.cli import UserError
 
 X = TypeVar("X")
 ENDLESS = 2**48  # clips: without end in practice; grain's own for ever overflows
+TRIES = 64  # records, or whole files of them, that cannot be used one after the other
+
+
+def usable(source: Any, index: int) -> tuple[int, dict[str, Any]]:
+    """The first record from `index` on that can be used, after the last comes the first, and where
+    it is.
+
+    That depends on the dataset alone, so that it is the same on every host and after a restart.
+    Raises UserError after `TRIES` faults in a row, and where the whole dataset is faulty.
+    """
+    at, passed, faults = index, 0, []
+    while len(faults) < TRIES and passed < len(source):
+        try:
+            return at, source[at]
+        except records.Fault as fault:
+            faults.append(fault)
+            passed += fault.beyond - at
+            at = fault.beyond % len(source)
+    raise UserError(
+        f"no record of {source!r} from {index} to {(at - 1) % len(source)} can be used; the first "
+        f"fault: {faults[0]}; copy the dataset again, or remove it and prepare it anew"
+    ) from faults[0]
 
 
 class Indexed:
-    """A random-access source whose records know their own index, counted from `first`."""
+    """A random-access source whose records know their own index, counted from `first`; one that
+    cannot be used is replaced by the next that can, which says so in `faulty`."""
 
     def __init__(self, source: Any, first: int = 0):
         self._source, self._first = source, first
@@ -26,9 +50,14 @@ class Indexed:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self._source[int(index)]
-        record = self._first + int(index)
-        return {"record": record, "audio": item["audio"], "codes": item.get("codes", {})}
+        index = int(index)
+        at, item = usable(self._source, index)
+        return {
+            "record": self._first + at,
+            "faulty": -1 if at == index else self._first + index,
+            "audio": item["audio"],
+            "codes": item.get("codes", {}),
+        }
 
 
 class RandomCrop(grain.transforms.RandomMap):
@@ -54,6 +83,7 @@ class RandomCrop(grain.transforms.RandomMap):
         return {
             "audio": np.asarray(crop, np.int16),
             "record": np.int64(element["record"]),
+            "faulty": np.int64(element["faulty"]),
             "start": np.int32(start),
             "looped": np.bool_(looped),
             "codes": {name: codes[first] for name, codes in element["codes"].items()},
@@ -119,12 +149,13 @@ def train_stream(
     """This host's rows of global batches `start`, `start` + 1, ..., without end.
 
     A batch has `audio` int16 [B / hosts, context + N], `record` int64 (index in all `sources`, one
-    after the other), `start` int32 (of the crop, in samples), `looped` bool and `codes` of the
-    crop, uint16 [B / hosts, T, K] for each teacher that every source has some of. Host h has block
-    h of the batch's rows. `weights` are in the ratio of the sources' clips (none: that of their
-    records). Every record comes once an epoch of its own source, in a new order and with a new
-    crop. `threads` read ahead, in as many processes as `workers` where that is above 0. Raises
-    UserError when hosts do not divide `batch_size`.
+    after the other), `faulty` int64 (the record that should have come instead, but cannot be used;
+    else -1), `start` int32 (of the crop, in samples), `looped` bool and `codes` of the crop, uint16
+    [B / hosts, T, K] for each teacher that every source has some of. Host h has block h of the
+    batch's rows. `weights` are in the ratio of the sources' clips (none: that of their records).
+    Every record comes once an epoch of its own source, in a new order and with a new crop.
+    `threads` read ahead, in as many processes as `workers` where that is above 0. Raises UserError
+    when hosts do not divide `batch_size`.
     """
     if batch_size % num_hosts:
         raise UserError(

@@ -1,6 +1,7 @@
 """The prepared datasets that a config names, and what they store."""
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -42,7 +43,8 @@ def stored_codes(config: ConfigDict) -> dict[str, codes.Info]:
 
 def open_datasets(config: ConfigDict, split: str, stored: dict[str, codes.Info]) -> list[Any]:
     """The records of each prepared dataset, with the codes it has `stored`; UserError when the
-    clips asked for cannot be cut from it."""
+    clips asked for cannot be cut from it, and when files with more than the share `data.max_faulty`
+    of its records are missing."""
     if not directories(config):
         raise cli.UserError(
             "--config.data.dir=DIR is needed: a folder made by python -m mert_jax.prepare"
@@ -57,7 +59,9 @@ def open_datasets(config: ConfigDict, split: str, stored: dict[str, codes.Info])
                 f"--crop_seconds={config.data.num_samples / records.SAMPLE_RATE:g}"
             )
         own = {name: codes.info(directory, name) for name in stored}
-        sources.append(codes.attach(records.open_source(directory, split), directory, split, own))
+        most = config.data.max_faulty
+        source = records.open_source(directory, split, most)
+        sources.append(codes.attach(source, directory, split, own, most))
     return sources
 
 
@@ -78,3 +82,38 @@ def summaries(config: ConfigDict) -> tuple[dict[str, Any], ...]:
             )
         )
     return tuple(found)
+
+
+def check_unchanged(
+    before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], accept: bool
+) -> None:
+    """Raise UserError unless the `summaries` of the datasets are those the run began with.
+
+    Where the caller accepts it, print what changed. A dataset that was moved has not changed.
+    """
+    was, is_now = ([each["fingerprint"] for each in some] for some in (before, now))
+    if was == is_now:
+        return
+    named = lambda some: (
+        ", ".join(f"{each['dataset']} (fingerprint {each['fingerprint'][:8]})" for each in some)
+        or "none"
+    )
+    if sorted(was) == sorted(is_now):
+        change = f"come in another order: {named(now)}; the run began with {named(before)}"
+    elif len(was) == len(is_now):
+        pairs = [
+            (old, new)
+            for old, new in zip(before, now, strict=True)
+            if old["fingerprint"] != new["fingerprint"]
+        ]
+        old, new = zip(*pairs, strict=True)
+        change = f"are not what the run began with: {named(old)} then, {named(new)} now"
+    else:
+        change = f"are {len(now)}: {named(now)}; the run began with {len(before)}: {named(before)}"
+    if accept:
+        print(f"the datasets {change}: accepted (data.accept_changes)", flush=True)
+        return
+    raise cli.UserError(
+        f"the datasets {change}. Bring the old ones back, or go on with other batches by "
+        "--config.data.accept_changes=True"
+    )

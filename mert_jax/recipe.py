@@ -60,6 +60,8 @@ def check(config: ConfigDict | None) -> ConfigDict:
             f"objective.mixture_length reaches {longest} samples, more than the "
             f"{config.data.num_samples} of a clip (data.num_samples)"
         )
+    if not 0 <= config.data.max_faulty <= 1:
+        raise cli.UserError(f"data.max_faulty is {config.data.max_faulty}; it is a share, 0 to 1")
     weights, count = tuple(config.data.weights), len(datasets.directories(config))
     positive = (type(x) in (int, float) and 0 < x < math.inf for x in weights)
     if weights and count and not (len(weights) == count and all(positive)):

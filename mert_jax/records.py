@@ -8,16 +8,22 @@ Raw int16 and not FLAC, as measured on music (`python -m tests.benchmarks.stream
 Reading through TFDS costs no more than reading the bytes alone.
 """
 
+import bisect
+import collections
 import errno
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python import array_record_module
 from etils import epath
+from google.protobuf.message import DecodeError
 
 from mert_jax.cli import UserError
 from mert_jax.decode import SAMPLE_RATE
@@ -33,6 +39,23 @@ METADATA = "metadata.json"
 # group_size:1 lets random access read one record; PCM hardly compresses, and zstd costs two thirds
 # of the reading speed.
 WRITER_OPTIONS = "group_size:1,uncompressed"
+OPEN = 256  # files a split is read from at once: each has a descriptor and 8 bytes a record
+# what array_record says when it is this process that lacks something, and not the file
+LIMITS = tuple(os.strerror(number) for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM))
+# what protobuf and tfds raise for bytes that are something else
+NO_RECORD = (DecodeError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)
+
+
+class Fault(UserError):
+    """A record that cannot be used: `what` is wrong, in which file `shard` and at which `index` of
+    it; the same is wrong up to, not including, record `beyond` of the split."""
+
+    def __init__(self, what: str, shard: str, index: int, beyond: int):
+        super().__init__(what, shard, index, beyond)
+        self.what, self.shard, self.index, self.beyond = what, shard, index, beyond
+
+    def __str__(self) -> str:
+        return f"record {self.index} of {self.shard} cannot be used: {self.what}"
 
 
 def chunk_spans(samples: int, chunk: int, overlap: int) -> list[tuple[int, int]]:
@@ -176,56 +199,176 @@ def metadata(directory: str) -> dict[str, Any]:
     return found
 
 
+class Shards:
+    """Random access to the serialised records of ArrayRecord files, of which file i in `directory`
+    holds `lengths[i]`: thread-safe, and each file is opened when it is first read.
+
+    Raises Fault for what cannot be read, and UserError where this process may open no more files.
+    """
+
+    def __init__(self, directory: str, names: Sequence[str], lengths: Sequence[int]):
+        self._directory, self._names = str(directory), list(names)
+        self._ends = list(itertools.accumulate(lengths, initial=0))
+        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The file of a record, and its index in it."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        shard = bisect.bisect_right(self._ends, index) - 1
+        return shard, index - self._ends[shard]
+
+    def fault(self, index: int, what: str, all_of_it: bool = False) -> Fault:
+        """What is wrong with a record, or with the whole file it lies in."""
+        shard, within = self._locate(index)
+        beyond = self._ends[shard + 1] if all_of_it else index + 1
+        return Fault(what, self._names[shard], within, beyond)
+
+    def __getitem__(self, index: int) -> bytes:
+        shard, within = self._locate(index)
+        try:
+            return self._read(shard, within, index)
+        except Fault:
+            # a file that was replaced, or a moment's fault of the network, is not the record's
+            with self._lock:
+                self._readers.pop(shard, None)
+            return self._read(shard, within, index)
+
+    def _read(self, shard: int, within: int, index: int) -> bytes:
+        with self._lock:
+            reader = self._readers.get(shard)
+            if reader:
+                self._readers.move_to_end(shard)
+        # outside of the lock: it may take long, and two threads may do it for one file
+        reader = reader or self._open(shard, index)
+        try:
+            return reader.read([within])[0]
+        except RuntimeError as e:
+            raise self.fault(index, _said(e)) from e
+
+    def _open(self, shard: int, index: int) -> Any:
+        path = os.path.join(self._directory, self._names[shard])
+        reader = _reader(path)
+        held, expected = reader.num_records(), self._ends[shard + 1] - self._ends[shard]
+        if held != expected:
+            what = f"the file holds {held} records and not {expected}"
+            if not reader.ok():
+                try:  # to learn why
+                    reader.read([0])
+                except RuntimeError as e:
+                    what = _said(e)
+            raise self.fault(index, what, all_of_it=True)
+        with self._lock:
+            self._readers[shard] = reader
+            while len(self._readers) > OPEN:
+                self._readers.popitem(last=False)
+        return reader
+
+
+def _reader(path: str) -> Any:
+    return array_record_module.ArrayRecordReader(
+        path, options="readahead_buffer_size:0", file_reader_buffer_size=32_768
+    )
+
+
+def _said(error: RuntimeError) -> str:
+    """array_record's words; UserError where they are about this process."""
+    said = " ".join(str(error).split())
+    if any(limit in said for limit in LIMITS):
+        raise UserError(f"{said}; raise the limit (ulimit -n), or lower data.threads") from error
+    return said
+
+
+def count(path: str) -> int:
+    """The records of an ArrayRecord file; UserError where it cannot be read."""
+    reader = _reader(path)
+    try:
+        if not reader.ok():
+            reader.read([0])
+    except RuntimeError as e:
+        raise UserError(f"{path} cannot be read: {_said(e)}") from e
+    return reader.num_records()
+
+
+def missing(
+    directory: str, names: Sequence[str], lengths: Sequence[int], most: float
+) -> tuple[list[str], float]:
+    """Which files of `names` the directory lacks and the share of the `lengths` in them, if that is
+    more than `most` or everything; else [] and 0."""
+    present = {path.name for path in epath.Path(directory).iterdir()}
+    lost = {name: n for name, n in zip(names, lengths, strict=True) if name not in present}
+    share = sum(lost.values()) / max(sum(lengths), 1)
+    return (list(lost), share) if lost and (share > most or share == 1) else ([], 0.0)
+
+
 class Source:
     """Random access to the records of one split: thread-safe, and cheap to pickle for workers.
 
-    An item is a dict: track (str), path (str), offset (int) and audio (int16 [n], read-only).
+    An item is a dict: track (str), path (str), offset (int) and audio (int16 [n], read-only; it
+    cannot hold NaN). Raises Fault for a record that cannot be read or has no audio.
     """
 
     def __init__(self, directory: str, split: str):
-        self._directory = str(directory)
+        self.directory = str(directory)
         self._split = split
         self._fingerprint = metadata(directory)["fingerprint"]
 
     @functools.cached_property
-    def _builder(self) -> Any:
+    def _info(self) -> Any:
         import tensorflow_datasets as tfds
 
-        return tfds.builder_from_directory(self._directory)
+        return tfds.builder_from_directory(self.directory).info
 
     @functools.cached_property
-    def _records(self) -> Any:
-        return self._builder.as_data_source(self._split)
+    def _shards(self) -> Shards:
+        return Shards(self.directory, self.shards(), self.shard_lengths())
 
     def shards(self) -> list[str]:
         """The file names of the shards."""
-        return sorted(self._builder.info.splits[self._split].filenames)
+        count = len(self.shard_lengths())
+        return [shard_name(self._split, shard, count) for shard in range(count)]
 
     def shard_lengths(self) -> list[int]:
         """How many records each shard holds."""
-        return list(self._builder.info.splits[self._split].shard_lengths)
+        return list(self._info.splits[self._split].shard_lengths)
+
+    def fault(self, index: int, what: str) -> Fault:
+        """What is wrong with a record."""
+        return self._shards.fault(index, what)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._shards)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._records[index]
-        return record | {"track": record["track"].decode(), "path": record["path"].decode()}
+        serialised = self._shards[index]
+        try:
+            record = self._info.features.deserialize_example_np(serialised)
+            record |= {"track": record["track"].decode(), "path": record["path"].decode()}
+        except NO_RECORD as e:
+            raise self.fault(index, f"its bytes are no record ({e!r})") from e
+        if not len(record["audio"]):
+            raise self.fault(index, "it has no audio")
+        return record
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_builder", "_records")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_info", "_shards")}
 
     def __repr__(self) -> str:
         return f"Source(split={self._split!r}, fingerprint={self._fingerprint!r})"
 
 
-def open_source(directory: str, split: str) -> Source:
+def open_source(directory: str, split: str, max_missing: float = 0.0) -> Source:
     """Open a split of a prepared dataset for reading records by index.
 
-    Raises `UserError` where the directory holds no finished dataset, or the split is not in it.
+    Raises `UserError` where the directory holds no finished dataset, the split is not in it, or
+    shards with more than the share `max_missing` of its records, or all of them, are missing.
     """
     splits = metadata(directory)["splits"]
     if not splits.get(split, {}).get("records"):
@@ -235,12 +378,13 @@ def open_source(directory: str, split: str) -> Source:
             "or set --validation_fraction"
         )
     source = Source(directory, split)
-    present = {path.name for path in epath.Path(directory).iterdir()}
-    missing = [name for name in source.shards() if name not in present]
-    if missing:
+    names = source.shards()
+    lost, share = missing(directory, names, source.shard_lengths(), max_missing)
+    if lost:
         raise UserError(
-            f"{directory} lacks {len(missing)} of its {len(source.shards())} {split} shards, "
-            f"{missing[0]} first; copy the dataset again, or remove it and prepare it anew"
+            f"{directory} lacks {len(lost)} of its {len(names)} {split} shards with {share:.1%} of "
+            f"the records, {lost[0]} first; copy the dataset again, or remove it and prepare it "
+            "anew"
         )
     return source
 

@@ -324,7 +324,7 @@ def test_codes_that_do_not_fit_the_audio_are_refused(dataset, tmp_path):
     source = records.open_source(copy, "train")
     with pytest.raises(UserError, match=r"frames of codes for \d+ samples"):
         codes.attach(source, copy, "train", {"rvq_vae": found["rvq_vae"]._replace(hop_length=300)})
-    with pytest.raises(UserError, match=r"code 1\d in record 0 .* of codebooks of 3"):
+    with pytest.raises(UserError, match=r"8 of 8 .*record 0 .*: code 1\d of codebooks of 3"):
         codes.attach(source, copy, "train", {"rvq_vae": found["rvq_vae"]._replace(size=3)})
     shard = os.path.join(codes.folder(copy, "rvq_vae"), found["rvq_vae"].shards["train"][0])
     os.unlink(shard)
