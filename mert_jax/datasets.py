@@ -89,14 +89,14 @@ def check_unchanged(
 ) -> None:
     """Raise UserError unless the `summaries` of the datasets are those the run began with.
 
-    Where the caller accepts it, print what changed. A dataset that was moved has not changed.
+    Where the caller accepts it, print what changed. A dataset that was moved has not changed, and
+    a run that did not write down its datasets (`before` is empty) is taken as it is.
     """
     was, is_now = ([each["fingerprint"] for each in some] for some in (before, now))
-    if was == is_now:
+    if was == is_now or not before:
         return
-    named = lambda some: (
-        ", ".join(f"{each['dataset']} (fingerprint {each['fingerprint'][:8]})" for each in some)
-        or "none"
+    named = lambda some: ", ".join(
+        f"{each['dataset']} (fingerprint {each['fingerprint'][:8]})" for each in some
     )
     if sorted(was) == sorted(is_now):
         change = f"come in another order: {named(now)}; the run began with {named(before)}"
