@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import Initializer, normal, uniform, variance_scaling
 
+from mert_jax.sharding import on_each_shard
+
 Array = jax.Array
 EPSILON = 1e-5  # of every norm; flax's own default is 1e-6
 
@@ -179,14 +181,20 @@ class PosConvEmbed(nn.Module):
         weight = v * (g[:, None, None] / jnp.linalg.norm(v, axis=(1, 2), keepdims=True))
         # an even kernel makes one frame too many: the official code drops the last one
         padding = (self.kernel // 2, self.kernel // 2 - (self.kernel % 2 == 0))
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            weight.astype(self.dtype),
-            (1,),
-            [padding],
-            dimension_numbers=("NWC", "WIO", "NWC"),
-            feature_group_count=self.groups,
-        )
+
+        def convolve(x: Array, weight: Array) -> Array:
+            return jax.lax.conv_general_dilated(
+                x,
+                weight,
+                (1,),
+                [padding],
+                dimension_numbers=("NWC", "WIO", "NWC"),
+                feature_group_count=self.groups,
+            )
+
+        # not left to XLA: where the batch is split and `tensor` too, it made the gradient of a
+        # grouped convolution's kernel as many times too large (jax 0.10 on CPUs)
+        y = on_each_shard(convolve, x.astype(self.dtype), weight.astype(self.dtype))
         return gelu(y + bias.astype(self.dtype)[None, None, :])
 
 

@@ -64,6 +64,16 @@ def state_shardings(init: Callable[[], Any], mesh: Mesh) -> Any:
     )
 
 
+def on_each_shard(function: Callable[..., jax.Array], x: jax.Array, *whole: Any) -> jax.Array:
+    """`function(x, *whole)`, where each device does its own rows of `x` [B, ...] with all of
+    `whole`, in the mesh that is set; in one go where there is none or it does not divide B."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return function(x, *whole)
+    specs = (BATCH, *(PartitionSpec() for _ in whole))
+    return jax.shard_map(function, in_specs=specs, out_specs=BATCH)(x, *whole)
+
+
 def global_batch(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     """The global array [B, ...] of which `rows` is this host's block, sharded on the batch."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), rows)
