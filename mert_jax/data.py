@@ -197,10 +197,14 @@ def validation_batches(
 
 
 def prefetch(batches: Iterator[Any], put: Callable[[Any], X], depth: int = 2) -> Iterator[X]:
-    """`put` of each batch, begun `depth` batches ahead, so that the device need not wait."""
+    """`put` of each batch, begun `depth` batches ahead, so that the device need not wait; closing
+    it closes `batches`."""
     ahead: collections.deque[X] = collections.deque()
-    for batch in batches:
-        ahead.append(put(batch))
-        if len(ahead) > depth:
-            yield ahead.popleft()
-    yield from ahead
+    try:
+        for batch in batches:
+            ahead.append(put(batch))
+            if len(ahead) > depth:
+                yield ahead.popleft()
+        yield from ahead
+    finally:
+        batches.close()

@@ -2,7 +2,6 @@
 
 import datetime
 import functools
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mert_jax import ledger
 from mert_jax.cli import UserError
 from mert_jax.losses import CodeLoss
 from mert_jax.step import Sums
@@ -175,19 +175,15 @@ def console_line(row: dict[str, Any], total_steps: int, eta: str) -> str:
 
 
 class Writer:
-    """Appends rows to WORKDIR/metrics.jsonl, on the console and, with the extra, TensorBoard.
+    """Appends rows to WORKDIR/metrics.jsonl and, with the extra, TensorBoard.
 
     Lines after step `start` are dropped, so that a resumed run has each step once.
     """
 
     def __init__(self, workdir: str, start: int, tensorboard: bool):
-        self._path = os.path.join(workdir, "metrics.jsonl")
-        rows = [row for row in read(self._path) if row["step"] <= start]
-        temporary = self._path + ".tmp"
-        with open(temporary, "w") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
-        os.replace(temporary, self._path)
-        self._file = open(self._path, "a")  # noqa: SIM115 (closed by close)
+        self._ledger = ledger.Ledger(
+            os.path.join(workdir, "metrics.jsonl"), lambda row: row["step"] <= start
+        )
         self._board = None
         if tensorboard:
             try:
@@ -198,10 +194,13 @@ class Writer:
                 ) from e
             self._board = metric_writers.SummaryWriter(os.path.join(workdir, "tensorboard"))
 
+    def back_to(self, step: int) -> None:
+        """Drop the lines after `step`, which will come again."""
+        self._ledger.drop(lambda row: row["step"] <= step)
+
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; lists become one TensorBoard scalar an entry."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._ledger.write(row)
         if self._board:
             scalars = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
             for name, values in row.items():
@@ -210,22 +209,6 @@ class Writer:
             self._board.write_scalars(row["step"], scalars)
 
     def close(self) -> None:
-        self._file.close()
+        self._ledger.close()
         if self._board:
             self._board.close()
-
-
-def read(path: str) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, [] where there is none; a last line cut off by a crash is left
-    out. Raises UserError for any other line that is not JSON."""
-    if not os.path.exists(path):
-        return []
-    rows = []
-    with open(path) as f:
-        for line in f:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                if line.endswith("\n"):
-                    raise UserError(f"{path}: line {len(rows) + 1} is not JSON") from None
-    return rows

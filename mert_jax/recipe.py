@@ -224,7 +224,7 @@ def init(
     # parameters do not depend on the clip's length, so the shortest will do
     wave = jnp.zeros((1, 4000))
     params = student.init(jax.random.key(config.seed), wave)["params"]
-    return step.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return step.begin(params, optimizer, config.guard.window)
 
 
 def fingerprints(

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from mert_jax import cli, metrics
+from mert_jax import cli, ledger, metrics
 from mert_jax.curves import SPEED, Panel, panels, png, series
 from mert_jax.decode import SAMPLE_RATE
 
@@ -38,7 +38,7 @@ def load(workdir: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     if not os.path.exists(path):
         raise cli.UserError(f"{path} is not there: has mert_jax.train run in this workdir?")
     try:
-        rows, config = metrics.read(path), {}
+        rows, config = ledger.read(path), {}
         if os.path.exists(config_path):
             with open(config_path) as f:
                 config = json.load(f)

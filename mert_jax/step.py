@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from mert_jax import losses
+from mert_jax import guard, losses
+from mert_jax.guard import Guard
 
 Array = jax.Array
 
@@ -20,11 +22,20 @@ BOOKS = 0x626F  # folded into a step's key: the draw of codebooks
 
 
 class TrainState(NamedTuple):
-    """Everything a checkpoint holds: completed updates, parameters, optimiser state."""
+    """Everything a checkpoint holds: completed steps, the number of the next batch (further on than
+    the step where batches were passed over), parameters, optimiser state, and the guard."""
 
     step: Array
+    batch: Array
     params: Any
     opt_state: Any
+    guard: Guard
+
+
+def begin(params: Any, optimizer: optax.GradientTransformation, window: int) -> TrainState:
+    """The state before the first step; the guard remembers `window` gradient norms."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, params, optimizer.init(params), guard.init(window))
 
 
 class Objective(NamedTuple):
@@ -205,14 +216,16 @@ def train_step(
     optimizer: optax.GradientTransformation,
     accumulation: int,
     group: int,
+    norm_factor: float = 0.0,
 ) -> tuple[TrainState, dict[str, Any]]:
     """One update on the global batch (`audio` int16 [B, N], `looped` bool [B], stored `codes`);
     returns the state and the metrics.
 
-    `key` is the run's; the step's own is folded in. The gradient is that of the whole batch's sum
-    over its masked frames, however many micro-batches it is computed in.
+    `key` is the run's; the batch's own is folded in. The gradient is that of the whole batch's sum
+    over its masked frames, however many micro-batches it is computed in. An update that the guard
+    does not accept (`norm_factor`: see `guard.limit`) changes neither parameters nor moments.
     """
-    key = jax.random.fold_in(key, state.step)
+    key = jax.random.fold_in(key, state.batch)
     gradient = jax.grad(loss_fn, has_aux=True)
 
     def micro_batch(audio: Array, rows: Array, codes: Mapping[str, Array]) -> tuple[Any, Sums]:
@@ -229,14 +242,32 @@ def train_step(
         add = lambda total, batch: (jax.tree.map(jnp.add, total, micro_batch(*batch)), None)
         (grads, sums), _ = jax.lax.scan(add, zeros, batches)
     grads = jax.tree.map(lambda g: g / sums.frames, grads)
+    norm = optax.tree.norm(grads)
+    accepted = guard.accepts(state.guard, sums.loss / sums.frames, norm, norm_factor)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(accepted, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    watched = guard.after(state.guard, norm, accepted)
     metrics = {
         "sums": sums,
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": norm,
+        "norm_limit": guard.limit(state.guard, norm_factor),
         "looped": batch["looped"].sum(),
+        "updates": state.step - state.guard.skipped,  # made before this one
+        "guard": watched._replace(norms=()),
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(state.step + 1, state.batch + 1, params, opt_state, watched), metrics
+
+
+def redirected(state: TrainState, batch: int, rollbacks: int) -> TrainState:
+    """`state`, to go on with another batch, and with so many rollbacks behind it."""
+    placed = lambda new, old: jax.device_put(np.int32(new), old.sharding)
+    watched = state.guard._replace(rollbacks=placed(rollbacks, state.guard.rollbacks))
+    return state._replace(batch=placed(batch, state.batch), guard=watched)
 
 
 def eval_step(
@@ -259,11 +290,14 @@ def compiled(
     optimizer: optax.GradientTransformation,
     accumulation: int,
     group: int,
+    norm_factor: float,
     shardings: Any,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """`train_step`, which takes the state's memory over and lays it out by `shardings`, and
     `eval_step`, both jitted."""
-    options = dict(optimizer=optimizer, accumulation=accumulation, group=group)
+    options = dict(
+        optimizer=optimizer, accumulation=accumulation, group=group, norm_factor=norm_factor
+    )
     update = functools.partial(train_step, objective=objective, **options)
     evaluate = functools.partial(eval_step, objective=objective)
     jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))

@@ -99,7 +99,7 @@ def begin(state: TrainState, start: Start) -> TrainState:
     mu, nu = (_replaced(*x) for x in zip((adam.mu, adam.nu), start.moments, strict=True))
     loaded = optimizer.AdamState(_placed(np.int32(start.count), adam.count), mu, nu)
     opt_state = tuple(loaded if part is adam else part for part in state.opt_state)
-    return TrainState(state.step, params, opt_state)
+    return state._replace(params=params, opt_state=opt_state)
 
 
 def _trees(checkpoint: Checkpoint) -> list[Any]:

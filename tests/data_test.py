@@ -225,7 +225,7 @@ def test_validation_sees_every_record_and_is_the_same_each_time():
 
 def test_prefetch_keeps_order_and_runs_ahead():
     put = []
-    stream = data.prefetch(iter(range(5)), lambda x: put.append(x) or x, depth=2)
+    stream = data.prefetch((x for x in range(5)), lambda x: put.append(x) or x, depth=2)
     assert next(stream) == 0
     assert put == [0, 1, 2]
     assert list(stream) == [1, 2, 3, 4]

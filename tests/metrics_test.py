@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from mert_jax import cli, losses, metrics, step
+from mert_jax import cli, ledger, losses, metrics, step
 
 
 def sums(**codes) -> step.Sums:
@@ -149,23 +149,23 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     with open(path, "a") as f:
         f.write('{"step": 40, "lo')  # the machine went down here
     resumed = metrics.Writer(str(tmp_path), 20, tensorboard=False)
-    assert [r["step"] for r in metrics.read(path)] == [10, 20]
+    assert [r["step"] for r in ledger.read(path)] == [10, 20]
     resumed.write(row(30))  # on disk before close
-    assert [r["step"] for r in metrics.read(path)] == [10, 20, 30]
+    assert [r["step"] for r in ledger.read(path)] == [10, 20, 30]
     resumed.close()
-    assert metrics.read(path)[-1] == row(30)
+    assert ledger.read(path)[-1] == row(30)
     metrics.Writer(str(tmp_path), 0, tensorboard=False).close()
-    assert metrics.read(path) == []
+    assert ledger.read(path) == []
 
 
 def test_read(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert metrics.read(path) == []
+    assert ledger.read(path) == []
     path.write_text('{"step": 1}\n{"step": 2}')  # whole, but for its newline
-    assert metrics.read(path) == [{"step": 1}, {"step": 2}]
+    assert ledger.read(path) == [{"step": 1}, {"step": 2}]
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(cli.UserError, match="line 2 is not JSON"):
-        metrics.read(path)
+        ledger.read(path)
 
 
 def test_tensorboard_without_its_extra_names_the_extra(tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def run(mesh, steps=3, **overrides):
-    """Losses of a few steps on `mesh` (data, fsdp, tensor), and the initial parameters."""
+    """Losses and gradient norms of a few steps on `mesh` (data, fsdp, tensor), the initial
+    parameters, and the last state."""
     # a low rate: Adam turns the rounding of a gradient near 0 into the sign of a whole step
     overrides = {"optimizer__peak_learning_rate": 1e-4} | overrides
     config = recipe.check(small.config(**overrides))
@@ -32,17 +33,18 @@ def run(mesh, steps=3, **overrides):
         state = jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
         first = jax.tree.map(np.asarray, state.params)
         update, _ = step.compiled(
-            objective, optimizer, config.accumulation, config.group, shardings
+            objective, optimizer, config.accumulation, config.group, 10.0, shardings
         )
         params = sharding.replicated({name: t.params for name, t in made.items()}, mesh)
         audio = np.asarray(music(config.batch_size))
         batch = {"audio": audio, "looped": np.zeros(len(audio), bool)}
         batch = {name: sharding.global_batch(x, mesh) for name, x in batch.items()}
-        losses = []
+        seen = []
         for _ in range(steps):
             state, result = update(state, params, batch, jax.random.key(0))
-            losses.append(float(result["sums"].loss / result["sums"].frames))
-    return losses, first, state
+            loss = float(result["sums"].loss / result["sums"].frames)
+            seen.append((loss, float(result["grad_norm"])))
+    return seen, first, state
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +54,9 @@ def reference():
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 8, 1), (1, 1, 8)])
 def test_every_mesh_gives_the_same_run(reference, mesh):
-    losses, first, state = run(mesh)
+    seen, first, state = run(mesh)
     jax.tree.map(np.testing.assert_array_equal, first, reference[1])  # bit for bit
-    np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
+    np.testing.assert_allclose(seen, reference[0], rtol=1e-5)
     kernel = state.params["encoder"]["layers"]["intermediate_dense"]["kernel"]  # [L, D, F]
     shard = kernel.addressable_shards[0].data.shape
     assert shard == (kernel.shape[0], kernel.shape[1] // mesh[1], kernel.shape[2] // mesh[2])

@@ -88,6 +88,27 @@ def test_the_first_update_moves_only_the_moments(run):
     assert int(after.step) == 1
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_update_that_is_not_finite_is_skipped_and_the_run_goes_on(run, value):
+    state, _ = run.train(2, music(8))
+    bad = np.asarray(music(8), np.float32)
+    bad[3, 1000:1010] = value
+    batch = {"audio": bad, "looped": np.zeros(8, bool)}
+    before = jax.tree.map(np.asarray, state)
+    state, result = run.step(state, run.teacher_params, batch, run.key)
+    assert not np.isfinite(result["grad_norm"])
+    for part in ("params", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, part), getattr(state, part))
+    assert (int(state.step), int(state.batch)) == (3, 3)
+    assert (int(state.guard.skipped), int(state.guard.streak)) == (1, 1)
+    state, result = run.step(state, run.teacher_params, {**batch, "audio": music(8) * 1.0}, run.key)
+    assert (int(state.guard.skipped), int(state.guard.streak)) == (1, 0)
+    assert int(result["updates"]) == 2  # of the learning rate's schedule, too
+    assert np.any(
+        np.asarray(before.params["masked_spec_embed"] != state.params["masked_spec_embed"])
+    )
+
+
 def test_loss_is_the_weighted_sum_of_its_parts():
     weights = {"teacher__cqt__weight": 3.0, "teacher__random_projection__weight": 0.5}
     _, (row,) = Run(**weights).train(1, music(8))

@@ -158,7 +158,7 @@ def test_the_state_has_what_was_taken_over_and_keeps_the_rest(moments):
 
     def init():
         params = of.init(jax.random.key(3), jnp.zeros((1, 400)))["params"]
-        return step.TrainState(jnp.zeros((), jnp.int32), params, chain.init(params))
+        return step.begin(params, chain, window=8)
 
     mesh = sharding.make_mesh(2, 2, 2)
     shardings = sharding.state_shardings(init, mesh)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import soundfile
 
-from mert_jax import curves, metrics, quantize, records
+from mert_jax import curves, ledger, metrics, quantize, records
 from mert_jax.fitting import codec_step
 from mert_jax.fitting.codec_step import Codec, CodecState
 
@@ -100,7 +100,7 @@ def report(output: str, training: str, c: Codec, state: CodecState, held_out: np
     found = {"steps": int(state.step), "clips": len(held_out), "codebooks": figures}
     with open(os.path.join(output, "report.json"), "w") as f:
         json.dump(found, f, indent=1)
-    rows = metrics.read(os.path.join(training, "metrics.jsonl"))
+    rows = ledger.read(os.path.join(training, "metrics.jsonl"))
     with open(os.path.join(output, "report.png"), "wb") as f:
         f.write(curves.png(panels(rows), rows[-1]["step"], columns=2))
     print(f"validation, {len(held_out)} clips, by codebooks:")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mert_jax import checkpoint, cli, data, encodec, metrics, records, sharding
+from mert_jax import checkpoint, cli, data, encodec, faults, metrics, records, sharding
 from mert_jax.fitting import codec_report, codec_step
 from mert_jax.fitting.codec_step import Codec, CodecState
 
@@ -118,6 +118,7 @@ def train(
         start=start,
         threads=config.threads,
     )
+    stream = faults.noted(stream, faults.Faults(None, [source], start=start), start)
     put = lambda batch: sharding.global_batch(batch["audio"], mesh)
     key = jax.random.key(seed + 1)
     policy = checkpoint.SavePolicy(

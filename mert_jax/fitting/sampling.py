@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mert_jax import data, records
+from mert_jax import data, faults, records
 from mert_jax.cli import UserError
 from mert_jax.decode import FULL_SCALE
 from mert_jax.fitting import progress
@@ -68,6 +68,7 @@ class Sampler:
             batch_size=CLIPS,
             seed=self._seed,
         )
+        stream = faults.noted(stream, faults.Faults(None, [source]))
         rng = np.random.default_rng([self._seed, split == "train"])
         made, drawn, held = jax.jit(features), 0, None
         with progress.bar(f"reading {split}", total, "frame") as bar:

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from mert_jax import atomic, checkpoint, metrics, optimizer, weights
+from mert_jax import atomic, checkpoint, guard, ledger, optimizer, weights
 from mert_jax.cli import UserError
 from mert_jax.formats import About, Checkpoint, architecture, names, student_of
 from mert_jax.model import Student
@@ -35,6 +35,12 @@ def describe(workdir: str, student: Student, about: About) -> None:
     path = os.path.join(workdir, checkpoint.MODEL)
     with atomic.staged(path, replace=True) as temporary, open(temporary, "w") as f:
         json.dump(content, f, indent=1)
+
+
+def about(workdir: str) -> About:
+    """What WORKDIR/model.json says beside the student; UserError where it says nothing."""
+    content = weights.read_json(os.path.join(workdir, checkpoint.MODEL))
+    return About(**{key: content[key] for key in KEPT if key in content})
 
 
 def locate(path: str) -> tuple[str, int]:
@@ -71,7 +77,7 @@ def read(path: str, moments: bool = True) -> Checkpoint:
     if adam := [x for x in state.get("opt_state") or () if x]:
         found = tuple(_checked(adam[0][key], student, f"{workdir}, {key}") for key in ("mu", "nu"))
     run = os.path.join(workdir, "config.json")
-    rows = metrics.read(os.path.join(workdir, "metrics.jsonl"))
+    rows = ledger.read(os.path.join(workdir, "metrics.jsonl"))
     about = about._replace(
         config=weights.read_json(run) if os.path.exists(run) else {},
         metrics=next((row for row in reversed(rows) if row["step"] <= step), {}),
@@ -83,29 +89,41 @@ def read(path: str, moments: bool = True) -> Checkpoint:
 def _restore(directory: str, step: int, moments: bool) -> dict[str, Any]:
     """The state as nested dicts and lists of numpy arrays, the optimiser's without `moments` left
     out."""
-    manager = ocp.CheckpointManager(
-        os.path.abspath(directory), item_handlers=ocp.PyTreeCheckpointHandler()
-    )
+    handlers = {
+        checkpoint.STATE: ocp.PyTreeCheckpointHandler(),
+        checkpoint.CHECKSUMS: ocp.JsonCheckpointHandler(),
+    }
+    manager = ocp.CheckpointManager(os.path.abspath(directory), item_handlers=handlers)
     try:
-        tree = manager.item_metadata(step)
-        wanted = {"params": tree["params"]}
-        if moments:
-            wanted["opt_state"] = [
-                {key: part[key] for key in ("mu", "nu")} if part and "mu" in part else None
-                for part in tree["opt_state"] or ()
-            ]
-        arguments = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-            wanted,
-            is_leaf=lambda x: hasattr(x, "shape"),
-        )
-        options = dict(restore_args=arguments, partial_restore=True)
-        return manager.restore(step, args=ocp.args.PyTreeRestore(wanted, **options))
-    # what orbax and tensorstore raise for files that are missing, cut short or garbled
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        with checkpoint.said_as(checkpoint.Damaged):
+            tree = manager.item_metadata(step)[checkpoint.STATE]
+            items = {
+                checkpoint.STATE: _wanted(tree, moments),
+                checkpoint.CHECKSUMS: ocp.args.JsonRestore(),
+            }
+            found = manager.restore(step, args=ocp.args.Composite(**items))
+            checkpoint.verify(found[checkpoint.STATE], found[checkpoint.CHECKSUMS])
+        return found[checkpoint.STATE]
+    except checkpoint.Damaged as e:
         raise UserError(f"{directory}/{step} cannot be read: {e}") from e
     finally:
         manager.close()
+
+
+def _wanted(tree: Any, moments: bool) -> ocp.args.PyTreeRestore:
+    """What of a saved state to read, as numpy arrays: parameters and, if asked for, `moments`."""
+    wanted = {"params": tree["params"]}
+    if moments:
+        wanted["opt_state"] = [
+            {key: part[key] for key in ("mu", "nu")} if part and "mu" in part else None
+            for part in tree["opt_state"] or ()
+        ]
+    arguments = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+        wanted,
+        is_leaf=lambda x: hasattr(x, "shape"),
+    )
+    return ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
 
 
 def _checked(params: Any, student: Student, path: str) -> Any:
@@ -133,7 +151,8 @@ def write(path: str, content: Checkpoint) -> None:
         opt_state = optimizer.state_of(adam, step)
     try:
         with contextlib.closing(checkpoint.Checkpoints(path, keep=1)) as checkpoints:
-            checkpoints.save(content.step, TrainState(step, content.params, opt_state))
+            state = TrainState(step, step, content.params, opt_state, guard.init(1))
+            checkpoints.save(content.step, state)
     except (ValueError, RuntimeError) as e:  # tensorstore's words for a full disk
         raise OSError(errno.EIO, str(e)) from e
     describe(path, content.student, content.about)

@@ -1,0 +1,78 @@
+"""A run that is killed again and again ends as the one that never was: bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mert_jax.formats import workdir as workdirs
+from mert_jax.watchdog import RESTART
+from tests.train_test import ENVIRONMENT, command, dataset, flags, music  # noqa: F401 (fixtures)
+
+CLOCK = ("audio_seconds_per_second", "mfu")  # of metrics.jsonl, all that depends on it
+# a guard this strict skips, goes back and passes over batches on sound data too
+OPTIONS = (
+    *("--config.total_steps=60", "--config.eval_every=20", "--config.checkpoint.every_steps=4"),
+    *("--config.guard.factor=1.0", "--config.guard.window=8", "--config.guard.streak=3"),
+    *("--config.guard.rollbacks=1000", "--config.optimizer.peak_learning_rate=1e-4"),
+)
+KILLS = [pytest.param(3, id="3"), pytest.param(25, id="25", marks=pytest.mark.slow)]
+
+
+def outcome(workdir):
+    """What a run leaves: its metrics without the clock's, its bad steps, and its last state."""
+    with open(workdir / "metrics.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    rows = [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
+    bad = (workdir / "bad_steps.jsonl").read_text()
+    found = workdirs.read(str(workdir))
+    return rows, bad, found.step, (found.params, found.moments)
+
+
+def run_until(line, process):
+    """Follow `process` until it prints a line that `line` likes; what it printed."""
+    printed = []
+    for text in process.stdout:
+        printed.append(text)
+        if line(text):
+            break
+    return printed
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_a_run_killed_at_random_moments(dataset, tmp_path, kills):  # noqa: F811
+    calm, hunted = tmp_path / "calm", tmp_path / "hunted"
+    started = command("train", *flags(dataset, hunted, *OPTIONS))
+    undisturbed = command("train", *flags(dataset, calm, *OPTIONS))
+    done = subprocess.run(undisturbed, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert "going back to step" in done.stdout
+    rng, steps = random.Random(0), 0
+    for _ in range(kills):
+        process = subprocess.Popen(
+            started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        )
+        steps = rng.randrange(1, 3 + 60 // kills)  # between, during and right after saves
+        seen = iter(range(steps))
+        run_until(
+            lambda text, seen=seen: text.startswith("step ") and next(seen, None) is None, process
+        )
+        time.sleep(rng.random() * 0.3)
+        how = rng.choice([signal.SIGKILL, signal.SIGTERM])
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode in (0, -how, RESTART), errors
+    done = subprocess.run(started, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    (rows, bad, step, state), (rows2, bad2, step2, state2) = outcome(calm), outcome(hunted)
+    assert step == step2 == 60
+    assert rows2 == rows
+    assert bad2 == bad
+    jax.tree.map(np.testing.assert_array_equal, state2, state)
+    assert len(os.listdir(hunted / "checkpoints")) == 3
