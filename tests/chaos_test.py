@@ -18,11 +18,15 @@ from tests.train_test import ENVIRONMENT, command, dataset, flags, music  # noqa
 CLOCK = ("audio_seconds_per_second", "mfu")  # of metrics.jsonl, all that depends on it
 # a guard this strict skips, goes back and passes over batches on sound data too
 OPTIONS = (
-    *("--config.total_steps=60", "--config.eval_every=20", "--config.checkpoint.every_steps=4"),
+    *("--config.eval_every=20", "--config.checkpoint.every_steps=4"),
     *("--config.guard.factor=1.0", "--config.guard.window=8", "--config.guard.streak=3"),
     *("--config.guard.rollbacks=1000", "--config.optimizer.peak_learning_rate=1e-4"),
 )
-KILLS = [pytest.param(3, id="3"), pytest.param(25, id="25", marks=pytest.mark.slow)]
+# kills, and steps that are enough for them
+KILLS = [
+    pytest.param(2, 24, id="2"),
+    pytest.param(25, 60, id="25", marks=pytest.mark.slow),
+]
 
 
 def outcome(workdir):
@@ -45,11 +49,12 @@ def run_until(line, process):
     return printed
 
 
-@pytest.mark.parametrize("kills", KILLS)
-def test_a_run_killed_at_random_moments(dataset, tmp_path, kills):  # noqa: F811
+@pytest.mark.parametrize(("kills", "total"), KILLS)
+def test_a_run_killed_at_random_moments(dataset, tmp_path, kills, total):  # noqa: F811
     calm, hunted = tmp_path / "calm", tmp_path / "hunted"
-    started = command("train", *flags(dataset, hunted, *OPTIONS))
-    undisturbed = command("train", *flags(dataset, calm, *OPTIONS))
+    options = (*OPTIONS, f"--config.total_steps={total}")
+    started = command("train", *flags(dataset, hunted, *options))
+    undisturbed = command("train", *flags(dataset, calm, *options))
     done = subprocess.run(undisturbed, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert "going back to step" in done.stdout
@@ -58,7 +63,7 @@ def test_a_run_killed_at_random_moments(dataset, tmp_path, kills):  # noqa: F811
         process = subprocess.Popen(
             started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
         )
-        steps = rng.randrange(1, 3 + 60 // kills)  # between, during and right after saves
+        steps = rng.randrange(1, 3 + total // kills)  # between, during and right after saves
         seen = iter(range(steps))
         run_until(
             lambda text, seen=seen: text.startswith("step ") and next(seen, None) is None, process
@@ -71,7 +76,7 @@ def test_a_run_killed_at_random_moments(dataset, tmp_path, kills):  # noqa: F811
     done = subprocess.run(started, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     (rows, bad, step, state), (rows2, bad2, step2, state2) = outcome(calm), outcome(hunted)
-    assert step == step2 == 60
+    assert step == step2 == total
     assert rows2 == rows
     assert bad2 == bad
     jax.tree.map(np.testing.assert_array_equal, state2, state)
