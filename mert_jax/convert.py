@@ -68,7 +68,9 @@ def size(path: str) -> int:
 if __name__ == "__main__":
     _INPUT = flags.DEFINE_string("input", None, "Checkpoint to read.", required=True)
     _OUTPUT = flags.DEFINE_string("output", None, "What to write; must not exist.", required=True)
-    _TO = flags.DEFINE_enum("to", None, ["hf", "fairseq", "orbax", "stablehlo"], "", required=True)
+    _TO = flags.DEFINE_enum(
+        "to", None, ["hf", "fairseq", "orbax", "stablehlo"], "Format to write.", required=True
+    )
     _LICENSE = flags.DEFINE_string("license", "", "Licence of the weights, for the model card.")
     _MOMENTS = flags.DEFINE_bool("moments", True, "Keep Adam's moments where there are any.")
     cli.run(lambda: convert(_INPUT.value, _OUTPUT.value, _TO.value, _LICENSE.value, _MOMENTS.value))

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from mert_jax import cli, ledger, metrics
+from mert_jax import atomic, cli, goodput, ledger, metrics
 from mert_jax.curves import SPEED, Panel, panels, png, series
 from mert_jax.decode import SAMPLE_RATE
 
@@ -149,6 +149,7 @@ td:first-child, th:first-child, .config td {{ text-align: left; }}
 <h1>{title}</h1>
 {warnings}
 <div class="tiles">{tiles}</div>
+<p>{spent}</p>
 <h2>Curves</h2>
 <div class="curves">{curves}</div>
 <h2>Codebooks, {kind}</h2>
@@ -159,7 +160,14 @@ td:first-child, th:first-child, .config td {{ text-align: left; }}
 """
 
 
-def page(made: list[Panel], s: dict[str, Any], said: list[str], config: dict, title: str) -> str:
+def page(
+    made: list[Panel],
+    s: dict[str, Any],
+    said: list[str],
+    config: dict,
+    title: str,
+    spent: str = "",
+) -> str:
     """The report as one HTML file, pictures included."""
     cells = lambda tag, values: "".join(f"<{tag}>{html.escape(str(x))}</{tag}>" for x in values)
     curves = []
@@ -184,23 +192,13 @@ def page(made: list[Panel], s: dict[str, Any], said: list[str], config: dict, ti
             f"<div><span>{html.escape(what)}</span>{html.escape(much)}</div>"
             for what, much in headline(s)
         ),
+        spent=html.escape(spent),
         curves="".join(curves),
         kind=html.escape(f"{s['kind']} at step {s['kind_step']:,}"),
         books="".join(table),
         config="".join(f"<tr>{cells('td', row)}</tr>" for row in settings)
         or "<tr><td>there is no config.json</td></tr>",
     )
-
-
-def write(path: str, content: bytes) -> None:
-    """Write a file whole or not at all; UserError where that is not possible."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            f.write(content)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise cli.UserError(f"{path} cannot be written: {e}") from e
 
 
 def main(workdir: str | None) -> None:
@@ -214,11 +212,17 @@ def main(workdir: str | None) -> None:
     said = warnings(rows, s)
     title = os.path.abspath(workdir)
     paths = [os.path.join(workdir, name) for name in ("report.png", "report.html")]
-    write(paths[0], png(made, s["step"], title=f"{title}   step {s['step']:,}"))
-    write(paths[1], page(made, s, said, config, title).encode())
+    spent = goodput.line(goodput.read(workdir))
+    picture = png(made, s["step"], title=f"{title}   step {s['step']:,}")
+    for path, content in zip(
+        paths, (picture, page(made, s, said, config, title, spent).encode()), strict=True
+    ):
+        with atomic.staged(path, replace=True) as temporary, open(temporary, "wb") as f:
+            f.write(content)
     print(f"wrote {paths[0]} and {paths[1]}")
     for what, much in headline(s):
         print(f"{what:32}{much}")
+    print(spent)
     for line in said:
         print(f"warning: {line}")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib import figure, image
 
-from mert_jax import cli, curves, report
+from mert_jax import cli, curves, goodput, report
 
 CONFIG = {"batch_size": 36, "total_steps": 500, "data": {"num_samples": 240_000}}
 
@@ -311,3 +311,14 @@ def test_warnings_are_printed_and_on_the_page(tmp_path, capsys, monkeypatch):
     warned = capsys.readouterr().out.split("\nwarning: ")[1].strip()
     assert "codebook 0, 1" in warned
     assert warned in (tmp_path / "report.html").read_text()
+
+
+def test_where_the_time_went_is_printed_and_on_the_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "png", lambda *args, **options: b"")
+    workdir = save(tmp_path, make_rows(2))
+    spent = dict.fromkeys(goodput.KINDS, 0.0) | {"step": 2700.0, "lost": 900.0}
+    (tmp_path / "goodput.json").write_text(json.dumps(spent))
+    report.main(workdir)
+    said = "time: 1.00 h, of which step 75.0 %, lost 25.0 %"
+    assert said in capsys.readouterr().out
+    assert said in (tmp_path / "report.html").read_text()

@@ -240,6 +240,30 @@ def test_a_run_begins_from_another_runs_weights(dataset, finished, tmp_path):
     assert "is finished" in again.stdout
 
 
+def resident(pid: int) -> int:
+    """Resident memory of a process, kB."""
+    with open(f"/proc/{pid}/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmRSS"))
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow(dataset, tmp_path):
+    steps = ("--config.total_steps=2000", "--config.log_every=100", "--config.eval_every=500")
+    process = subprocess.Popen(
+        command("train", *flags(dataset, tmp_path, *steps, "--config.checkpoint.every_steps=100")),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    used = {}
+    for line in process.stdout:
+        if line.startswith(("step 200/", "step 1900/")):
+            used[line.split("/")[0]] = resident(process.pid)
+    assert process.wait() == 0
+    print(used)
+    assert used["step 1900"] <= 1.05 * used["step 200"], used
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
