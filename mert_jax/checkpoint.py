@@ -132,12 +132,13 @@ class Checkpoints:
         with self._writing():
             self._manager.check_for_errors()
 
-    def restore(self, state: Any, shardings: Any, before: int | None = None) -> Any:
+    def restore(self, state: Any, shardings: Any, before: int | None = None, every: int = 0) -> Any:
         """The newest state that is whole, of a step below `before` where that is given, laid out by
         `shardings`; `state` gives shapes and dtypes (abstract).
 
-        Damaged ones are named and, once an older one was found whole, moved to
-        WORKDIR/damaged. Raises UserError where there is none.
+        Steps that `every` divides come first: a run that was stopped in between, and saved there,
+        goes back to where one that was not would. Damaged ones are named and, once another was
+        found whole, moved to WORKDIR/damaged. Raises UserError where there is none.
         """
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -145,9 +146,10 @@ class Checkpoints:
             shardings,
         )
         self.wait()
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        regular = lambda step: every > 0 and step % every == 0
+        steps = [s for s in self._manager.all_steps() if before is None or s < before]
         damaged: dict[int, str] = {}
-        for step in [s for s in steps if before is None or s < before]:
+        for step in sorted(steps, key=lambda s: (regular(s), s), reverse=True):
             try:
                 with said_as(Damaged):
                     items = {

@@ -180,7 +180,9 @@ def train(config, workdir, student, teachers, mesh, sources, warm, checkpoints, 
                 f"{workdir}/{bad_steps.FILE}. Lower optimizer.peak_learning_rate or "
                 "optimizer.clip_norm, in a new workdir"
             )
-        earlier = checkpoints.restore(abstract, shardings, before=course.first_step)
+        earlier = checkpoints.restore(
+            abstract, shardings, before=course.first_step, every=saves.every_steps
+        )
         checkpoints.forget(above=int(earlier.step))
         print(
             f"{config.guard.streak} bad steps in a row: going back to step {int(earlier.step)}, "

@@ -252,6 +252,9 @@ def test_the_newest_stay_and_those_of_every_mth_step(tmp_path):
 def test_going_back_takes_one_from_before_and_forgets_the_rest(tmp_path):
     checkpoints = saved(tmp_path, 2, 4, 6)
     assert restored(checkpoints, before=5) == 4
+    assert restored(checkpoints, before=6, every=4) == 4
+    assert restored(checkpoints, before=4, every=4) == 2  # none that 4 divides: any
+    assert restored(checkpoints, before=7, every=4) == 4  # and not 6, which a stop has saved
     checkpoints.forget(above=4)
     assert checkpoint.steps(str(tmp_path)) == [2, 4]
     with pytest.raises(UserError, match="none of before step 2 to go back to"):
