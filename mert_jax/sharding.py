@@ -1,7 +1,7 @@
 """The device mesh and what of the model lies where on it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,21 +17,23 @@ RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh of all devices; one size may be -1, which means the rest.
+def make_mesh(
+    data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of `devices` (none given: of all there are); one size may be -1, which means the rest.
 
     Raises UserError when the sizes do not multiply to the number of devices.
     """
-    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    sizes, number = [data, fsdp, tensor], len(devices or jax.devices())
     if sizes.count(-1) == 1:
-        rest = devices // max(math.prod(s for s in sizes if s != -1), 1)
+        rest = number // max(math.prod(s for s in sizes if s != -1), 1)
         sizes = [rest if s == -1 else s for s in sizes]
-    if math.prod(sizes) != devices or min(sizes) < 1:
+    if math.prod(sizes) != number or min(sizes) < 1:
         raise UserError(
-            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not make {devices} devices; set "
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not make {number} devices; set "
             "mesh.data, mesh.fsdp and mesh.tensor so that their product does (-1: the rest)"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def check_batch(micro_batch: int, mesh: Mesh) -> None:
