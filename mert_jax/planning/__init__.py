@@ -1,0 +1,1 @@
+"""What `python -m mert_jax.plan` is made of."""
