@@ -5,9 +5,13 @@ exact in the frequency domain: with blocks of hop * M samples, the spectrum of t
 kernel's, folded to M points, is the spectrum of the decimated result. A kernel's spectrum is a few
 lobes wide and real up to half a sample's delay, so that a bin costs a handful of products for each
 of its M points and one inverse FFT of M points.
+
+A TPU has no FFT: its compiler makes matrix products of one, for minutes, and those that are written
+out here (`BY_PRODUCTS`) compile in seconds, run sooner and leave out what no kernel needs.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +22,7 @@ from mert_jax.cli import UserError
 from mert_jax.teachers import Teacher
 
 Array = jax.Array
+Complex = tuple[Array, Array]  # real and imaginary parts, each float32
 # Half-width of a kernel's band, in units of the inverse of its length. A Hann window's spectrum
 # falls with the third power: what is left out is 4e-6 of the result for a click, less for music.
 LOBES = 40
@@ -66,41 +71,66 @@ def kernel_spectrum(offset: np.ndarray, length: int) -> np.ndarray:
     return window * (2 / length) * length**0.5
 
 
-def apply(
-    params: Any, wave: Array, *, hop: int, points: int, margin: int, bands: tuple[Band, ...]
-) -> Array:
+class Fourier(NamedTuple):
+    """A way to compute the transforms of blocks [B, hop * M].
+
+    lines: (blocks, hop, first, last) -> lines [first, last) * M of their spectrum, [B, last -
+    first, M]; inverse: (spectra [B, F, M], start, stop) -> points [start, stop) of their inverse
+    transform, [B, F, stop - start].
+    """
+
+    lines: Callable[[Array, int, int, int], Complex]
+    inverse: Callable[[Complex, int, int], Complex]
+
+
+def apply(params: Any, wave: Array, **sizes: Any) -> Array:
     """Magnitudes f32[B, N // hop + 1, F] of `wave` [B, N], whatever N and the compute dtype.
 
     params: for each band its kernels' spectra, f32[points, rows, bins].
     """
-    blocks, skip = _blocks(wave.astype(jnp.float32), hop, points, margin)
-    num_blocks, size = blocks.shape  # of all clips
+    ways = dict(tpu=BY_PRODUCTS, default=BY_FFT)
+    forms = {
+        name: functools.partial(magnitudes, fourier=way, **sizes) for name, way in ways.items()
+    }
+    return jax.lax.platform_dependent(params, wave.astype(jnp.float32), **forms)
+
+
+def magnitudes(
+    params: Any,
+    wave: Array,
+    *,
+    fourier: Fourier,
+    hop: int,
+    points: int,
+    margin: int,
+    bands: tuple[Band, ...],
+) -> Array:
+    """`apply` of a float32 `wave`, with the transforms computed as `fourier` does."""
+    num_frames = wave.shape[-1] // hop + 1
+    blocks, skip = _blocks(wave, hop, points, margin)
+    size = blocks.shape[-1]
     stride = hop * points // size  # a shorter block has every stride-th line
     points //= stride
     low, high = min(band.first for band in bands), max(band.last for band in bands)
-    lines = _lines(jnp.fft.rfft(blocks), low * points, high * points, size)
-    angle = jnp.arange(low * points, high * points) * np.float32(np.pi / size)
-    delayed = lines * jax.lax.complex(jnp.cos(angle), -jnp.sin(angle))[None]
+    lines = fourier.lines(blocks, hop, low, high)
+    angle = (np.pi / size) * np.arange(low * points, high * points).reshape(-1, points)
     # real beside imaginary part: the kernels are real
-    rows = [
-        jnp.concatenate([x.real, x.imag]).reshape(2 * num_blocks, high - low, points)
-        for x in (lines, delayed)
-    ]
-    magnitudes = []
+    rows = [jnp.concatenate(x) for x in (lines, _turn(lines, angle))]
+    stop = skip + min(points - 2 * skip, num_frames)
+    found = []
     for kernels, band in zip(params, bands, strict=True):
         # the sum over rows folds the band to `points` lines, which is decimation by the hop
-        folded = jnp.einsum(
+        sums = jnp.einsum(
             "brm,mrk->mbk",
             rows[band.delayed][:, band.first - low : band.last - low],
             kernels[::stride],
             precision=jax.lax.Precision.HIGHEST,
         ).transpose(1, 2, 0)  # as its own step: faster on a CPU
-        frames = jnp.fft.ifft(jax.lax.complex(folded[:num_blocks], folded[num_blocks:]))
-        magnitudes.append(_magnitude(frames[..., skip : points - skip]))
+        spectra = sums[: len(blocks)], sums[len(blocks) :]
+        found.append(_magnitude(*fourier.inverse(spectra, skip, stop)))
     order = np.argsort(np.concatenate([band.bins for band in bands]))
-    magnitudes = jnp.concatenate(magnitudes, 1)[:, order]  # [blocks, F, frames]
-    num_frames = wave.shape[-1] // hop + 1
-    return magnitudes.swapaxes(1, 2).reshape(len(wave), -1, len(order))[:, :num_frames]
+    found = jnp.concatenate(found, 1)[:, order]  # [blocks, F, frames]
+    return found.swapaxes(1, 2).reshape(len(wave), -1, len(order))[:, :num_frames]
 
 
 def _blocks(wave: Array, hop: int, points: int, margin: int) -> tuple[Array, int]:
@@ -131,9 +161,64 @@ def _lines(spectrum: Array, first: int, last: int, size: int) -> Array:
     return spectrum[:, first:last]
 
 
-def _magnitude(z: Array) -> Array:
-    """|z|, with gradient 0 where it is 0."""
-    power = jnp.square(z.real) + jnp.square(z.imag)
+def _lines_by_fft(blocks: Array, hop: int, first: int, last: int) -> Complex:
+    size = blocks.shape[-1]
+    points = size // hop
+    lines = _lines(jnp.fft.rfft(blocks), first * points, last * points, size)
+    lines = lines.reshape(-1, last - first, points)
+    return lines.real, lines.imag
+
+
+def _inverse_by_fft(spectra: Complex, start: int, stop: int) -> Complex:
+    points = jnp.fft.ifft(jax.lax.complex(*spectra))[..., start:stop]
+    return points.real, points.imag
+
+
+def _lines_by_products(blocks: Array, hop: int, first: int, last: int) -> Complex:
+    """Cooley and Tukey's two steps: sample p * hop + h and line r * M + m meet at the angle
+    p m / M + h m / (hop M) + h r / hop, of which the last needs no more rows than are asked for."""
+    points = blocks.shape[-1] // hop
+    m, h = np.arange(points), np.arange(hop)
+    wave = blocks.reshape(-1, points, hop)
+    real, imag = (_product("bph,pm->bmh", wave, part) for part in _roots(m, m, points))
+    x = _turn((real, imag), (2 * np.pi / blocks.shape[-1]) * np.outer(m, h))
+    return _complex_product("bmh,hr->brm", x, _roots(h, np.arange(first, last), hop))
+
+
+def _inverse_by_products(spectra: Complex, start: int, stop: int) -> Complex:
+    points = spectra[0].shape[-1]
+    cos, sin = _roots(np.arange(points), np.arange(start, stop), points)
+    return _complex_product("bkm,mt->bkt", spectra, (cos / points, -sin / points))
+
+
+BY_FFT = Fourier(_lines_by_fft, _inverse_by_fft)
+BY_PRODUCTS = Fourier(_lines_by_products, _inverse_by_products)
+# float32 as of a transform: a TPU would round the factors to bfloat16
+_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def _roots(i: np.ndarray, j: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Real and imaginary parts of exp(-2 pi sqrt(-1) i j / n), each f32[I, J]."""
+    angle = (2 * np.pi / n) * (np.outer(i, j) % n)
+    return np.cos(angle).astype(np.float32), -np.sin(angle).astype(np.float32)
+
+
+def _turn(x: Complex, angle: np.ndarray) -> Complex:
+    """Complex numbers x [B, I, J], turned back by `angle` [I, J]."""
+    cos, sin = (f(angle)[None].astype(np.float32) for f in (np.cos, np.sin))
+    return x[0] * cos + x[1] * sin, x[1] * cos - x[0] * sin
+
+
+def _complex_product(axes: str, x: Complex, matrix: tuple[np.ndarray, np.ndarray]) -> Complex:
+    """The einsum of x [B, I, J] with a complex matrix, both parts of x as rows of one product."""
+    rows = len(x[0])
+    real, imag = (_product(axes, jnp.concatenate(x), part) for part in matrix)
+    return real[:rows] - imag[rows:], real[rows:] + imag[:rows]
+
+
+def _magnitude(real: Array, imag: Array) -> Array:
+    """Absolute values, with gradient 0 where they are 0."""
+    power = jnp.square(real) + jnp.square(imag)
     return jnp.where(power > 0, jnp.sqrt(jnp.where(power > 0, power, 1)), 0)
 
 
