@@ -13,22 +13,8 @@ import numpy as np
 from mert_jax import ledger
 from mert_jax.cli import UserError
 from mert_jax.losses import CodeLoss
+from mert_jax.planning import chips
 from mert_jax.step import Sums
-
-# Peak dense bf16 FLOP/s of one device, by the prefix of jax's device_kind. Sources: the vendors'
-# data sheets (cloud.google.com/tpu/docs/system-architecture-tpu-vm, NVIDIA A100, H100 and H200).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 def perplexity(counts: np.ndarray) -> np.ndarray:
@@ -107,9 +93,8 @@ def validation(sums: Sequence[Sums]) -> dict[str, Any]:
 
 def mfu(flops_per_second: float) -> float | None:
     """Model FLOP/s as a share of all devices' peak, None where the peak is unknown (CPU)."""
-    kind = jax.devices()[0].device_kind
-    peaks = [flops for prefix, flops in PEAK_FLOPS.items() if kind.startswith(prefix)]
-    return flops_per_second / (peaks[0] * jax.device_count()) if peaks else None
+    peak = chips.peak_flops(jax.devices()[0].device_kind)
+    return flops_per_second / (peak * jax.device_count()) if peak else None
 
 
 class Speed:

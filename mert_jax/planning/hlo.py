@@ -47,12 +47,13 @@ def summary(text: str, frames: int | None = None, inside: str = "", top: int = 1
     runs, loops = program.executed(whole)
     total = sum(run.instruction.cycles * run.times for run in runs)
     traffic = [hbm_bytes(whole, run) for run in runs]
+    exchanged = collectives(whole, runs)
     where = functools.partial(whole.source, inside=inside)
     return {
         "cycles": total,
         "flops": sum(flops(whole, run) for run in runs),
-        "hbm_bytes": sum(traffic),
-        "collectives": [c for run in runs for c in collectives(whole, run)],
+        "hbm_bytes": sum(traffic) + sum(c["bytes"] * c["times"] for c in exchanged if c["fused"]),
+        "collectives": exchanged,
         "loops": [
             {
                 "name": loop.instruction.name,
@@ -221,11 +222,13 @@ def hbm_bytes(whole: Program, run: Run) -> int:
         moved = instruction.shapes[len(instruction.operands)]
         sides = [sources[0][0], moved]
         return run.times * sum(moved.padded for side in sides if side.in_hbm)
+    if opcode.removesuffix("-start") in COLLECTIVES:
+        taken = [shape for shapes in sources for shape in shapes]
+        given = instruction.shapes[len(taken) :] if "-start" in opcode else ()
+        both = [*taken, *(given or instruction.shapes)]
+        return run.times * sum(shape.padded for shape in both if shape.in_hbm)
     reads = sum(_read(whole, instruction, number, shapes) for number, shapes in enumerate(sources))
-    results = instruction.shapes
-    if opcode.endswith("-start"):  # the operands come first in the result
-        results = results[sum(len(shapes) for shapes in sources) :] or results
-    return run.times * (reads + _written(whole, instruction, computation, results))
+    return run.times * (reads + _written(whole, instruction, computation))
 
 
 def _read(whole: Program, instruction: Instruction, number: int, shapes: Sequence[Shape]) -> int:
@@ -241,6 +244,8 @@ def _used(whole: Program, user: Instruction, number: int, full: int) -> int:
         return user.shapes[0].padded
     if user.opcode in ("dynamic-update-slice", "scatter") and number == 0:
         return 0  # in place
+    if user.opcode == "tuple" or user.opcode in COLLECTIVES:
+        return 0  # handed on; a fused collective is counted once, in `summary`
     if user.opcode != "fusion":
         return full
     body = whole.computations[user.called("calls")]
@@ -258,9 +263,8 @@ def _used_by_all(whole: Program, body: Computation, name: str, full: int) -> int
     return total
 
 
-def _written(
-    whole: Program, instruction: Instruction, computation: Computation, results: Sequence[Shape]
-) -> int:
+def _written(whole: Program, instruction: Instruction, computation: Computation) -> int:
+    results = instruction.shapes
     places = _roots(whole, computation, instruction)
     if len(places) != len(results):
         return sum(shape.padded for shape in results if shape.in_hbm)
@@ -284,25 +288,33 @@ def _roots(whole: Program, computation: Computation, x: Instruction) -> list[int
     if x.opcode == "tuple":
         found = (computation.instructions[name] for name in x.operands)
         return [place for y in found for place in _roots(whole, computation, y)[:1]]
+    if x.opcode == "parameter" or x.opcode in COLLECTIVES:
+        return [0]  # handed on, as above
     return [None]
 
 
 # ---- collectives
 
 
-def collectives(whole: Program, run: Run) -> list[dict[str, Any]]:
-    """The collectives of what is run, those hidden in fusions too: kind; bytes of the whole array
-    each time (the larger of what goes in and comes out); devices in a group; times."""
-    inside = program.inner(whole, run.instruction)
-    found = []
-    for x, computation in [(run.instruction, run.computation), *inside]:
-        kind = x.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
-            continue
-        group = group_size(x.rest)
-        taken = sum(shape.size for shapes in computation.shapes(x) for shape in shapes)
-        size = taken * (group or 1) if kind == "all-gather" else taken
-        found.append({"kind": kind, "bytes": size, "group": group, "times": run.times})
+def collectives(whole: Program, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The collectives of what is run: kind; bytes of the whole array each time (the larger of what
+    goes in and comes out); devices in a group; times; fused (done bit by bit in other fusions, all
+    of which name its channel)."""
+    found, channels = [], set()
+    for run in runs:
+        inside = program.inner(whole, run.instruction)
+        for x, computation in [(run.instruction, run.computation), *inside]:
+            kind = x.opcode.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            fused, channel = x is not run.instruction, re.search(r"channel_id=(\d+)", x.rest)
+            if fused and channel and channel[1] in channels:
+                continue
+            channels |= {channel[1]} if fused and channel else set()
+            group = group_size(x.rest)
+            taken = sum(shape.size for shapes in computation.shapes(x) for shape in shapes)
+            size = taken * (group or 1) if kind == "all-gather" else taken
+            found.append(dict(kind=kind, bytes=size, group=group, times=run.times, fused=fused))
     return found
 
 

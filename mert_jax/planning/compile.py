@@ -1,0 +1,168 @@
+"""A config's real training step, compiled for devices that need not be there."""
+
+import functools
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from mert_jax import codes, model, recipe, records, sharding, step
+from mert_jax.cli import UserError
+from mert_jax.planning import stand_ins
+from mert_jax.planning.chips import TPUS, Chip
+
+
+class Topology(NamedTuple):
+    """The devices of a topology, and what they are (None: CPUs)."""
+
+    name: str
+    devices: Sequence[Any]
+    chip: Chip | None
+
+    @property
+    def hosts(self) -> int:
+        return len({device.process_index for device in self.devices})
+
+
+class Compiled(NamedTuple):
+    """A compiled step; `memory` None, with `used` bytes of HBM instead, where it does not fit."""
+
+    text: str
+    memory: Any
+    used: float
+    seconds: float
+    mesh: Mesh
+    student: model.Student
+    batch: Mapping[str, Any]
+
+
+def topology(name: str) -> Topology:
+    """The devices called "v5e:4x4" or, fake ones, "cpu:8"; call before jax's backend starts.
+
+    Raises UserError for others, and where libtpu is not installed.
+    """
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+){0,2})", name)
+    if not found or found[1] not in (*TPUS, "cpu"):
+        raise UserError(
+            f"--topology={name!r} is unknown; it is {', '.join(TPUS)} and a shape, such as v5e:4x4 "
+            "or v4:2x2x4, or cpu:8"
+        )
+    number = math.prod(int(n) for n in found[2].split("x"))
+    jax.config.update("jax_platforms", "cpu")  # of a TPU that is here, nothing is wanted
+    if found[1] == "cpu":
+        flag = f"--xla_force_host_platform_device_count={number}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+        here = jax.devices("cpu")
+        if not 1 <= number <= len(here):
+            raise UserError(f"--topology={name}: jax has {len(here)} CPU devices here")
+        return Topology(name, here[:number], None)
+    chip = TPUS[found[1]]
+    return Topology(name, _tpu_devices(name, chip, number), chip)
+
+
+def _tpu_devices(name: str, chip: Chip, number: int) -> Sequence[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology={name} needs the TPU compiler: pip install -e .[plan] (libtpu, 137 MB; no "
+            "TPU is needed)"
+        )
+    # or libtpu asks Cloud's metadata server what machine this is
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_ACCELERATOR_TYPE=f"{chip.accelerator}-{number * chip.cores}",
+    )
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except (RuntimeError, ValueError, NotImplementedError) as e:
+        said = str(e).splitlines()[0]
+        raise UserError(
+            f"--topology={name!r} is no slice that libtpu knows ({said}); shapes of "
+            f"{name.partition(':')[0]} are in Cloud TPU's documentation, such as v5e:4x4, v4:2x2x4"
+        ) from e
+
+
+def make_mesh(config: ConfigDict, devices: Sequence[Any]) -> Mesh:
+    """The config's mesh of `devices`; UserError where they or a micro-batch cannot be split so."""
+    sizes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+    mesh = sharding.make_mesh(*sizes, devices=devices)
+    sharding.check_batch(config.batch_size // config.accumulation, mesh)
+    return mesh
+
+
+def compiled(config: ConfigDict, devices: Sequence[Any], choice: str = "") -> Compiled:
+    """`config`'s training step for `devices`, compiled.
+
+    choice: whether an RVQ-VAE's codes are "stored" or "computed"; "": as the dataset has them,
+    computed where none is given. Raises UserError for settings that do not go together.
+    """
+    recipe.check(config)
+    mesh = make_mesh(config, devices)
+    stored = stand_ins.stored_codes(config, choice)
+    made = stand_ins.make(config, stored)
+    student = recipe.student(config, made, stored)
+    optimizer, objective = recipe.make_optimizer(config), recipe.objective(config, student, made)
+    init = functools.partial(recipe.init, config, student, optimizer)
+    shardings = sharding.state_shardings(init, mesh)
+    state = jax.tree.map(_placed, jax.eval_shape(lambda: nn.unbox(init())), shardings)
+    whole = functools.partial(_placed, sharding=NamedSharding(mesh, PartitionSpec()))
+    teacher_params = jax.tree.map(whole, {name: teacher.params for name, teacher in made.items()})
+    inputs = batch(config, max(objective.context.values(), default=0), stored, mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    train_step, _ = step.compiled(
+        objective, optimizer, config.accumulation, config.group, config.guard.factor, shardings
+    )
+    begun = time.monotonic()
+    text, memory, used = "", None, 0.0
+    with jax.set_mesh(mesh):
+        lowered = train_step.lower(state, teacher_params, inputs, key)
+        try:
+            program = lowered.compile()
+            text, memory = program.as_text(), program.memory_analysis()
+        except jax.errors.JaxRuntimeError as e:
+            used = _used_hbm(str(e))
+            if not used:
+                raise
+    return Compiled(text, memory, used, time.monotonic() - begun, mesh, student, inputs)
+
+
+def _used_hbm(error: str) -> float:
+    """Bytes that a program would need, from the compiler's refusal; 0 for another error."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", error)
+    return float(found[1]) * 1024.0 ** " KMGT".index(found[2] or " ") if found else 0.0
+
+
+def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def batch(
+    config: ConfigDict, context: int, stored: Mapping[str, codes.Info], mesh: Mesh
+) -> dict[str, Any]:
+    """The shapes of a global batch, as `train` makes it, and how it lies on the mesh."""
+    rows, samples = config.batch_size, config.data.num_samples
+    shape = lambda dims, dtype, axes=sharding.BATCH: jax.ShapeDtypeStruct(
+        dims, dtype, sharding=NamedSharding(mesh, axes)
+    )
+    frames = -(-samples // records.HOP_LENGTH)
+    return {
+        "audio": shape((rows, context + samples), jnp.int16),
+        "looped": shape((rows,), jnp.bool_),
+        "record": shape((rows,), jnp.int32),
+        "faulty": shape((rows,), jnp.int32),
+        "wishes": shape((mesh.size,), jnp.int32, PartitionSpec(sharding.AXES)),
+        "codes": {
+            name: shape((rows, frames, info.books), jnp.uint16) for name, info in stored.items()
+        },
+    }
