@@ -33,8 +33,8 @@ TPUS = {
     "v4": Chip(("TPU v4",), 275e12, 30.75 * GIB, 1228e9, 300e9, 1.05e9, "v4", cores=2),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819e9, 200e9, 1.5e9, "v5litepod"),
     # "TPU v5" is what jax calls a v5p; a v5e is "TPU v5 lite", which stands before it
-    "v5p": Chip(("TPU v5p", "TPU v5"), 459e12, 95.74 * GIB, 2765e9, 600e9, 1.75e9, "v5p", cores=2),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1638e9, 400e9, 1.75e9, "v6e"),
+    "v5p": Chip(("TPU v5p", "TPU v5"), 459e12, 95.73 * GIB, 2765e9, 600e9, 1.75e9, "v5p", cores=2),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.24 * GIB, 1638e9, 400e9, 1.75e9, "v6e"),
 }
 # NVIDIA's data sheets of A100, H100 and H200, without sparsity
 GPUS = {

@@ -75,18 +75,24 @@ def _tpu_devices(name: str, chip: Chip, number: int) -> Sequence[Any]:
             f"--topology={name} needs the TPU compiler: pip install -e .[plan] (libtpu, 137 MB; no "
             "TPU is needed)"
         )
-    # or libtpu asks Cloud's metadata server what machine this is
     os.environ.update(
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # no TPU is taken, so that other programs may plan too
+        # or libtpu asks Cloud's metadata server what machine this is
         TPU_SKIP_MDS_QUERY="1",
         TPU_WORKER_HOSTNAMES="localhost",
         TPU_ACCELERATOR_TYPE=f"{chip.accelerator}-{number * chip.cores}",
     )
     from jax.experimental import topologies
 
+    options = {}
+    if chip.cores > 1:  # one device a chip, as jax on a TPU VM has it
+        options["chip_config_name"] = "megacore"
+    elif name.endswith(":2x4"):  # the one slice of v5e and v6e that is a host of eight chips
+        options["chips_per_host_bounds"] = (2, 4, 1)
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(name, "tpu", **options).devices
     except (RuntimeError, ValueError, NotImplementedError) as e:
-        said = str(e).splitlines()[0]
+        said = str(e).splitlines()[0].rstrip(".")
         raise UserError(
             f"--topology={name!r} is no slice that libtpu knows ({said}); shapes of "
             f"{name.partition(':')[0]} are in Cloud TPU's documentation, such as v5e:4x4, v4:2x2x4"
@@ -138,8 +144,8 @@ def compiled(config: ConfigDict, devices: Sequence[Any], choice: str = "") -> Co
 
 
 def _used_hbm(error: str) -> float:
-    """Bytes that a program would need, from the compiler's refusal; 0 for another error."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", error)
+    """Bytes that a program would need at least, from the compiler's refusal; 0 for another error."""
+    found = re.search(r"(?:required for [^()]*\(|Used )([\d.]+)([KMGT]?)\b.*HBM", error, re.I)
     return float(found[1]) * 1024.0 ** " KMGT".index(found[2] or " ") if found else 0.0
 
 

@@ -121,6 +121,7 @@ def _costs(
         costs
         | bounds
         | {
+            "hbm_traffic_gb_per_clip": found["hbm_bytes"] / clips / 1e9,
             "step_time_lower_bound_s": lower,
             "days_lower_bound": lower * config.total_steps / DAY,
             "estimated_step_time_s": estimated,
