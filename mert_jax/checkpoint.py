@@ -1,22 +1,19 @@
-"""Saving and restoring a run: when, where, and what it must agree with."""
+"""Saving and restoring a run: when, where, and whether what comes back is what was saved."""
 
 import contextlib
-import fcntl
-import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from mert_jax.cli import UserError
+from mert_jax.cli import Again, UserError
 
-# of a workdir: the settings, the student, and who is at work there
-CONFIG, MODEL, LOCK = "config.json", "model.json", "lock"
 STATE, CHECKSUMS = "default", "checksums"  # what a checkpoint consists of
 
 
@@ -25,16 +22,22 @@ class SavePolicy:
 
     def __init__(self, every_steps: int, every_minutes: float, clock: Callable[[], float]):
         self._steps, self._seconds, self._clock = every_steps, 60 * every_minutes, clock
-        self._last = clock()
+        self._last, self._due = clock(), False
 
-    def due(self, step: int) -> bool:
-        """True when `step` is a multiple of `every_steps` or the minutes are over (0: never)."""
-        now = self._clock()
-        by_steps = self._steps > 0 and step % self._steps == 0
-        by_time = self._seconds > 0 and now - self._last >= self._seconds
-        if by_steps or by_time:
-            self._last = now
-        return by_steps or by_time
+    @property
+    def overdue(self) -> bool:
+        """True when the minutes since the last save are over (0: never), by this host's clock."""
+        return 0 < self._seconds <= self._clock() - self._last
+
+    def due(self, step: int, asked: bool) -> bool:
+        """True when `every_steps` divides `step` (0: never) or a host has `asked`, until `saved`:
+        what cannot be saved now is saved later."""
+        self._due |= asked or (self._steps > 0 and step % self._steps == 0)
+        return self._due
+
+    def saved(self) -> None:
+        """It was."""
+        self._last, self._due = self._clock(), False
 
 
 def steps(workdir: str) -> list[int]:
@@ -93,20 +96,37 @@ class Damaged(Exception):
     """A checkpoint that cannot be read, or is not as it was saved."""
 
 
+class Preserved(NamedTuple):
+    """Which checkpoints stay: the newest `keep`, as many of steps that `every_steps` divides, which
+    those that a stop adds must not push out, and all that `keep_every` divides (0: none)."""
+
+    keep: int
+    keep_every: int
+    every_steps: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For each of `checkpoints`, oldest first (orbax calls it)."""
+        del context
+        steps = [each.step for each in checkpoints]
+        divided = lambda by: [step for step in steps if by and step % by == 0]
+        newest = lambda some: some[-self.keep :]
+        stay = {*newest(steps), *newest(divided(self.every_steps)), *divided(self.keep_every)}
+        return [step in stay for step in steps]
+
+
 class Checkpoints:
     """The checkpoints of a run, in WORKDIR/checkpoints/STEP; saves are asynchronous and atomic.
 
-    The newest `keep` stay, and those of steps that `keep_every` divides (0: none).
+    `Preserved` says which of them stay.
     """
 
-    def __init__(self, workdir: str, keep: int, keep_every: int = 0):
-        self._workdir = workdir
+    def __init__(self, workdir: str, keep: int, keep_every: int = 0, every_steps: int = 0):
+        self._workdir, self._every = workdir, every_steps
         self._manager = ocp.CheckpointManager(
             os.path.abspath(os.path.join(workdir, "checkpoints")),
             item_names=(STATE, CHECKSUMS),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                keep_period=keep_every or None,
+                preservation_policy=Preserved(keep, keep_every, every_steps),
                 create=True,
                 cleanup_tmp_directories=True,  # what a killed run was writing
             ),
@@ -132,13 +152,14 @@ class Checkpoints:
         with self._writing():
             self._manager.check_for_errors()
 
-    def restore(self, state: Any, shardings: Any, before: int | None = None, every: int = 0) -> Any:
+    def restore(self, state: Any, shardings: Any, before: int | None = None) -> Any:
         """The newest state that is whole, of a step below `before` where that is given, laid out by
         `shardings`; `state` gives shapes and dtypes (abstract).
 
-        Steps that `every` divides come first: a run that was stopped in between, and saved there,
-        goes back to where one that was not would. Damaged ones are named and, once another was
-        found whole, moved to WORKDIR/damaged. Raises UserError where there is none.
+        With `before`, steps that `every_steps` divides come first: a run that was stopped in
+        between, and saved there, goes back to where one that was not would. Damaged ones are named
+        and, once another was found whole, moved to WORKDIR/damaged. Raises UserError where there is
+        none, and Again where a host of several could not read its part.
         """
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -146,24 +167,20 @@ class Checkpoints:
             shardings,
         )
         self.wait()
-        regular = lambda step: every > 0 and step % every == 0
-        steps = [s for s in self._manager.all_steps() if before is None or s < before]
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if before is not None:
+            regular = lambda step: self._every > 0 and step % self._every == 0
+            steps = sorted((s for s in steps if s < before), key=regular, reverse=True)
         damaged: dict[int, str] = {}
-        for step in sorted(steps, key=lambda s: (regular(s), s), reverse=True):
+        for step in steps:
             try:
-                with said_as(Damaged):
-                    items = {
-                        STATE: ocp.args.StandardRestore(target),
-                        CHECKSUMS: ocp.args.JsonRestore(),
-                    }
-                    found = self._manager.restore(step, args=ocp.args.Composite(**items))
-                    verify(found[STATE], found[CHECKSUMS])
+                found = self._read(step, target, others=len(steps) > len(damaged) + 1)
             except Damaged as e:
                 damaged[step] = str(e)
                 print(f"checkpoint {step} is damaged: {e}", flush=True)
                 continue
             self._set_aside(damaged)
-            return found[STATE]
+            return found
         if not damaged:
             raise UserError(
                 f"{self._workdir}/checkpoints has none of before step {before} to go back to: save "
@@ -175,16 +192,36 @@ class Checkpoints:
             "changed. Bring one back, or begin anew in another workdir"
         )
 
+    def _read(self, step: int, target: Any, others: bool) -> Any:
+        items = {STATE: ocp.args.StandardRestore(target), CHECKSUMS: ocp.args.JsonRestore()}
+        try:
+            with said_as(Damaged):
+                found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Damaged as e:
+            if jax.process_count() == 1 or not others:
+                raise
+            # the other hosts may have read their parts, and wait for this one: all begin again
+            self._move(step)
+            raise Again(f"checkpoint {step} is damaged: {e}; it was set aside") from e
+        with said_as(Damaged):  # on all hosts alike
+            verify(found[STATE], found[CHECKSUMS])
+        return found[STATE]
+
     def _set_aside(self, steps: Iterable[int]) -> None:
-        aside = os.path.join(self._workdir, "damaged")
         for step in steps:
             if jax.process_index() == 0:
-                os.makedirs(aside, exist_ok=True)
-                kept = os.path.join(aside, f"{step}-{time.strftime('%Y%m%d-%H%M%S')}")
-                os.replace(os.path.join(self._workdir, "checkpoints", str(step)), kept)
-                print(f"moved it to {kept}", flush=True)
+                self._move(step)
         if steps:
+            multihost_utils.sync_global_devices("set aside")
             self._manager.reload()
+
+    def _move(self, step: int) -> None:
+        aside = os.path.join(self._workdir, "damaged")
+        os.makedirs(aside, exist_ok=True)
+        kept = os.path.join(aside, f"{step}-{time.strftime('%Y%m%d-%H%M%S')}")
+        with contextlib.suppress(FileNotFoundError):  # another host was faster
+            os.replace(os.path.join(self._workdir, "checkpoints", str(step)), kept)
+            print(f"moved it to {kept}", flush=True)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -213,97 +250,3 @@ class Checkpoints:
         """Wait as `wait` does, and end."""
         self.wait()
         self._manager.close()
-
-
-# what may differ between two calls on the same workdir: how long and how it is watched and spread
-FREE = (
-    *("total_steps", "log_every", "eval_every", "checkpoint", "mesh", "tensorboard"),
-    *("watchdog_minutes", "data.dir", "data.threads", "data.workers", "data.accept_changes"),
-    "data.max_faulty",
-)
-
-
-def lock(workdir: str) -> Any:
-    """Hold `workdir` for this process until it ends, however it ends; UserError where another one
-    has it. Keep what is returned."""
-    path = os.path.join(workdir, LOCK)
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        held = open(path, "a+")  # noqa: SIM115 (open for as long as the run)
-    except OSError as e:
-        raise UserError(f"--workdir={workdir} cannot be used: {e}") from e
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        held.seek(0)
-        other = held.read().strip() or "unknown"
-        raise UserError(
-            f"--workdir={workdir} is in use by another run (process {other}); stop it, or choose "
-            "another workdir"
-        ) from None
-    except OSError:  # a file system without locks
-        return held
-    held.truncate(0)
-    held.write(str(os.getpid()))
-    held.flush()
-    return held
-
-
-def claim(workdir: str, config: dict[str, Any]) -> contextlib.AbstractContextManager:
-    """Make `workdir` this run's own: write its config.json, or check the one that is there. What is
-    returned holds it against other processes until it is closed.
-
-    Raises UserError when the directory cannot be written or holds a run of other settings, naming
-    each with both values.
-    """
-    path = os.path.join(workdir, CONFIG)
-    if steps(workdir) and not os.path.exists(path):  # what convert --to=orbax makes
-        raise UserError(
-            f"--workdir={workdir} holds a checkpoint without a run; begin one from it with "
-            f"--config.init_from={workdir} and another --workdir"
-        )
-    held = lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        if not os.path.exists(path):
-            # the hosts of a run come here together, often in one shared directory
-            temporary = f"{path}.{jax.process_index()}.tmp"
-            with open(temporary, "w") as f:
-                json.dump(config, f, indent=1)
-            os.replace(temporary, path)
-            return held
-        with open(path) as f:
-            before = json.load(f)
-    except (OSError, ValueError) as e:  # ValueError: neither JSON nor text
-        raise UserError(f"--workdir={workdir} cannot be used: {e}") from e
-    old, new = _flat(before), _flat(json.loads(json.dumps(config)))
-    changed = [
-        f"{key}: {old.get(key)} there, {new.get(key)} now"
-        for key in sorted(old | new)
-        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{x}." for x in FREE))
-    ]
-    if changed:
-        raise UserError(
-            f"--workdir={workdir} holds a run of other settings ({'; '.join(changed)}); "
-            "choose another workdir or take the setting back"
-        )
-    return held
-
-
-def release(workdir: str) -> None:
-    """Give up a claim on a workdir whose run has not begun, so that other settings may have it."""
-    if jax.process_index() == 0 and not os.path.exists(os.path.join(workdir, "metrics.jsonl")):
-        for name in (CONFIG, MODEL, LOCK):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(workdir, name))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

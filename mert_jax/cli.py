@@ -7,9 +7,19 @@ from typing import Any
 
 from absl import app, flags, logging
 
+RESTART = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, run it again
+
 
 class UserError(ValueError):
     """A mistake of the caller, in the caller's words: what was given, needed, and to change."""
+
+    code = 2  # that the process exits with
+
+
+class Again(UserError):
+    """Not the caller's mistake: the same command will go on."""
+
+    code = RESTART
 
 
 class Stop:
@@ -27,10 +37,15 @@ class Stop:
         self.signal = number
 
 
-def fail(message: str) -> None:
-    """Print one line on standard error and exit with code 2."""
+def complain(message: object) -> None:
+    """Print one line on standard error."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+
+
+def fail(message: object, code: int = UserError.code) -> None:
+    """Print one line on standard error and exit."""
+    complain(message)
+    sys.exit(code)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -72,6 +87,6 @@ def run(main: Callable[[], int | None]) -> None:
         try:
             return main()
         except UserError as e:
-            return fail(e)
+            return fail(e, e.code)
 
     app.run(guarded, flags_parser=_parse)

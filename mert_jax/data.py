@@ -82,8 +82,8 @@ class RandomCrop(grain.transforms.RandomMap):
         first = np.arange(start, start + self._num_samples, self._hop) % len(audio) // self._hop
         return {
             "audio": np.asarray(crop, np.int16),
-            "record": np.int64(element["record"]),
-            "faulty": np.int64(element["faulty"]),
+            "record": np.int32(element["record"]),
+            "faulty": np.int32(element["faulty"]),
             "start": np.int32(start),
             "looped": np.bool_(looped),
             "codes": {name: codes[first] for name, codes in element["codes"].items()},
@@ -111,6 +111,21 @@ class Turns(grain.transforms.DatasetSelectionMap):
                 return dataset, index - after
             index, rest = after, rest - share
         raise AssertionError("the last dataset has all that is left")
+
+
+class Rows(grain.transforms.DatasetSelectionMap):
+    """Element i of one host -> of the global stream: its `rows` of each batch of `batch_size`, from
+    batch `start` on."""
+
+    def __init__(self, rows: Sequence[int], batch_size: int, start: int = 0):
+        self._rows, self._batch_size, self._start = tuple(map(int, rows)), batch_size, start
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        batch, row = divmod(index, len(self._rows))
+        return 0, (self._start + batch) * self._batch_size + self._rows[row]
 
 
 def shares(weights: Sequence[float]) -> list[int]:
@@ -141,26 +156,22 @@ def train_stream(
     seed: int,
     context: int = 0,
     start: int = 0,
-    host: int = 0,
-    num_hosts: int = 1,
+    rows: Sequence[int] | None = None,
     threads: int = 4,
     workers: int = 0,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """This host's rows of global batches `start`, `start` + 1, ..., without end.
+    """The `rows` (none given: all R = `batch_size`) of global batches `start`, `start` + 1, ...,
+    without end.
 
-    A batch has `audio` int16 [B / hosts, context + N], `record` int64 (index in all `sources`, one
-    after the other), `faulty` int64 (the record that should have come instead, but cannot be used;
-    else -1), `start` int32 (of the crop, in samples), `looped` bool and `codes` of the crop, uint16
-    [B / hosts, T, K] for each teacher that every source has some of. Host h has block h of the
-    batch's rows. `weights` are in the ratio of the sources' clips (none: that of their records).
-    Every record comes once an epoch of its own source, in a new order and with a new crop.
-    `threads` read ahead, in as many processes as `workers` where that is above 0. Raises UserError
-    when hosts do not divide `batch_size`.
+    A batch has `audio` int16 [R, context + N], `record` int32 (index in all `sources`, one after
+    the other), `faulty` int32 (the record that should have come instead, but cannot be used; else
+    -1), `start` int32 (of the crop, in samples), `looped` bool and `codes` of the crop, uint16
+    [R, T, K] for each teacher that every source has some of. `weights` are in the ratio of the
+    sources' clips (none: that of their records). Every record comes once an epoch of its own
+    source, in a new order and with a new crop. `threads` read ahead, in as many processes as
+    `workers` where that is above 0.
     """
-    if batch_size % num_hosts:
-        raise UserError(
-            f"batch_size {batch_size} cannot be split over {num_hosts} hosts; make it a multiple"
-        )
+    rows = range(batch_size) if rows is None else rows
     lengths = [len(source) for source in sources]
     crops = [  # another seed for each, or datasets of the same length would be shuffled alike
         _crops(source, num_samples, hop, context, seed + i, shuffle=True, first=first)
@@ -169,8 +180,10 @@ def train_stream(
         )
     ]
     turns = Turns(shares(weights or lengths))
-    dataset = grain.MapDataset.select_from_datasets(crops, turns).batch(batch_size // num_hosts)
-    dataset = dataset.slice(slice(start * num_hosts + host, None, num_hosts))
+    clips = grain.MapDataset.select_from_datasets(crops, turns)
+    # what does not depend on the host ends here
+    own = grain.MapDataset.select_from_datasets([clips], Rows(rows, batch_size, start))
+    dataset = own.batch(len(rows))
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(threads, 1))
     stream = dataset.to_iter_dataset(read)
     if workers:
@@ -185,15 +198,16 @@ def validation_batches(
     hop: int,
     batch_size: int,
     context: int = 0,
-    host: int = 0,
-    num_hosts: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """One crop of every record, the same each time; the last batch is filled from the beginning."""
-    dataset = _crops(source, num_samples, hop, context, seed=0, shuffle=False).batch(
-        batch_size // num_hosts
-    )
+    """The `rows` (none given: all) of batches with one crop of every record, the same each time;
+    the last batch is filled from the beginning."""
+    rows = range(batch_size) if rows is None else rows
+    clips = _crops(source, num_samples, hop, context, seed=0, shuffle=False)
+    own = grain.MapDataset.select_from_datasets([clips], Rows(rows, batch_size))
+    dataset = own.batch(len(rows))
     for i in range(-(-len(source) // batch_size)):
-        yield dataset[i * num_hosts + host]
+        yield dataset[i]
 
 
 def prefetch(batches: Iterator[Any], put: Callable[[Any], X], depth: int = 2) -> Iterator[X]:

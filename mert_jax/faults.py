@@ -39,13 +39,12 @@ def look(source: Any, index: int) -> Bad:
 
 
 class Faults:
-    """Counts this host's clips of the datasets `sources`, and those of them that were replaced.
+    """Counts the clips of the datasets `sources`, and those of them that were replaced.
 
-    Each bad record comes once into WORKDIR/bad_records.jsonl (of host h > 0: bad_records.h.jsonl),
-    the count of each batch with replaced clips into replaced_clips.jsonl; without a workdir they
-    are only printed. `start` is the batch the run begins with: rows of it and later ones are
-    dropped, and the counts are those of the batches before, exactly where the number of hosts is
-    as it was. A host that is new to the run has replaced no clips before.
+    Each bad record comes once into WORKDIR/bad_records.jsonl, the count of each batch with replaced
+    clips into replaced_clips.jsonl; without a workdir they are only printed. `start` is the batch
+    the run begins with: rows of it and later ones are dropped, and the counts are those of the
+    batches before. All hosts of a run count, the one that `writes` keeps the files.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class Faults:
         sources: Sequence[Any],
         most: float = 0.01,
         start: int = 0,
-        host: int = 0,
+        writes: bool = True,
     ):
         self._sources, self._most = sources, most
         self._firsts = list(itertools.accumulate(map(len, sources), initial=0))
@@ -66,15 +65,17 @@ class Faults:
         if workdir is None:
             self._counted = start
             return
-        paths = [os.path.join(workdir, _of_host(name, host)) for name in (FILE, COUNTS)]
+        paths = [os.path.join(workdir, name) for name in (FILE, COUNTS)]
         keep = lambda row: row["batch"] < start
-        self._rows, self._counts = (ledger.Ledger(path, keep) for path in paths)
-        for row in ledger.read(paths[0]):
+        bad, counts = (filter(keep, ledger.read(path)) for path in paths)
+        for row in bad:
             self._seen.add(row["record"])
             self._name(Bad(**{key: row[key] for key in Bad._fields}))
-        for row in ledger.read(paths[1])[-1:]:
+        for row in [*counts][-1:]:
             self._counted = row["batch"] + 1
             self._drawn, self.replaced = row["drawn"], row["replaced"]
+        if writes:
+            self._rows, self._counts = (ledger.Ledger(path, keep) for path in paths)
 
     def note(self, step: int, batch: int, clips: Mapping[str, np.ndarray]) -> None:
         """Count the `clips` of the stream's batch number `batch`, drawn for `step`, of which
@@ -143,10 +144,6 @@ def noted(stream: Any, faults: Faults, start: int = 0) -> Iterator[Mapping[str, 
         for batch, clips in enumerate(stream, start):
             faults.note(batch + 1, batch, clips)
             yield clips
-
-
-def _of_host(name: str, host: int) -> str:
-    return name if host == 0 else name.replace(".jsonl", f".{host}.jsonl")
 
 
 def _said(bad: Bad) -> str:

@@ -76,11 +76,42 @@ def on_each_shard(function: Callable[..., jax.Array], x: jax.Array, *whole: Any)
     return jax.shard_map(function, in_specs=specs, out_specs=BATCH)(x, *whole)
 
 
-def global_batch(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-    """The global array [B, ...] of which `rows` is this host's block, sharded on the batch."""
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), rows)
+def rows_of_host(number: int, mesh: Mesh) -> np.ndarray:
+    """Which of the `number` rows of a global batch lie on this process's devices, ascending."""
+    indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((number,)).values()
+    return np.unique(np.concatenate([np.arange(number)[rows] for rows in indices]))
 
 
-def replicated(tree: Any, mesh: Mesh) -> Any:
-    """`tree` whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def global_batch(rows: np.ndarray, number: int, mesh: Mesh) -> jax.Array:
+    """The global array [`number`, ...], sharded on the batch, of which `rows` is what
+    `rows_of_host` says."""
+    held = rows_of_host(number, mesh)
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        return rows[np.searchsorted(held, np.arange(number)[index[0]])]
+
+    return jax.make_array_from_callback(
+        (number, *rows.shape[1:]), NamedSharding(mesh, BATCH), shard
+    )
+
+
+def placed(tree: Any, sharding: NamedSharding) -> Any:
+    """`tree`, which every process has whole, laid out by `sharding`: each device gets its part."""
+
+    def place(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def each_host(value: int, mesh: Mesh) -> jax.Array:
+    """int32 [devices], on each of them what its own process says."""
+    sharding = NamedSharding(mesh, PartitionSpec(AXES))
+    here = np.full(1, value, np.int32)
+    return jax.make_array_from_callback((mesh.size,), sharding, lambda _: here)

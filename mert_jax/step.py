@@ -14,11 +14,15 @@ import optax
 
 from mert_jax import guard, losses
 from mert_jax.guard import Guard
+from mert_jax.sharding import placed
 
 Array = jax.Array
 
 
 BOOKS = 0x626F  # folded into a step's key: the draw of codebooks
+# what a step hands back of its batch, so that every host learns what the others had: record ids,
+# the faulty ones among them, and what each host wishes for
+NOTES = ("record", "faulty", "wishes")
 
 
 class TrainState(NamedTuple):
@@ -218,8 +222,8 @@ def train_step(
     group: int,
     norm_factor: float = 0.0,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One update on the global batch (`audio` int16 [B, N], `looped` bool [B], stored `codes`);
-    returns the state and the metrics.
+    """One update on the global batch (`audio` int16 [B, N], `looped` bool [B], stored `codes`, and
+    `NOTES`, which are handed on); returns the state and the metrics.
 
     `key` is the run's; the batch's own is folded in. The gradient is that of the whole batch's sum
     over its masked frames, however many micro-batches it is computed in. An update that the guard
@@ -259,15 +263,16 @@ def train_step(
         "looped": batch["looped"].sum(),
         "updates": state.step - state.guard.skipped,  # made before this one
         "guard": watched._replace(norms=()),
+        "notes": {name: batch[name] for name in NOTES if name in batch},
     }
     return TrainState(state.step + 1, state.batch + 1, params, opt_state, watched), metrics
 
 
 def redirected(state: TrainState, batch: int, rollbacks: int) -> TrainState:
     """`state`, to go on with another batch, and with so many rollbacks behind it."""
-    placed = lambda new, old: jax.device_put(np.int32(new), old.sharding)
-    watched = state.guard._replace(rollbacks=placed(rollbacks, state.guard.rollbacks))
-    return state._replace(batch=placed(batch, state.batch), guard=watched)
+    place = lambda new, old: placed(np.int32(new), old.sharding)
+    watched = state.guard._replace(rollbacks=place(rollbacks, state.guard.rollbacks))
+    return state._replace(batch=place(batch, state.batch), guard=watched)
 
 
 def eval_step(
@@ -294,11 +299,12 @@ def compiled(
     shardings: Any,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """`train_step`, which takes the state's memory over and lays it out by `shardings`, and
-    `eval_step`, both jitted."""
+    `eval_step`, both jitted; all that they say is whole on every device."""
     options = dict(
         optimizer=optimizer, accumulation=accumulation, group=group, norm_factor=norm_factor
     )
     update = functools.partial(train_step, objective=objective, **options)
     evaluate = functools.partial(eval_step, objective=objective)
-    jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
-    return jitted, jax.jit(evaluate)
+    whole = shardings.step
+    jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole))
+    return jitted, jax.jit(evaluate, out_shardings=whole)

@@ -9,21 +9,25 @@ import functools
 import json
 import signal
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from absl import flags
-from flax import linen as nn
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from mert_jax import (
     bad_steps,
     checkpoint,
+    claim,
     cli,
-    data,
     datasets,
-    faults,
+    feed,
     goodput,
+    hosts,
+    journal,
     metrics,
+    program,
     recipe,
     records,
     sharding,
@@ -33,15 +37,31 @@ from mert_jax import (
     watchdog,
 )
 from mert_jax.formats import workdir as workdirs
+from mert_jax.model import Student
+from mert_jax.teachers import Teacher
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/base.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print every parameter and exit.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where neither TPU nor Slurm says it."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes, with --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
+_CONNECT_SECONDS = flags.DEFINE_float("connect_seconds", 300.0, "How long to wait for the others.")
 
 
 def main() -> int:
     """Train to `total_steps`; returns the exit code."""
-    config, workdir = recipe.check(cli.config_of(_CONFIG)), _WORKDIR.value
+    config = recipe.check(cli.config_of(_CONFIG))
+    named = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    patience = _CONNECT_SECONDS.value
+    with hosts.connected(hosts.found(*named, patience), patience):
+        return prepare_and_train(config, _WORKDIR.value)
+
+
+def prepare_and_train(config: ConfigDict, workdir: str | None) -> int:
+    """What can go wrong before anything is written, then the run."""
     stored = datasets.stored_codes(config)
     teachers = recipe.make_teachers(config, stored)
     student = recipe.student(config, teachers, stored)
@@ -58,91 +78,60 @@ def main() -> int:
     fingerprints = recipe.fingerprints(config, teachers, stored)
     warm = None if begun else recipe.read_start(config, student, fingerprints)
     about = recipe.about(config, fingerprints, warm)
-    held = checkpoint.claim(workdir, json.loads(config.to_json()))
+    held = claim.claim(workdir, json.loads(config.to_json()))
     if begun:
         before = workdirs.about(workdir)
         datasets.check_unchanged(before.data, about.data, config.data.accept_changes)
         about = before._replace(data=about.data)
     if jax.process_index() == 0:
         workdirs.describe(workdir, student, about)
-    saves, patience = config.checkpoint, 60 * config.watchdog_minutes
+    patience = 60 * config.watchdog_minutes
     bark = functools.partial(watchdog.end, workdir, jax.process_index(), patience)
+    saves = config.checkpoint
+    kept = checkpoint.Checkpoints(workdir, saves.keep, saves.keep_every, saves.every_steps)
     with (
         held,
         jax.set_mesh(mesh),
         watchdog.Watchdog(patience, bark) as dog,
-        contextlib.closing(checkpoint.Checkpoints(workdir, saves.keep, saves.keep_every)) as kept,
+        contextlib.closing(kept),
     ):
         return train(config, workdir, student, teachers, mesh, sources, warm, kept, dog)
 
 
-def train(config, workdir, student, teachers, mesh, sources, warm, checkpoints, dog) -> int:
+def train(
+    config: ConfigDict,
+    workdir: str,
+    student: Student,
+    teachers: Mapping[str, Teacher],
+    mesh: jax.sharding.Mesh,
+    sources: Mapping[str, Any],
+    warm: warm_start.Start | None,
+    checkpoints: checkpoint.Checkpoints,
+    dog: watchdog.Watchdog,
+) -> int:
     """The run itself: state, compiled steps, and the loop over batches."""
     clock = goodput.Goodput(workdir)
-    optimizer = recipe.make_optimizer(config)
-    init = functools.partial(recipe.init, config, student, optimizer)
-    shardings = sharding.state_shardings(init, mesh)
-    abstract = jax.eval_shape(lambda: nn.unbox(init()))
-    start = checkpoints.latest_step or 0
-    if start >= config.total_steps:
+    made = program.make(config, student, teachers, mesh)
+    if (start := checkpoints.latest_step) is None:
+        state = made.init()
+        state = warm_start.begin(state, warm) if warm else state
+    elif start >= config.total_steps:
         print(f"{workdir} is finished: {start} of {config.total_steps} steps; nothing to do")
         return 0
-    if start:
-        with clock.time_of("restore"):
-            state = checkpoints.restore(abstract, shardings)
-        number, position = int(state.step), int(state.batch)
-        print(f"resuming {workdir} at step {number} of {config.total_steps}", flush=True)
     else:
-        # sharded from birth: no device ever holds all of it
-        state = jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
-        state = warm_start.begin(state, warm) if warm else state
-        number = position = 0
-
-    objective = recipe.objective(config, student, teachers)
-    teacher_params = sharding.replicated({name: t.params for name, t in teachers.items()}, mesh)
+        with clock.time_of("restore"):
+            state = checkpoints.restore(made.abstract, made.shardings)
+        at = f"step {int(state.step)} of {config.total_steps}"
+        print(f"resuming {workdir} at {at}", flush=True)
+    number, position = int(state.step), int(state.batch)
     key = jax.random.key(config.seed)
-    train_step, eval_step = step.compiled(
-        objective,
-        optimizer,
-        config.accumulation,
-        config.group,
-        config.guard.factor,
-        shardings,
-    )
-    clips = dict(
-        num_samples=config.data.num_samples,
-        hop=records.HOP_LENGTH,
-        context=max(objective.context.values(), default=0),
-        host=jax.process_index(),
-        num_hosts=jax.process_count(),
-    )
-
-    def put(batch):
-        used = {name: batch[name] for name in ("audio", "looped", "codes")}
-        return jax.tree.map(lambda rows: sharding.global_batch(rows, mesh), used)
-
-    def batches(start):
-        stream = data.train_stream(
-            sources["train"],
-            weights=config.data.weights,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start=start,
-            threads=config.data.threads,
-            workers=config.data.workers,
-            **clips,
-        )
-        ids = lambda batch: {name: batch[name] for name in ("record", "faulty")}
-        return data.prefetch(stream, lambda batch: (ids(batch), put(batch)))
-
+    whole = sharding.replicated(mesh)
+    teacher_params = sharding.placed({name: t.params for name, t in teachers.items()}, whole)
+    batches = feed.Feed(config, sources, mesh, made.context)
     held_out = validation.Validation(
-        sources["validation"],
-        lambda params, batch: eval_step(params, teacher_params, batch, key),
-        put,
+        batches.validation,
+        lambda params, batch: made.eval_step(params, teacher_params, batch, key),
         dog.pat,
-        config.data.max_faulty,
-        batch_size=config.batch_size // config.accumulation,
-        **clips,
     )
     try:
         with clock.time_of("compile"):
@@ -150,27 +139,50 @@ def train(config, workdir, student, teachers, mesh, sources, warm, checkpoints, 
             for directory, sums in firsts:
                 print(*recipe.check_labels(config, sums, directory), sep="\n", flush=True)
     except cli.UserError:
-        checkpoint.release(workdir)
+        claim.release(workdir)
         raise
-    learning_rate = recipe.schedule(config)
     saves = config.checkpoint
     policy = checkpoint.SavePolicy(saves.every_steps, saves.every_minutes, time.monotonic)
+    learning_rate = recipe.schedule(config)
     speed = metrics.Speed(
         number,
         config.total_steps,
-        audio_seconds=config.batch_size * clips["num_samples"] / records.SAMPLE_RATE,
-        flops=3 * config.batch_size * student.flops(clips["num_samples"]),
+        audio_seconds=config.batch_size * config.data.num_samples / records.SAMPLE_RATE,
+        flops=3 * config.batch_size * student.flops(config.data.num_samples),
     )
     first = jax.process_index() == 0
-    writer = metrics.Writer(workdir, number, config.tensorboard) if first else None
-    host = dict(start=position, host=jax.process_index())
-    skipped = bad_steps.BadSteps(workdir, config.guard.streak, **host)
-    replaced = faults.Faults(workdir, sources["train"], config.data.max_faulty, **host)
-    stream = batches(position)
-    stop, kind = cli.Stop(), "compile"
-    clock.begin(number)
+    log = journal.Journal(
+        workdir,
+        sources["train"],
+        streak=config.guard.streak,
+        max_faulty=config.data.max_faulty,
+        tensorboard=config.tensorboard,
+        step=number,
+        batch=position,
+        first=first,
+    )
 
-    def go_back(state, course):
+    def save(number: int) -> None:
+        with clock.time_of("save"):
+            checkpoints.save(number, state)
+        clock.saved(number)
+        policy.saved()
+        speed.pause()
+
+    def row_of(number: int, result: Mapping[str, Any], evaluate: bool) -> dict[str, Any]:
+        row = {"step": number, **metrics.reduce(result["sums"])}
+        row["grad_norm"] = float(result["grad_norm"])
+        row["learning_rate"] = float(learning_rate(int(result["updates"])))
+        row["looped_clips"] = int(result["looped"])
+        row["skipped_steps"] = int(result["guard"].skipped)
+        row |= speed.measure(number)
+        if evaluate:
+            with clock.time_of("validation"):
+                row |= held_out.row(state.params)
+            speed.pause()
+        return row
+
+    def go_back(course: bad_steps.Course) -> step.TrainState:
         """The state of the newest checkpoint before a course of bad steps, past its batches."""
         rollbacks = int(state.guard.rollbacks)
         if rollbacks >= config.guard.rollbacks:
@@ -180,78 +192,65 @@ def train(config, workdir, student, teachers, mesh, sources, warm, checkpoints, 
                 f"{workdir}/{bad_steps.FILE}. Lower optimizer.peak_learning_rate or "
                 "optimizer.clip_norm, in a new workdir"
             )
-        earlier = checkpoints.restore(
-            abstract, shardings, before=course.first_step, every=saves.every_steps
-        )
+        with clock.time_of("restore"):
+            earlier = checkpoints.restore(made.abstract, made.shardings, course.first_step)
         checkpoints.forget(above=int(earlier.step))
         print(
             f"{config.guard.streak} bad steps in a row: going back to step {int(earlier.step)}, "
             f"and on with batch {course.next_batch}",
             flush=True,
         )
+        clock.went_back()
         return step.redirected(earlier, course.next_batch, rollbacks + 1)
 
-    while number < config.total_steps:
+    stop, kind = cli.Stop(), "compile"
+    stream = batches.train(position)
+    clock.begin(number)
+    if start is None:  # so that there is always one to go back to
+        save(number)
+    stopping = False
+    while number < config.total_steps and not stopping:
         dog.pat()
         checkpoints.check()
         with clock.time_of("data_wait"):
-            ids, batch = next(stream)
+            batch = next(stream)
+        wish = stop.signal or journal.SAVE * policy.overdue
+        batch["wishes"] = sharding.each_host(wish, mesh)
         with clock.time_of(kind):
-            state, result = train_step(state, teacher_params, batch, key)
-        kind = "step"
-        number, position = number + 1, position + 1
-        last = number == config.total_steps or stop.signal
-        replaced.note(number, position - 1, ids)
-        course = skipped.note(number, position - 1, result, ids["record"])
-        if last and not course:
-            course = skipped.flush()
-        if course:
-            with clock.time_of("restore"):
-                state = go_back(state, course)
-            clock.went_back()
-            number, position = int(state.step), course.next_batch
+            state, result = made.train_step(state, teacher_params, batch, key)
+        number, position, kind = number + 1, position + 1, "step"
+        last = number == config.total_steps
+        verdict = log.note(number, position - 1, result, last)
+        if verdict.course:
+            state = go_back(verdict.course)
+            number, position = int(state.step), int(state.batch)
             stream.close()
-            stream = batches(position)
-            skipped.forget()
+            stream = batches.train(position)
+            log.back_to(number)
             speed.pause()
-            if writer:
-                writer.back_to(number)
             continue
-        evaluate = number % config.eval_every == 0 or number == config.total_steps
+        stopping = verdict.wish > journal.SAVE
+        evaluate = number % config.eval_every == 0 or last
         if number % config.log_every == 0 or evaluate:
-            row = {"step": number, **metrics.reduce(result["sums"])}
-            row["grad_norm"] = float(result["grad_norm"])
-            row["learning_rate"] = float(learning_rate(int(result["updates"])))
-            row["looped_clips"] = int(result["looped"])
-            row["skipped_steps"] = int(result["guard"].skipped)
-            row |= speed.measure(number)
-            if evaluate:
-                with clock.time_of("validation"):
-                    row |= held_out.row(state.params)
-                speed.pause()
-            if writer:
-                writer.write(row)
+            row = row_of(number, result, evaluate)
+            log.write(row)
+            if first:
                 clock.write(number)
-                print(metrics.console_line(row, config.total_steps, speed.eta(number)), flush=True)
+            print(metrics.console_line(row, config.total_steps, speed.eta(number)), flush=True)
+        due = policy.due(number, verdict.wish == journal.SAVE)
         # a course of bad steps must not push out the checkpoints to go back to
-        if (policy.due(number) and not int(result["guard"].streak)) or last:
-            with clock.time_of("save"):
-                checkpoints.save(number, state)
-            clock.saved(number)
-        if last:
-            break
+        if last or stopping or (due and not int(result["guard"].streak)):
+            save(number)
     stream.close()
     with clock.time_of("save"):
         checkpoints.wait()
-    skipped.close()
-    replaced.close()
-    if writer:
-        writer.close()
+    log.close()
+    if first:
         clock.write(number)
         print(goodput.line(goodput.read(workdir)), flush=True)
-    if stop.signal and number < config.total_steps:
+    if number < config.total_steps:
         print(f"stopped and saved at step {number}; run the same command to go on", flush=True)
-        return watchdog.RESTART if stop.signal == signal.SIGTERM else 128 + stop.signal
+        return cli.RESTART if verdict.wish == signal.SIGTERM else 128 + verdict.wish
     print(f"finished {number} steps: checkpoints, metrics.jsonl and config.json in {workdir}")
     print(f"curves: python -m mert_jax.report --workdir={workdir}", flush=True)
     return 0

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import traverse_util
 
@@ -11,6 +10,7 @@ from mert_jax import optimizer
 from mert_jax.cli import UserError
 from mert_jax.formats import ARCHITECTURE, About, Checkpoint
 from mert_jax.model import Head, Student
+from mert_jax.sharding import placed
 from mert_jax.step import TrainState
 
 # of ARCHITECTURE, what the body does not depend on, always and where its widths differ
@@ -97,7 +97,7 @@ def begin(state: TrainState, start: Start) -> TrainState:
         return state._replace(params=params)
     adam = next(part for part in state.opt_state if isinstance(part, optimizer.AdamState))
     mu, nu = (_replaced(*x) for x in zip((adam.mu, adam.nu), start.moments, strict=True))
-    loaded = optimizer.AdamState(_placed(np.int32(start.count), adam.count), mu, nu)
+    loaded = optimizer.AdamState(placed(np.int32(start.count), adam.count.sharding), mu, nu)
     opt_state = tuple(loaded if part is adam else part for part in state.opt_state)
     return state._replace(params=params, opt_state=opt_state)
 
@@ -127,12 +127,8 @@ def _differs(
 
 def _replaced(tree: Any, new: Mapping[str, np.ndarray]) -> Any:
     flat = traverse_util.flatten_dict(tree, sep="/")
-    flat |= {name: _placed(x, flat[name]) for name, x in new.items()}
+    flat |= {
+        name: placed(np.asarray(x, flat[name].dtype), flat[name].sharding)
+        for name, x in new.items()
+    }
     return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _placed(new: np.ndarray, old: jax.Array) -> jax.Array:
-    """`new` laid out as `old` is: each device gets its part only."""
-    return jax.make_array_from_callback(
-        old.shape, old.sharding, lambda index: np.asarray(new[index], old.dtype)
-    )

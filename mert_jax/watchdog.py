@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-RESTART = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, run it again
+from mert_jax.cli import RESTART, complain
 
 
 def end(workdir: str, host: int, seconds: float) -> None:
@@ -18,7 +18,7 @@ def end(workdir: str, host: int, seconds: float) -> None:
         f"nothing has moved for {seconds:.0f} s (watchdog_minutes): the stacks of all threads "
         f"follow; ending with code {RESTART}, run the same command again"
     )
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    complain(message)
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
     try:
         with open(os.path.join(workdir, f"stalled.{host}.txt"), "w") as f:

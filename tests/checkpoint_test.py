@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mert_jax import checkpoint, sharding
+from mert_jax import checkpoint, claim, sharding
 from mert_jax.cli import UserError
 
 CONFIG = {
@@ -43,35 +43,50 @@ class Clock:
         return self.now
 
 
+def due(policy, steps, clock=None):
+    """Those of `steps`, 50 s each, after which a loop that asks as training does saves."""
+    saved = []
+    for step in steps:
+        if clock:
+            clock.now += 50
+        if policy.due(step, policy.overdue):
+            policy.saved()
+            saved.append(step)
+    return saved
+
+
 def test_saves_by_steps():
     policy = checkpoint.SavePolicy(3, 0, Clock())
-    assert [step for step in range(1, 10) if policy.due(step)] == [3, 6, 9]
+    assert due(policy, range(1, 10)) == [3, 6, 9]
 
 
 def test_saves_by_minutes_since_the_last_save_of_either_kind():
     clock = Clock()
     policy = checkpoint.SavePolicy(100, 2.0, clock)
-    due = []
-    for step in range(97, 105):
-        clock.now += 50
-        due.append(policy.due(step))
     # 150 s: by minutes; step 100: by steps, from where two minutes count anew
-    assert due == [False, False, True, True, False, False, True, False]
+    assert due(policy, range(97, 105), clock) == [99, 100, 103]
+
+
+def test_what_could_not_be_saved_stays_due():
+    policy = checkpoint.SavePolicy(3, 0, Clock())
+    assert [policy.due(step, asked=step == 7) for step in range(1, 6)] == [False] * 2 + [True] * 3
+    policy.saved()
+    assert [policy.due(step, asked=step == 7) for step in (7, 8)] == [True] * 2
 
 
 def test_zero_never_saves():
     clock = Clock()
     policy = checkpoint.SavePolicy(0, 0, clock)
     clock.now += 1e6
-    assert not any(policy.due(step) for step in range(1, 100))
+    assert not due(policy, range(1, 100))
 
 
 def test_claim_writes_the_config_once(tmp_path):
     workdir = tmp_path / "new" / "run"
-    checkpoint.claim(str(workdir), CONFIG)
+    claim.claim(str(workdir), CONFIG)
     assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(CONFIG))
     assert sorted(os.listdir(workdir)) == ["config.json", "lock"]
-    checkpoint.claim(str(workdir), changed("total_steps", 200))
+    claim.claim(str(workdir), changed("total_steps", 200))
     assert json.loads((workdir / "config.json").read_text())["total_steps"] == 100
 
 
@@ -80,8 +95,8 @@ def test_claim_writes_the_config_once(tmp_path):
     [("total_steps", 5), ("data.dir", "/b"), ("data.threads", 9), ("checkpoint.every_steps", 1)],
 )
 def test_how_long_and_where_may_change(tmp_path, path, value):
-    checkpoint.claim(str(tmp_path), CONFIG)
-    checkpoint.claim(str(tmp_path), changed(path, value))
+    claim.claim(str(tmp_path), CONFIG)
+    claim.claim(str(tmp_path), changed(path, value))
 
 
 @pytest.mark.parametrize(
@@ -96,50 +111,50 @@ def test_how_long_and_where_may_change(tmp_path, path, value):
     ],
 )
 def test_other_settings_are_refused_with_both_values(tmp_path, path, value, said):
-    checkpoint.claim(str(tmp_path), CONFIG)
+    claim.claim(str(tmp_path), CONFIG)
     with pytest.raises(UserError, match=said):
-        checkpoint.claim(str(tmp_path), changed(path, value))
+        claim.claim(str(tmp_path), changed(path, value))
 
 
 def test_a_claim_is_given_up_before_the_run_begins_and_not_after(tmp_path):
-    checkpoint.claim(str(tmp_path), CONFIG)
-    checkpoint.release(str(tmp_path))
+    claim.claim(str(tmp_path), CONFIG)
+    claim.release(str(tmp_path))
     assert os.listdir(tmp_path) == []
-    checkpoint.claim(str(tmp_path), changed("seed", 2))
+    claim.claim(str(tmp_path), changed("seed", 2))
     (tmp_path / "metrics.jsonl").write_text("")
-    checkpoint.release(str(tmp_path))
+    claim.release(str(tmp_path))
     assert (tmp_path / "config.json").exists()
 
 
 def test_a_checkpoint_that_no_run_made_is_not_resumed(tmp_path):
     checkpoint.Checkpoints(str(tmp_path), keep=1).close()
-    checkpoint.claim(str(tmp_path), CONFIG)
+    claim.claim(str(tmp_path), CONFIG)
     os.unlink(tmp_path / "config.json")
     checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=1)
     checkpoints.save(3, {"x": jnp.zeros(2)})
     checkpoints.close()
     assert checkpoint.steps(str(tmp_path)) == [3]
     with pytest.raises(UserError, match=r"--config\.init_from="):
-        checkpoint.claim(str(tmp_path), CONFIG)
+        claim.claim(str(tmp_path), CONFIG)
 
 
 def test_every_change_is_named(tmp_path):
-    checkpoint.claim(str(tmp_path), CONFIG)
+    claim.claim(str(tmp_path), CONFIG)
     with pytest.raises(UserError, match=r"(?s)data.num_samples.*seed"):
-        checkpoint.claim(str(tmp_path), changed("data.num_samples", 1) | {"seed": 3})
+        claim.claim(str(tmp_path), changed("data.num_samples", 1) | {"seed": 3})
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be used"):
-        checkpoint.claim(str(tmp_path / "file" / "run"), CONFIG)
+        claim.claim(str(tmp_path / "file" / "run"), CONFIG)
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe"], ids=["cut off", "not text"])
 def test_a_config_that_cannot_be_read(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match="cannot be used"):
-        checkpoint.claim(str(tmp_path), CONFIG)
+        claim.claim(str(tmp_path), CONFIG)
 
 
 def test_two_hosts_claim_one_directory_at_once(tmp_path, monkeypatch):
@@ -148,18 +163,18 @@ def test_two_hosts_claim_one_directory_at_once(tmp_path, monkeypatch):
     def while_another_claims(source, target):
         if host[0] == 0:
             host[0] = 1
-            checkpoint.claim(str(tmp_path), CONFIG)
+            claim.claim(str(tmp_path), CONFIG)
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.jax, "process_index", lambda: host[0])
-    monkeypatch.setattr(checkpoint.os, "replace", while_another_claims)
-    checkpoint.claim(str(tmp_path), CONFIG)
+    monkeypatch.setattr(claim.jax, "process_index", lambda: host[0])
+    monkeypatch.setattr(claim.os, "replace", while_another_claims)
+    claim.claim(str(tmp_path), CONFIG)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "lock"]
 
 
-def saved(workdir, *numbers, keep=9, keep_every=0) -> checkpoint.Checkpoints:
+def saved(workdir, *numbers, **options) -> checkpoint.Checkpoints:
     """Checkpoints of a state that says its step, at each of `numbers`."""
-    checkpoints = checkpoint.Checkpoints(str(workdir), keep, keep_every)
+    checkpoints = checkpoint.Checkpoints(str(workdir), **dict(keep=9) | options)
     for number in numbers:
         checkpoints.save(number, state_of(number))
         checkpoints.wait()
@@ -249,12 +264,17 @@ def test_the_newest_stay_and_those_of_every_mth_step(tmp_path):
     assert checkpoint.steps(str(tmp_path)) == [4, 8, 9, 10]
 
 
+def test_what_stops_add_does_not_push_out_those_of_the_interval(tmp_path):
+    saved(tmp_path, 0, 4, 8, 9, 10, 11, keep=2, every_steps=4).close()
+    assert checkpoint.steps(str(tmp_path)) == [4, 8, 10, 11]
+
+
 def test_going_back_takes_one_from_before_and_forgets_the_rest(tmp_path):
-    checkpoints = saved(tmp_path, 2, 4, 6)
+    checkpoints = saved(tmp_path, 2, 4, 6, every_steps=4)
     assert restored(checkpoints, before=5) == 4
-    assert restored(checkpoints, before=6, every=4) == 4
-    assert restored(checkpoints, before=4, every=4) == 2  # none that 4 divides: any
-    assert restored(checkpoints, before=7, every=4) == 4  # and not 6, which a stop has saved
+    assert restored(checkpoints, before=4) == 2  # none that 4 divides: any
+    assert restored(checkpoints, before=7) == 4  # and not 6, which a stop has saved
+    assert restored(checkpoints) == 6
     checkpoints.forget(above=4)
     assert checkpoint.steps(str(tmp_path)) == [2, 4]
     with pytest.raises(UserError, match="none of before step 2 to go back to"):
@@ -285,8 +305,8 @@ def test_an_unwritable_place_is_said_at_once_with_the_last_good_step(tmp_path, m
 
 
 def test_a_second_run_on_a_workdir_is_refused_and_one_after_it_is_not(tmp_path):
-    held = checkpoint.claim(str(tmp_path), CONFIG)
+    held = claim.claim(str(tmp_path), CONFIG)
     with pytest.raises(UserError, match=f"in use by another run \\(process {os.getpid()}\\)"):
-        checkpoint.claim(str(tmp_path), CONFIG)
+        claim.claim(str(tmp_path), CONFIG)
     held.close()
-    checkpoint.claim(str(tmp_path), CONFIG).close()
+    claim.claim(str(tmp_path), CONFIG).close()

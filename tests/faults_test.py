@@ -225,21 +225,16 @@ def test_two_datasets_have_their_faults_each(damaged, sound, second):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(threads=0), dict(threads=4), dict(workers=1), dict(num_hosts=2), dict(num_hosts=4)],
+    [dict(threads=0), dict(threads=4), dict(workers=1), dict(rows=[0, 1]), dict(rows=[1, 3])],
     ids=str,
 )
 def test_hosts_threads_and_processes_change_nothing(damaged, options):
     *directories, _ = damaged
     number = 2 if "workers" in options else 8
-    parts = [
-        batches(number, directories, **options, host=host)
-        for host in range(options.get("num_hosts", 1))
-    ]
-    together = [
-        jax.tree.map(lambda *rows: np.concatenate(rows), *(part[k] for part in parts))
-        for k in range(number)
-    ]
-    jax.tree.map(np.testing.assert_array_equal, together, batches(number, directories))
+    rows = np.array(options.get("rows", range(4)))
+    expected = [jax.tree.map(lambda x: x[rows], batch) for batch in batches(number, directories)]
+    found = batches(number, directories, **options)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_a_later_start_changes_nothing(damaged):
@@ -391,26 +386,27 @@ def test_each_bad_record_is_written_and_said_once(damaged, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("stop", "restored"), [(7, 7), (9, 4), (18, 13), (5, 0)])
-@pytest.mark.parametrize("host", [0, 1])
 def test_a_resumed_run_has_the_files_of_one_that_was_not_stopped(
-    damaged, tmp_path, capsys, stop, restored, host
+    damaged, tmp_path, capsys, stop, restored
 ):
     """Whatever was noted after the checkpoint, and a line that a crash cut off."""
     *directories, _ = damaged
-    found = batches(18, directories, host=host, num_hosts=2)
+    found = batches(18, directories)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    expected = noted(str(whole), directories, found, host=host)
-    noted(str(parts), directories, found[:stop], host=host)
+    expected = noted(str(whole), directories, found)
+    noted(str(parts), directories, found[:stop])
     for path in parts.iterdir():
         path.write_text(path.read_text() + '{"step": 1, "ba')
-    resumed = noted(str(parts), directories, found[restored:], start=restored, host=host)
+    options = dict(start=restored)
+    another = noted(str(parts), directories, found[restored:], writes=False, **options)
+    resumed = noted(str(parts), directories, found[restored:], **options)
     assert files(parts) == files(whole)
-    names = {name.replace(".jsonl", [".jsonl", ".1.jsonl"][host]) for name in NAMES}
-    assert set(files(whole)) == names
-    assert (resumed.replaced, resumed._drawn) == (expected.replaced, expected._drawn)
-    assert expected._drawn == 36
+    assert set(files(whole)) == set(NAMES)
+    for held in (resumed, another):
+        assert (held.replaced, held._drawn) == (expected.replaced, expected._drawn)
+    assert expected._drawn == 72
 
 
 NAMES = (faults.FILE, faults.COUNTS)

@@ -35,10 +35,11 @@ def run(mesh, steps=3, **overrides):
         update, _ = step.compiled(
             objective, optimizer, config.accumulation, config.group, 10.0, shardings
         )
-        params = sharding.replicated({name: t.params for name, t in made.items()}, mesh)
+        params = {name: t.params for name, t in made.items()}
+        params = sharding.placed(params, sharding.replicated(mesh))
         audio = np.asarray(music(config.batch_size))
         batch = {"audio": audio, "looped": np.zeros(len(audio), bool)}
-        batch = {name: sharding.global_batch(x, mesh) for name, x in batch.items()}
+        batch = {name: sharding.global_batch(x, len(x), mesh) for name, x in batch.items()}
         seen = []
         for _ in range(steps):
             state, result = update(state, params, batch, jax.random.key(0))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mert_jax import checkpoint, cli, data, encodec, faults, metrics, records, sharding
+from mert_jax import checkpoint, claim, cli, data, encodec, faults, metrics, records, sharding
 from mert_jax.fitting import codec_report, codec_step
 from mert_jax.fitting.codec_step import Codec, CodecState
 
@@ -67,7 +67,7 @@ def run(config: ConfigDict, data_dir: str, output: str, seed: int) -> int:
     sharding.check_batch(config.batch_size, mesh)
     training = os.path.join(output, "training")
     fingerprint = records.metadata(data_dir)["fingerprint"]
-    checkpoint.claim(training, config.to_dict() | {"seed": seed, "fingerprint": fingerprint})
+    claim.claim(training, config.to_dict() | {"seed": seed, "fingerprint": fingerprint})
     options = inspect.signature(codec_step.make).parameters
     c = codec_step.make(**{name: config[name] for name in options})
     clips = dict(num_samples=overlap // records.HOP_LENGTH * records.HOP_LENGTH)
@@ -161,8 +161,9 @@ def train(
                 speed.pause()
             writer.write(row)
             print(line, flush=True)
-        if policy.due(number) or last:
+        if policy.due(number, policy.overdue) or last:
             checkpoints.save(number, state)
+            policy.saved()
         if last:
             break
     stream.close()

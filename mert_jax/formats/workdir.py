@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from mert_jax import atomic, checkpoint, guard, ledger, optimizer, weights
+from mert_jax import atomic, checkpoint, claim, guard, ledger, optimizer, weights
 from mert_jax.cli import UserError
 from mert_jax.formats import About, Checkpoint, architecture, names, student_of
 from mert_jax.model import Student
@@ -32,14 +32,14 @@ KEPT = (
 def describe(workdir: str, student: Student, about: About) -> None:
     """Write WORKDIR/model.json, what `read` needs beside the weights."""
     content = {"student": architecture(student)} | {key: getattr(about, key) for key in KEPT}
-    path = os.path.join(workdir, checkpoint.MODEL)
+    path = os.path.join(workdir, claim.MODEL)
     with atomic.staged(path, replace=True) as temporary, open(temporary, "w") as f:
         json.dump(content, f, indent=1)
 
 
 def about(workdir: str) -> About:
     """What WORKDIR/model.json says beside the student; UserError where it says nothing."""
-    content = weights.read_json(os.path.join(workdir, checkpoint.MODEL))
+    content = weights.read_json(os.path.join(workdir, claim.MODEL))
     return About(**{key: content[key] for key in KEPT if key in content})
 
 
@@ -65,12 +65,12 @@ def read(path: str, moments: bool = True) -> Checkpoint:
     Raises UserError as `formats.read` does.
     """
     workdir, step = locate(path)
-    content = weights.read_json(os.path.join(workdir, checkpoint.MODEL))
+    content = weights.read_json(os.path.join(workdir, claim.MODEL))
     try:
         student = student_of(content["student"])
         about = About(**{key: content[key] for key in KEPT if key in content})
     except (KeyError, TypeError) as e:
-        raise UserError(f"{workdir}/{checkpoint.MODEL} does not describe a student: {e!r}") from e
+        raise UserError(f"{workdir}/{claim.MODEL} does not describe a student: {e!r}") from e
     state = _restore(os.path.join(workdir, "checkpoints"), step, moments)
     params = _checked(state["params"], student, f"{workdir}, step {step}")
     found = None

@@ -1,0 +1,98 @@
+"""A process of several, without a model: `python -m tests.one_of_several --what=...`.
+
+It meets the others, makes global batches of a source that notes what is read, says what it saw as a
+line of JSON on standard error, and ends in one of several ways.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import flags
+
+from mert_jax import checkpoint, cli, data, hosts, sharding
+
+WHAT = flags.DEFINE_string("what", "read", "read, or how process 1 ends: kill, mistake, bug, stop")
+MESH = flags.DEFINE_list("mesh", ["-1", "1", "1"], "Over data, fsdp, tensor.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where a checkpoint is saved and restored.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "As for training.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "As for training.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "As for training.")
+SECONDS = flags.DEFINE_float("connect_seconds", 60, "As for training.")
+BATCH, SAMPLES = 24, 640
+
+
+class Source(list):
+    """Records of a number each, which notes who is read."""
+
+    def __init__(self, number: int):
+        super().__init__({"audio": np.full(SAMPLES, i, np.int16)} for i in range(number))
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(int(index))
+        return super().__getitem__(index)
+
+
+def main():
+    named = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    with hosts.connected(hosts.found(*named, SECONDS.value), SECONDS.value):
+        mesh = sharding.make_mesh(*map(int, MESH.value))
+        rows = sharding.rows_of_host(BATCH, mesh)
+        source = Source(40)
+        options = dict(num_samples=SAMPLES, hop=320, batch_size=BATCH, seed=3, threads=0)
+        own = next(data.train_stream([source], rows=rows, **options))
+        whole = next(data.train_stream([Source(40)], **options))
+        with jax.set_mesh(mesh):
+            batch = sharding.global_batch(own["audio"], BATCH, mesh)
+            wish = sharding.each_host(10 + PROCESS_ID.value, mesh)
+            everywhere = jax.jit(lambda *x: x, out_shardings=sharding.replicated(mesh))
+            batch, wish = map(np.asarray, everywhere(batch, wish))
+        said = dict(
+            rows=rows.tolist(),
+            read=sorted(set(source.read)),
+            expected=sorted(own["record"].tolist()),
+            same=bool((batch == whole["audio"]).all()),
+            wish=int(wish.max()),
+        )
+        if WORKDIR.value:
+            said["restored"] = save_and_restore(mesh)
+        print("SAID " + json.dumps(said), file=sys.stderr, flush=True)
+        print("only the first process prints this", flush=True)
+        if WHAT.value != "read":
+            end_while_the_others_wait(everywhere, mesh)
+
+
+def save_and_restore(mesh) -> bool:
+    """Whether a sharded state that all processes save comes back, and is written once."""
+    kept = checkpoint.Checkpoints(WORKDIR.value, keep=2)
+    layout = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+    state = {"step": sharding.placed(np.int32(5), sharding.replicated(mesh))}
+    state |= {"x": sharding.placed(np.arange(64.0, dtype=np.float32), layout)}
+    if kept.latest_step is None:
+        kept.save(5, state)
+    found = kept.restore(state, jax.tree.map(lambda x: x.sharding, state))
+    kept.close()
+    same = jax.jit(lambda a, b: (a["x"] == b["x"]).all() & (a["step"] == b["step"]))
+    return bool(same(found, state))
+
+
+def end_while_the_others_wait(everywhere, mesh):
+    for step in range(1000):
+        if PROCESS_ID.value == 1 and step == 3:
+            if WHAT.value == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if WHAT.value == "stop":
+                time.sleep(600)
+            if WHAT.value == "mistake":
+                raise cli.UserError("there is no such folder on this host")
+            raise ZeroDivisionError("a bug")
+        np.asarray(everywhere(sharding.each_host(step, mesh))[0])
+
+
+if __name__ == "__main__":
+    cli.run(main)
