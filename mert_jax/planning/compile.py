@@ -144,7 +144,7 @@ def compiled(config: ConfigDict, devices: Sequence[Any], choice: str = "") -> Co
 
 
 def _used_hbm(error: str) -> float:
-    """Bytes that a program would need at least, from the compiler's refusal; 0 for another error."""
+    """Bytes that a program needs at least, from the compiler's refusal; 0 for another error."""
     found = re.search(r"(?:required for [^()]*\(|Used )([\d.]+)([KMGT]?)\b.*HBM", error, re.I)
     return float(found[1]) * 1024.0 ** " KMGT".index(found[2] or " ") if found else 0.0
 

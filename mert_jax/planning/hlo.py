@@ -40,8 +40,9 @@ def summary(text: str, frames: int | None = None, inside: str = "", top: int = 1
 
     cycles; flops (products of matrices and convolutions only); hbm_bytes; collectives (a list:
     kind, bytes, group, times); loops; costliest_ops and costliest_lines (`top` of each); big_copies
-    (HBM to HBM); square_fp32 (float32 arrays in HBM of `frames` x `frames`); pallas_kernels. Source
-    lines are the innermost in files that begin with `inside`. ValueError for what is no HLO.
+    (HBM to HBM); square_fp32 (float32 arrays in HBM of `frames` x `frames`, or rounded up);
+    pallas_kernels (how many run). Source lines are the innermost in files that begin with `inside`.
+    ValueError for what is no HLO.
     """
     whole = program.parsed(text)
     runs, loops = program.executed(whole)
@@ -132,6 +133,9 @@ def _is_copy(whole: Program, run: Run) -> bool:
 
 
 def _squares(runs, frames, where):
+    # as long as a clip's frames, or these rounded up to whole tiles
+    lengths = {-(-frames // tile) * tile for tile in (1, 8, 16, 128)}
+    is_square = lambda shape: any(shape.dims.count(length) >= 2 for length in lengths)
     return [
         {
             "op": run.instruction.name,
@@ -141,10 +145,16 @@ def _squares(runs, frames, where):
             "source": where(run.instruction),
         }
         for run in runs
-        if run.instruction.opcode not in _FREE and not run.instruction.opcode.endswith("-done")
+        if not _is_free(run.instruction)
         for shape in run.instruction.shapes
-        if shape.dtype == "f32" and shape.in_hbm and shape.dims.count(frames) >= 2
+        if shape.dtype == "f32" and shape.in_hbm and len(shape.dims) > 2 and is_square(shape)
     ]
+
+
+def _is_free(instruction: Instruction) -> bool:
+    """Whether it does nothing itself."""
+    named = re.search(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"', instruction.rest)
+    return bool(named) or instruction.opcode in _FREE or instruction.opcode.endswith("-done")
 
 
 # ---- products
@@ -209,11 +219,7 @@ def hbm_bytes(whole: Program, run: Run) -> int:
     """Bytes that an instruction reads from HBM and writes to it, tile padding included."""
     instruction, computation = run.instruction, run.computation
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith("-done"):
-        return 0
-    if opcode == "custom-call" and re.search(
-        r'target="(AllocateBuffer|ConcatBitcast)"', instruction.rest
-    ):
+    if _is_free(instruction):
         return 0
     sources = computation.shapes(instruction)
     if opcode == "copy-start":

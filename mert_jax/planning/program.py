@@ -44,9 +44,10 @@ class Shape(NamedTuple):
 
     @property
     def in_hbm(self) -> bool:
-        """Whether it lies in the device's main memory: S(1) is a TPU's VMEM, others smaller."""
+        """Whether it lies in the device's main memory: a TPU has S(1), VMEM, and smaller ones, and
+        keeps scalars in registers."""
         space = re.search(r"S\((\d+)\)", self.layout)
-        return not space or space[1] == "0"
+        return bool(self.dims) and (not space or space[1] == "0")
 
 
 def _bytes(dtype: str, elements: int) -> int:

@@ -57,7 +57,8 @@ def variants(config: ConfigDict, devices: int) -> list[Callable[[Setting], Itera
     def unrolls(s: Setting) -> Iterator[Setting]:
         return (s._replace(unroll=unroll) for unroll in (1, layers))
 
-    return [meshes, accumulations, remats, unrolls]
+    # what fits comes first: of what does not, the times are not known
+    return [accumulations, meshes, remats, unrolls]
 
 
 def search(
@@ -74,7 +75,7 @@ def search(
     plans, begun = {start: plan(start)}, time.monotonic()
     best = lambda: min(plans, key=lambda s: rank(plans[s]))
     for i, stage in enumerate(stages):
-        settings = [s for s in stage(best()) if s not in plans]
+        settings = [s for s in dict.fromkeys(stage(best())) if s not in plans]
         for j, setting in enumerate(settings):
             left = len(settings) - j + sum(len(list(rest(best()))) - 1 for rest in stages[i + 1 :])
             eta = left * (time.monotonic() - begun) / max(len(plans) - 1, 1)
