@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from mert_jax.planning import hlo, program
+from mert_jax.planning import hlo, module
 
 STEP = (pathlib.Path(__file__).parent / "hlo" / "step.txt").read_text()
 # what one trip of its loop writes: [16, 12, 374, 374] float32, in tiles of 8 x 128
@@ -13,8 +13,8 @@ WEIGHTS = 2 * 512 * 512 * 2
 
 
 def run_of(text: str, name: str):
-    whole = program.parse(text)
-    runs, _ = program.executed(whole)
+    whole = module.parse(text)
+    runs, _ = module.executed(whole)
     return whole, next(run for run in runs if run.instruction.name == name)
 
 
@@ -167,7 +167,7 @@ def test_flops_of_products(out, left, right, rest, flops):
 )  # fmt: skip
 def test_shapes(shape, size, padded, in_hbm):
     text = f"HloModule one\n\nENTRY %main () -> {shape} {{\n  ROOT %x = {shape} custom-call()\n}}\n"
-    (found,) = program.parse(text).computations["main"].instructions["x"].shapes
+    (found,) = module.parse(text).computations["main"].instructions["x"].shapes
     assert (found.size, found.padded, found.in_hbm) == (size, padded, in_hbm)
 
 

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from mert_jax import codes, model, recipe, records, sharding, step
+from mert_jax import codes, model, program, recipe, records, sharding
 from mert_jax.cli import UserError
 from mert_jax.planning import stand_ins
 from mert_jax.planning.chips import TPUS, Chip
@@ -116,26 +115,21 @@ def compiled(config: ConfigDict, devices: Sequence[Any], choice: str = "") -> Co
     recipe.check(config)
     mesh = make_mesh(config, devices)
     stored = stand_ins.stored_codes(config, choice)
-    made = stand_ins.make(config, stored)
-    student = recipe.student(config, made, stored)
-    optimizer, objective = recipe.make_optimizer(config), recipe.objective(config, student, made)
-    init = functools.partial(recipe.init, config, student, optimizer)
-    shardings = sharding.state_shardings(init, mesh)
-    state = jax.tree.map(_placed, jax.eval_shape(lambda: nn.unbox(init())), shardings)
-    whole = functools.partial(_placed, sharding=NamedSharding(mesh, PartitionSpec()))
-    teacher_params = jax.tree.map(whole, {name: teacher.params for name, teacher in made.items()})
-    inputs = batch(config, max(objective.context.values(), default=0), stored, mesh)
+    teachers = stand_ins.make(config, stored)
+    student = recipe.student(config, teachers, stored)
+    made = program.make(config, student, teachers, mesh)
+    state = jax.tree.map(_placed, made.abstract, made.shardings)
+    whole = functools.partial(_placed, sharding=sharding.replicated(mesh))
+    teacher_params = jax.tree.map(whole, {name: t.params for name, t in teachers.items()})
+    inputs = batch(config, made.context, stored, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    train_step, _ = step.compiled(
-        objective, optimizer, config.accumulation, config.group, config.guard.factor, shardings
-    )
     begun = time.monotonic()
     text, memory, used = "", None, 0.0
     with jax.set_mesh(mesh):
-        lowered = train_step.lower(state, teacher_params, inputs, key)
+        lowered = made.train_step.lower(state, teacher_params, inputs, key)
         try:
-            program = lowered.compile()
-            text, memory = program.as_text(), program.memory_analysis()
+            done = lowered.compile()
+            text, memory = done.as_text(), done.memory_analysis()
         except jax.errors.JaxRuntimeError as e:
             used = _used_hbm(str(e))
             if not used:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from mert_jax.planning import program
-from mert_jax.planning.program import Computation, Instruction, Program, Run, Shape
+from mert_jax.planning import module
+from mert_jax.planning.module import Computation, Instruction, Module, Run, Shape
 
 # no work of their own: names for what is there already, or what `executed` walks into
 _FREE = set(
@@ -44,8 +44,8 @@ def summary(text: str, frames: int | None = None, inside: str = "", top: int = 1
     pallas_kernels (how many run). Source lines are the innermost in files that begin with `inside`.
     ValueError for what is no HLO.
     """
-    whole = program.parsed(text)
-    runs, loops = program.executed(whole)
+    whole = module.parsed(text)
+    runs, loops = module.executed(whole)
     total = sum(run.instruction.cycles * run.times for run in runs)
     traffic = [hbm_bytes(whole, run) for run in runs]
     exchanged = collectives(whole, runs)
@@ -121,11 +121,11 @@ def _copies(whole, runs, traffic, where, top):
     return sorted(found, key=lambda copy: -copy["bytes"])[:top]
 
 
-def _is_copy(whole: Program, run: Run) -> bool:
+def _is_copy(whole: Module, run: Run) -> bool:
     """Whether it only moves elements, from HBM to HBM."""
     instruction, computation = run.instruction, run.computation
     moves = {"copy", "transpose", "bitcast", "reshape", "parameter"}
-    kinds = {x.opcode for x, _ in program.inner(whole, instruction)} or {instruction.opcode}
+    kinds = {x.opcode for x, _ in module.inner(whole, instruction)} or {instruction.opcode}
     if not kinds <= moves or not kinds & {"copy", "transpose"}:
         return False
     sources = [shape for shapes in computation.shapes(instruction) for shape in shapes]
@@ -160,10 +160,10 @@ def _is_free(instruction: Instruction) -> bool:
 # ---- products
 
 
-def flops(whole: Program, run: Run) -> float:
+def flops(whole: Module, run: Run) -> float:
     """FLOPs of the matrix products and convolutions of what is run, two a multiply-add; products
     with padding or with the holes of a dilation are not counted."""
-    inside = program.inner(whole, run.instruction)
+    inside = module.inner(whole, run.instruction)
     return run.times * sum(_flops(x, c) for x, c in [(run.instruction, run.computation), *inside])
 
 
@@ -215,7 +215,7 @@ def _pairs(n: int, kernel: int, out: int, stride: int, pad: int, holes: int, spr
 # ---- memory
 
 
-def hbm_bytes(whole: Program, run: Run) -> int:
+def hbm_bytes(whole: Module, run: Run) -> int:
     """Bytes that an instruction reads from HBM and writes to it, tile padding included."""
     instruction, computation = run.instruction, run.computation
     opcode = instruction.opcode
@@ -237,7 +237,7 @@ def hbm_bytes(whole: Program, run: Run) -> int:
     return run.times * (reads + _written(whole, instruction, computation))
 
 
-def _read(whole: Program, instruction: Instruction, number: int, shapes: Sequence[Shape]) -> int:
+def _read(whole: Module, instruction: Instruction, number: int, shapes: Sequence[Shape]) -> int:
     """Bytes read of an operand: of one that is only sliced, the slices."""
     full = sum(shape.padded for shape in shapes if shape.in_hbm)
     if not full:
@@ -245,7 +245,7 @@ def _read(whole: Program, instruction: Instruction, number: int, shapes: Sequenc
     return min(full, _used(whole, instruction, number, full))
 
 
-def _used(whole: Program, user: Instruction, number: int, full: int) -> int:
+def _used(whole: Module, user: Instruction, number: int, full: int) -> int:
     if user.opcode in ("dynamic-slice", "slice", "gather") and number == 0:
         return user.shapes[0].padded
     if user.opcode in ("dynamic-update-slice", "scatter") and number == 0:
@@ -258,7 +258,7 @@ def _used(whole: Program, user: Instruction, number: int, full: int) -> int:
     return _used_by_all(whole, body, body.parameter(number), full)
 
 
-def _used_by_all(whole: Program, body: Computation, name: str, full: int) -> int:
+def _used_by_all(whole: Module, body: Computation, name: str, full: int) -> int:
     total = 0
     for user in body.users(name):
         if user.opcode == "bitcast":
@@ -269,7 +269,7 @@ def _used_by_all(whole: Program, body: Computation, name: str, full: int) -> int
     return total
 
 
-def _written(whole: Program, instruction: Instruction, computation: Computation) -> int:
+def _written(whole: Module, instruction: Instruction, computation: Computation) -> int:
     results = instruction.shapes
     places = _roots(whole, computation, instruction)
     if len(places) != len(results):
@@ -281,7 +281,7 @@ def _written(whole: Program, instruction: Instruction, computation: Computation)
     )
 
 
-def _roots(whole: Program, computation: Computation, x: Instruction) -> list[int | None]:
+def _roots(whole: Module, computation: Computation, x: Instruction) -> list[int | None]:
     """Of each result, the bytes written where it is an update in place; None: all of it."""
     if x.opcode in ("dynamic-update-slice", "scatter"):
         update = computation.instructions[x.operands[1 if x.opcode[0] == "d" else 2]]
@@ -302,13 +302,13 @@ def _roots(whole: Program, computation: Computation, x: Instruction) -> list[int
 # ---- collectives
 
 
-def collectives(whole: Program, runs: Sequence[Run]) -> list[dict[str, Any]]:
+def collectives(whole: Module, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The collectives of what is run: kind; bytes of the whole array each time (the larger of what
     goes in and comes out); devices in a group; times; fused (done bit by bit in other fusions, all
     of which name its channel)."""
     found, channels = [], set()
     for run in runs:
-        inside = program.inner(whole, run.instruction)
+        inside = module.inner(whole, run.instruction)
         for x, computation in [(run.instruction, run.computation), *inside]:
             kind = x.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:

@@ -130,7 +130,7 @@ class Loop(NamedTuple):
     times: int
 
 
-class Program(NamedTuple):
+class Module(NamedTuple):
     """A whole module; `frames`: stack frame -> (its caller's frame, file, line)."""
 
     computations: dict[str, Computation]
@@ -153,7 +153,7 @@ class Program(NamedTuple):
         return first
 
 
-def parse(text: str) -> Program:
+def parse(text: str) -> Module:
     """The program of HLO `text`; ValueError where there is none."""
     computations, entry, name, body, root = {}, None, None, {}, ""
     for line in text.splitlines():
@@ -170,7 +170,7 @@ def parse(text: str) -> Program:
             root = instruction.name if found[1] else root
     if entry is None:
         raise ValueError("no ENTRY computation: this is not the text of an HLO module")
-    return Program(computations, entry, _frames(text))
+    return Module(computations, entry, _frames(text))
 
 
 def _instruction(name: str, text: str) -> Instruction:
@@ -212,7 +212,7 @@ def _table(text: str, name: str) -> dict[int, str]:
     return rows
 
 
-def executed(program: Program) -> tuple[list[Run], list[Loop]]:
+def executed(module: Module) -> tuple[list[Run], list[Loop]]:
     """What a step executes, loop bodies as often as they run, and the loops.
 
     A fusion is one instruction. Of a conditional's branches, the one with the most cycles counts.
@@ -220,11 +220,11 @@ def executed(program: Program) -> tuple[list[Run], list[Loop]]:
     runs, loops = [], []
 
     def walk(name: str, times: int) -> None:
-        computation = program.computations[name]
+        computation = module.computations[name]
         for instruction in computation.instructions.values():
             runs.append(Run(instruction, computation, times))
             if instruction.opcode == "while":
-                trips = trip_count(program, computation, instruction)
+                trips = trip_count(module, computation, instruction)
                 loops.append(Loop(instruction, trips, times))
                 walk(instruction.called("body"), times * (1 if trips is None else trips))
             elif instruction.opcode == "call":
@@ -232,9 +232,9 @@ def executed(program: Program) -> tuple[list[Run], list[Loop]]:
             elif instruction.opcode == "async-start":
                 walk(instruction.called("calls"), times)
             elif instruction.opcode == "conditional":
-                walk(max(_branches(instruction), key=lambda b: _cycles(program, b)), times)
+                walk(max(_branches(instruction), key=lambda b: _cycles(module, b)), times)
 
-    walk(program.entry, 1)
+    walk(module.entry, 1)
     return runs, loops
 
 
@@ -244,19 +244,19 @@ def _branches(conditional: Instruction) -> list[str]:
     return [conditional.called(f"{kind}_computation") for kind in ("true", "false")]
 
 
-def _cycles(program: Program, name: str) -> int:
-    return sum(x.cycles for x in program.computations[name].instructions.values())
+def _cycles(module: Module, name: str) -> int:
+    return sum(x.cycles for x in module.computations[name].instructions.values())
 
 
-def inner(program: Program, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
+def inner(module: Module, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
     """The instructions inside a fusion, and inside the fusions in it."""
     called = instruction.called("calls") if instruction.opcode == "fusion" else None
-    for x in program.computations[called].instructions.values() if called else ():
-        yield x, program.computations[called]
-        yield from inner(program, x)
+    for x in module.computations[called].instructions.values() if called else ():
+        yield x, module.computations[called]
+        yield from inner(module, x)
 
 
-def trip_count(program: Program, around: Computation, loop: Instruction) -> int | None:
+def trip_count(module: Module, around: Computation, loop: Instruction) -> int | None:
     """How often a while loop's body runs, None where the text does not tell.
 
     The TPU compiler does not write it down: it follows from the loop's condition (counter < limit),
@@ -264,8 +264,8 @@ def trip_count(program: Program, around: Computation, loop: Instruction) -> int 
     """
     if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(found[1])
-    condition = program.computations[loop.called("condition")]
-    body = program.computations[loop.called("body")]
+    condition = module.computations[loop.called("condition")]
+    body = module.computations[loop.called("body")]
     test, first, last = condition.instructions[condition.root], None, None
     start = around.instructions.get(loop.operands[0])
     starts = start.operands if start and start.opcode == "tuple" else ()
@@ -315,6 +315,6 @@ def _element(computation: Computation, name: str) -> int | None:
 
 
 @functools.lru_cache(maxsize=4)
-def parsed(text: str) -> Program:
+def parsed(text: str) -> Module:
     """`parse`, once for the same text."""
     return parse(text)
