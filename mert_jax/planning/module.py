@@ -145,7 +145,9 @@ class Module(NamedTuple):
             return f"{inline[1].removeprefix(inside)}:{inline[2]}"
         found = re.search(r"stack_frame_id=(\d+)", instruction.rest)
         frame, first = int(found[1]) if found else 0, ""
-        while frame in self.frames:
+        for _ in self.frames:
+            if frame not in self.frames:
+                break
             frame, file, line = self.frames[frame]
             first = first or f"{file}:{line}"
             if inside and file.startswith(inside):
