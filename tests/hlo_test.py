@@ -46,7 +46,7 @@ def test_the_summary_counts_loop_bodies_as_often_as_they_run():
     traffic = 2 * SLICE + 2 * WEIGHTS + 16 * 749 * 512 * 2 + 8 * 938 * 128 * 4 + 2 * 1024 * 4
     assert found["hbm_bytes"] == traffic
     assert found["collectives"] == [
-        dict(kind="all-reduce", bytes=768 * 4, group=8, times=1, fused=False)
+        dict(kind="all-reduce", bytes=768 * 4, group=8, times=1, source="", fused=False)
     ]
     (loop,) = found["loops"]
     assert (loop["trips"], loop["collective_matmul"]) == (2, False)
@@ -214,7 +214,7 @@ ENTRY %main (a: {piece}, b: {whole}) -> ({piece}, {whole}) {{
     found = hlo.summary(text)
     size = 512 * 768 * 4
     assert found["collectives"] == [
-        dict(kind="all-gather", bytes=size, group=8, times=1, fused=True)
+        dict(kind="all-gather", bytes=size, group=8, times=1, source="", fused=True)
     ]
     assert found["hbm_bytes"] == size
 

@@ -124,7 +124,7 @@ def made_up(**costs):
 
 
 def test_bounds_and_estimates():
-    reduce = dict(kind="all-reduce", bytes=100e6, group=8, times=2)
+    reduce = dict(kind="all-reduce", bytes=100e6, group=8, times=2, source="model.py:1")
     found = made_up(cycles=30e6, flops=197e10, hbm_bytes=819e7, collectives=[reduce])
     assert found["compute_bound_s"] == pytest.approx(0.01)
     assert found["memory_bound_s"] == pytest.approx(0.01)
@@ -137,6 +137,19 @@ def test_bounds_and_estimates():
     assert found["collective_bytes"] == {"all-reduce": 200e6}
     # where memory is slower than the sum of the cycles, it counts
     assert made_up(cycles=30e6, hbm_bytes=819e9)["estimated_step_time_s"] == pytest.approx(1.0)
+
+
+def test_the_biggest_collectives_are_sums_by_line():
+    moved = [
+        ("all-reduce", 3, 2, "a.py:1"),
+        ("all-reduce", 5, 1, "a.py:1"),
+        ("all-gather", 9, 1, ""),
+    ]
+    found = [dict(kind=k, bytes=size, times=n, source=line) for k, size, n, line in moved]
+    assert estimate._biggest(found) == [
+        dict(kind="all-reduce", source="a.py:1", bytes=11),
+        dict(kind="all-gather", source="?", bytes=9),
+    ]
 
 
 @pytest.mark.parametrize(

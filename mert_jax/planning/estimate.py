@@ -142,17 +142,30 @@ def _input(compiled: Compiled, hosts: int, seconds: float | None) -> dict[str, A
 
 def _program(found: dict | None, chip: Any) -> dict[str, Any]:
     """What of the program costs most, and what should not be there."""
-    names = "costliest_ops costliest_lines square_fp32_tensors loops big_copies pallas_kernels"
+    names = """costliest_ops costliest_lines biggest_collectives square_fp32_tensors loops
+        big_copies pallas_kernels"""
     if not found:
         return dict.fromkeys(names.split())
     return {
         "costliest_ops": _timed(found["costliest_ops"], chip),
         "costliest_lines": _timed(found["costliest_lines"], chip),
+        "biggest_collectives": _biggest(found["collectives"]),
         "square_fp32_tensors": found["square_fp32"],
         "loops": found["loops"],
         "big_copies": found["big_copies"],
         "pallas_kernels": found["pallas_kernels"],
     }
+
+
+def _biggest(collectives: Sequence[dict[str, Any]], top: int = 10) -> list[dict[str, Any]]:
+    """The source lines that exchange most bytes, by kind of collective."""
+    total = Counter()
+    for c in collectives:
+        total[c["kind"], c["source"] or "?"] += c["bytes"] * c["times"]
+    return [
+        {"kind": kind, "source": source, "bytes": size}
+        for (kind, source), size in total.most_common(top)
+    ]
 
 
 def _timed(ops: Sequence[dict[str, Any]], chip: Any) -> list[dict[str, Any]]:

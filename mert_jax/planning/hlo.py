@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,8 @@ def summary(text: str, frames: int | None = None, inside: str = "", top: int = 1
     """The costs of one step on one device, from the text of its optimised HLO.
 
     cycles; flops (products of matrices and convolutions only); hbm_bytes; collectives (a list:
-    kind, bytes, group, times); loops; costliest_ops and costliest_lines (`top` of each); big_copies
-    (HBM to HBM); square_fp32 (float32 arrays in HBM of `frames` x `frames`, or rounded up);
+    kind, bytes, group, times, source); loops; costliest_ops, costliest_lines, big_copies (HBM to
+    HBM; `top` of each); square_fp32 (float32 arrays in HBM of `frames` x `frames`, or rounded up);
     pallas_kernels (how many run). Source lines are the innermost in files that begin with `inside`.
     ValueError for what is no HLO.
     """
@@ -48,8 +48,8 @@ def summary(text: str, frames: int | None = None, inside: str = "", top: int = 1
     runs, loops = module.executed(whole)
     total = sum(run.instruction.cycles * run.times for run in runs)
     traffic = [hbm_bytes(whole, run) for run in runs]
-    exchanged = collectives(whole, runs)
     where = functools.partial(whole.source, inside=inside)
+    exchanged = collectives(whole, runs, where)
     return {
         "cycles": total,
         "flops": sum(flops(whole, run) for run in runs),
@@ -302,10 +302,12 @@ def _roots(whole: Module, computation: Computation, x: Instruction) -> list[int 
 # ---- collectives
 
 
-def collectives(whole: Module, runs: Sequence[Run]) -> list[dict[str, Any]]:
+def collectives(
+    whole: Module, runs: Sequence[Run], where: Callable[[Instruction], str]
+) -> list[dict[str, Any]]:
     """The collectives of what is run: kind; bytes of the whole array each time (the larger of what
-    goes in and comes out); devices in a group; times; fused (done bit by bit in other fusions, all
-    of which name its channel)."""
+    goes in and comes out); devices in a group; times; source line, which `where` tells; fused (done
+    bit by bit in other fusions, all of which name its channel)."""
     found, channels = [], set()
     for run in runs:
         inside = module.inner(whole, run.instruction)
@@ -320,7 +322,8 @@ def collectives(whole: Module, runs: Sequence[Run]) -> list[dict[str, Any]]:
             group = group_size(x.rest)
             taken = sum(shape.size for shapes in computation.shapes(x) for shape in shapes)
             size = taken * (group or 1) if kind == "all-gather" else taken
-            found.append(dict(kind=kind, bytes=size, group=group, times=run.times, fused=fused))
+            one = dict(kind=kind, bytes=size, group=group, times=run.times, source=where(x))
+            found.append(one | {"fused": fused})
     return found
 
 
