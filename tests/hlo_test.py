@@ -143,12 +143,16 @@ def conv(window: str, rest: str) -> str:
             conv("size=8", "f0b_i0o->0bf, batch_group_count=4"), 2 * (8 // 4) * 3 * 8 * 32 * 32,
         ),
         (
+            "f32[4,7]{1,0}", "f32[4,6]{1,0}", "f32[6,7]{1,0}",
+            "convolution(%a, %b), dim_labels=bf_io->bf", 2 * 4 * 6 * 7,
+        ),
+        (
             "f32[4,5,7]{2,1,0}", "f32[4,5,6]{2,1,0}", "f32[4,6,7]{2,1,0}",
             "dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, "
             "rhs_contracting_dims={1}", 2 * 4 * 5 * 6 * 7,
         ),
     ],
-    ids="forward kernel attention grouped batch_groups dot".split(),
+    ids="forward kernel attention grouped batch_groups matrix dot".split(),
 )  # fmt: skip
 def test_flops_of_products(out, left, right, rest, flops):
     whole, run = run_of(convolution(out, left, right, rest), "product")

@@ -183,7 +183,9 @@ def _multiply_adds(convolution: Instruction, left: Shape, right: Shape) -> int:
     window = re.search(r"window=\{([^}]*)\}", convolution.rest)
     options = dict(part.split("=") for part in window[1].split()) if window else {}
     spatial = sum(label.isdigit() for label in labels[1])
-    numbers = lambda key, default: options.get(key, "x".join([default] * spatial)).split("x")
+    numbers = lambda key, default: (
+        options[key].split("x") if key in options else [default] * spatial
+    )
     stride, holes, spread = (
         [int(n) for n in numbers(key, "1")] for key in ("stride", "lhs_dilate", "rhs_dilate")
     )
