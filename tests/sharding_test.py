@@ -1,6 +1,8 @@
 """Meshes: the same parameters from birth and the same losses on every one."""
 
 import functools
+import math
+import re
 
 import jax
 import numpy as np
@@ -16,18 +18,19 @@ from tests.step_test import music
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
-def run(mesh, steps=3, **overrides):
-    """Losses and gradient norms of a few steps on `mesh` (data, fsdp, tensor), the initial
-    parameters, and the last state."""
+def run(mesh, **overrides):
+    """Losses and gradient norms of five steps of two micro-batches on `mesh` (data, fsdp, tensor),
+    the initial parameters, and the last state."""
     # a low rate: Adam turns the rounding of a gradient near 0 into the sign of a whole step
-    overrides = {"optimizer__peak_learning_rate": 1e-4} | overrides
-    config = recipe.check(small.config(**overrides))
+    few = {"optimizer__peak_learning_rate": 1e-4, "batch_size": 16, "accumulation": 2}
+    config = recipe.check(small.config(**few | overrides))
     made = recipe.make_teachers(config)
     student = recipe.student(config, made)
     objective = recipe.objective(config, student, made)
     optimizer = recipe.make_optimizer(config)
     init = functools.partial(recipe.init, config, student, optimizer)
-    mesh = sharding.make_mesh(*mesh)
+    mesh = sharding.make_mesh(*mesh, devices=jax.devices()[: math.prod(mesh)])
+    sharding.check_batch(config.batch_size // config.accumulation, mesh)
     with jax.set_mesh(mesh):
         shardings = sharding.state_shardings(init, mesh)
         state = jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
@@ -41,26 +44,50 @@ def run(mesh, steps=3, **overrides):
         batch = {"audio": audio, "looped": np.zeros(len(audio), bool)}
         batch = {name: sharding.global_batch(x, len(x), mesh) for name, x in batch.items()}
         seen = []
-        for _ in range(steps):
+        for _ in range(5):
             state, result = update(state, params, batch, jax.random.key(0))
             loss = float(result["sums"].loss / result["sums"].frames)
             seen.append((loss, float(result["grad_norm"])))
     return seen, first, state
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return run((8, 1, 1))
+FLAVOURS = {"95m": {"model__pre_norm": False}, "330m": {"model__pre_norm": True}}
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 8, 1), (1, 1, 8)])
-def test_every_mesh_gives_the_same_run(reference, mesh):
-    seen, first, state = run(mesh)
-    jax.tree.map(np.testing.assert_array_equal, first, reference[1])  # bit for bit
-    np.testing.assert_allclose(seen, reference[0], rtol=1e-5)
+@pytest.fixture(scope="module", params=FLAVOURS)
+def flavour(request):
+    """Its options, and its run on eight devices of one axis."""
+    options = FLAVOURS[request.param]
+    return options, run((8, 1, 1), **options)
+
+
+ONE_AXIS = [pytest.param(mesh, marks=pytest.mark.slow) for mesh in [(1, 8, 1), (1, 1, 8)]]
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), *ONE_AXIS])
+def test_every_mesh_gives_the_same_run(flavour, mesh):
+    options, (expected, first, _) = flavour
+    seen, born, state = run(mesh, **options)
+    jax.tree.map(np.testing.assert_array_equal, born, first)  # bit for bit
+    np.testing.assert_allclose(seen, expected, rtol=1e-5)
     kernel = state.params["encoder"]["layers"]["intermediate_dense"]["kernel"]  # [L, D, F]
     shard = kernel.addressable_shards[0].data.shape
     assert shard == (kernel.shape[0], kernel.shape[1] // mesh[1], kernel.shape[2] // mesh[2])
+
+
+def test_neighbours_of_a_group_share_their_noise_and_nobody_else():
+    """Where a group lies within a device's clips, the step moves no audio between devices."""
+    mesh = sharding.make_mesh(8, 1, 1)
+    keys = jax.random.split(jax.random.key(0), 32)
+    config = small.config(group=4)
+    made = recipe.make_teachers(config)
+    objective = recipe.objective(config, recipe.student(config, made), made)
+    layout = jax.NamedSharding(mesh, sharding.BATCH)
+    wave = jax.ShapeDtypeStruct((32, 16_000), np.float32, sharding=layout)
+    both = jax.jit(lambda wave: (objective.mixture(keys, wave), objective.mask(keys, 50)))
+    with jax.set_mesh(mesh):
+        text = both.lower(wave).compile().as_text()
+    assert not re.findall(r"all-gather|all-to-all|collective-permute|all-reduce", text)
 
 
 def test_optimiser_state_is_sharded_like_its_parameter():
