@@ -43,6 +43,11 @@ def make() -> dict[str, Any]:
     config = recipe.check(cli.config_of(_CONFIG))
     if not _TOPOLOGY.value:
         raise cli.UserError("--topology=NAME is needed, such as --topology=v5e:4x4 or cpu:8")
+    if _HLO.value:
+        try:
+            open(_HLO.value, "w").close()  # rather now than after minutes of compiling
+        except OSError as e:
+            raise cli.UserError(f"--hlo={_HLO.value} cannot be written: {e.strerror}") from e
     where = compiling.topology(_TOPOLOGY.value)
 
     def one(config: Any) -> dict[str, Any]:

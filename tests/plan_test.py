@@ -53,8 +53,9 @@ def test_the_command_prints_one_json():
         (["--topology=cpu:3"], "micro-batches of 8 clips"),
         (["--topology=cpu:4", "--config.accumulation=3"], "does not split into accumulation=3"),
         (["--topology=cpu:4", "--codes=stored"], "none is rvq_vae"),
+        (["--topology=cpu:4", "--hlo=/nowhere/step.txt"], "--hlo=/nowhere/step.txt cannot be"),
     ],
-    ids="kind shape none mesh batch accumulation codes".split(),
+    ids="kind shape none mesh batch accumulation codes hlo".split(),
 )
 def test_a_mistake_is_one_line(flags, words):
     done = command(*flags)
@@ -203,6 +204,15 @@ def test_a_search_ranks_what_fits_and_stops_at_the_best_of_each_stage(capsys):
     said = capsys.readouterr().err
     assert "eta" in said
     assert "heads cannot be split so" in said
+
+
+def test_time_between_devices_counts_in_a_search():
+    plan = lambda time, moved, fits=True: {
+        "fits": fits, "hbm_peak_gib": 9, "estimated_step_time_s": time, "collective_bound_s": moved
+    }  # fmt: skip
+    plans = [plan(2, 1), plan(1, 3), plan(1, 0, fits=False), plan(None, None, fits=False)]
+    assert sorted(plans, key=search.rank) == plans
+    assert search.rank(plan(None, None)) < search.rank(plans[2])
 
 
 def test_a_setting_changes_the_config_it_is_of():

@@ -16,7 +16,8 @@ from mert_jax.planning.compile import Compiled, Topology
 NOTE = (
     "estimated_*: the TPU compiler's static model (its cycles of every executed op over the clock, "
     "or the HBM traffic over the bandwidth where that is longer); collectives, loop overhead and "
-    "Pallas kernels are left out; not a measurement. Bounds are from published peaks."
+    "Pallas kernels are left out, and a loop whose trips are null counts once; not a measurement. "
+    "Bounds are from published peaks."
 )
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
 DAY = 86_400
