@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from mert_jax import checkpoint
+from mert_jax.cli import RESTART
 from mert_jax.formats import workdir as workdirs
-from mert_jax.watchdog import RESTART
-from tests.train_test import ENVIRONMENT, command, dataset, flags, music  # noqa: F401 (fixtures)
+from tests.codes_test import write_codec
+from tests.train_test import ENVIRONMENT, command, dataset, flags, music, run  # noqa: F401 (fixtures)
 
 CLOCK = ("audio_seconds_per_second", "mfu")  # of metrics.jsonl, all that depends on it
 # a guard this strict skips, goes back and passes over batches on sound data too
@@ -28,6 +29,24 @@ KILLS = [
     pytest.param(2, 24, "skipped: ", id="2"),
     pytest.param(25, 60, "going back to step", id="25", marks=pytest.mark.slow),
 ]
+
+
+@pytest.fixture(scope="module")
+def mixed(music, dataset, tmp_path_factory):  # noqa: F811
+    """Flags for all that makes a batch: two datasets of unequal shares, of a few steps an epoch,
+    stored codes, and two micro-batches."""
+    codec = write_codec(str(tmp_path_factory.mktemp("codec")))
+    folders = [tmp_path_factory.mktemp("coded") / name for name in ("all", "two")]
+    two = f"{music / '0.wav'},{music / '2.wav'}"
+    for folder, source in zip(folders, (music, two), strict=True):
+        options = (f"--output={folder}", "--crop_seconds=2", f"--codes={codec}")
+        done = run("prepare", f"--input={source}", *options)
+        assert done.returncode == 0, done.stderr
+    return (
+        f"--config.data.dir={','.join(map(str, folders))}",
+        *("--config.data.weights=(3, 1)", "--config.accumulation=2"),
+        "--config.teachers=('rvq_vae', 'cqt')",
+    )
 
 
 def outcome(workdir):
@@ -51,9 +70,9 @@ def run_until(line, process):
 
 
 @pytest.mark.parametrize(("kills", "total", "guarded"), KILLS)
-def test_a_run_killed_at_random_moments(dataset, tmp_path, kills, total, guarded):  # noqa: F811
+def test_a_run_killed_at_random_moments(dataset, mixed, tmp_path, kills, total, guarded):  # noqa: F811
     calm, hunted = tmp_path / "calm", tmp_path / "hunted"
-    options = (*OPTIONS, f"--config.total_steps={total}")
+    options = (*OPTIONS, *mixed, f"--config.total_steps={total}")
     started = command("train", *flags(dataset, hunted, *options))
     undisturbed = command("train", *flags(dataset, calm, *options))
     done = subprocess.run(undisturbed, capture_output=True, text=True, env=ENVIRONMENT)

@@ -49,10 +49,8 @@ def prepare(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
+def write_codec(folder: str) -> str:
     """A small random codec whose codebooks are latents of music, so that codes vary."""
-    folder = str(tmp_path_factory.mktemp("codec"))
     network = codec.Encoder(2, params()["codebooks"].shape[-1])
     wave = music(4, 9)[None].astype(np.float32)
     latents = np.asarray(jax.jit(network.apply)({"params": params()["encoder"]}, wave))[0]
@@ -60,6 +58,11 @@ def checkpoint(tmp_path_factory) -> str:
     spread = rows - latents.mean(0)
     encodec.write(folder, params() | {"codebooks": np.stack([rows[0], *(0.5 * spread[1:])])})
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return write_codec(str(tmp_path_factory.mktemp("codec")))
 
 
 @pytest.fixture(scope="module")
