@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from mert_jax import cli, recipe
+from mert_jax import cli, recipe, sharding
 from mert_jax.planning import compile as compiling
 from mert_jax.planning import estimate, search
 
@@ -60,7 +60,8 @@ def make() -> dict[str, Any]:
 
     if not _SEARCH.value:
         return one(config)
-    mesh = compiling.make_mesh(config, where.devices)
+    sizes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+    mesh = sharding.make_mesh(*sizes, devices=where.devices)
     found = search.search(
         search.first(config, dict(mesh.shape)),
         search.variants(config, mesh.size),

@@ -206,6 +206,19 @@ def test_a_search_ranks_what_fits_and_stops_at_the_best_of_each_stage(capsys):
     assert "heads cannot be split so" in said
 
 
+def test_a_search_goes_on_from_a_setting_that_cannot_be():
+    def plan(setting):
+        if setting.accumulation != 4:
+            raise cli.UserError(f"accumulation {setting.accumulation} cannot be")
+        return dict(fits=True, hbm_peak_gib=1, estimated_step_time_s=1, collective_bound_s=0)
+
+    stages = search.variants(small.config(batch_size=64), 8)
+    (best, _), *_ = search.search(search.Setting(8, 1, 1, "none", 1, 1), stages, plan)
+    assert best.accumulation == 4
+    with pytest.raises(cli.UserError, match="accumulation 1 cannot be"):
+        search.search(search.Setting(8, 1, 1, "none", 1, 1), [], plan)
+
+
 def test_time_between_devices_counts_in_a_search():
     plan = lambda time, moved, fits=True: {
         "fits": fits, "hbm_peak_gib": 9, "estimated_step_time_s": time, "collective_bound_s": moved

@@ -1,6 +1,7 @@
 """Other settings of the same recipe on the same devices, and which of them is best."""
 
 import datetime
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -46,10 +47,14 @@ def variants(config: ConfigDict, devices: int) -> list[Callable[[Setting], Itera
                 yield s._replace(data=devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
 
     def accumulations(s: Setting) -> Iterator[Setting]:
-        for accumulation in sorted({1, *(s.accumulation * n for n in splits)}):
+        possible = []
+        for accumulation in {*splits, *(s.accumulation * n for n in splits)}:
             micro_batch, rest = divmod(config.batch_size, accumulation)
             if not rest and not micro_batch % config.group and not micro_batch % (s.data * s.fsdp):
-                yield s._replace(accumulation=accumulation)
+                possible.append(accumulation)
+        # the four next to the config's own: each is a compile of minutes
+        possible.sort(key=lambda n: abs(math.log(n / s.accumulation)))
+        return (s._replace(accumulation=n) for n in possible[:4])
 
     def remats(s: Setting) -> Iterator[Setting]:
         return (s._replace(remat=remat) for remat in ("none", "dots", "full"))
@@ -69,22 +74,27 @@ def search(
     """Plans from the best to the worst: stage by stage, from the best so far.
 
     Those that fit come first, by estimated time and collectives one after the other; then those
-    that do not, by the memory they need. A setting that cannot be (UserError) is left out, unless
-    it is the first.
+    that do not, by the memory they need. A setting that cannot be is left out; the UserError of the
+    first where none can.
     """
-    plans, begun = {start: plan(start)}, time.monotonic()
-    best = lambda: min(plans, key=lambda s: rank(plans[s]))
-    for i, stage in enumerate(stages):
-        settings = [s for s in dict.fromkeys(stage(best())) if s not in plans]
+    plans: dict[Setting, dict[str, Any]] = {}
+    wrong: dict[Setting, UserError] = {}
+    begun = time.monotonic()
+    best = lambda: min(plans, key=lambda s: rank(plans[s]), default=start)
+    for i, stage in enumerate([lambda s: iter([s]), *stages]):
+        settings = [s for s in dict.fromkeys(stage(best())) if s not in {**plans, **wrong}]
         for j, setting in enumerate(settings):
-            left = len(settings) - j + sum(len(list(rest(best()))) - 1 for rest in stages[i + 1 :])
-            eta = left * (time.monotonic() - begun) / max(len(plans) - 1, 1)
-            said = str(datetime.timedelta(seconds=round(eta))) if len(plans) > 1 else "?"
+            left = len(settings) - j + sum(len(list(rest(best()))) - 1 for rest in stages[i:])
+            eta = left * (time.monotonic() - begun) / max(len(plans), 1)
+            said = str(datetime.timedelta(seconds=round(eta))) if plans else "?"
             print(f"{len(plans)} plans, about {left} left, eta {said}: {setting}", file=sys.stderr)
             try:
                 plans[setting] = plan(setting)
             except UserError as e:
+                wrong[setting] = e
                 print(f"  left out: {e}", file=sys.stderr)
+    if not plans:
+        raise wrong[start]
     return sorted(plans.items(), key=lambda pair: rank(pair[1]))
 
 
