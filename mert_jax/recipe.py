@@ -21,6 +21,7 @@ from mert_jax import (
     model,
     optimizer,
     records,
+    sharding,
     step,
     teachers,
     warm_start,
@@ -177,10 +178,11 @@ def objective(
         return mixture.mix(wave, draws, group=group, max_length=longest, volume=o.mixture_volume)
 
     def heard(teacher):
-        if not teacher.context:
-            return teacher.apply
-        frames = teacher.context // records.HOP_LENGTH
-        return lambda params, wave: teacher.apply(params, wave)[:, frames:]
+        def apply(wave, params):
+            return teacher.apply(params, wave)[:, teacher.context // records.HOP_LENGTH :]
+
+        # not left to XLA, which would move the clips of a long transform between devices
+        return lambda params, wave: sharding.on_each_shard(apply, wave, params)
 
     return step.Objective(
         student=apply_student,
