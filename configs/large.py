@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
         attention_dropout=0.0,
         layerdrop=0.0,
         remat="dots",
+        unroll=1,
     )
     config.optimizer.peak_learning_rate = 1.5e-3
     config.optimizer.clip_norm = 1.0

@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
         conv_strides=(20, 4, 4),
         hidden_size=128,
         num_layers=2,
+        unroll=1,
         num_heads=4,
         intermediate_size=512,
         pre_norm=True,

@@ -5,28 +5,19 @@ V codebook size, F feature bins. Names are Hugging Face's; numerics are the offi
 (yizhilll/MERT, `mert_fairseq/models/mert`, on fairseq's wav2vec 2.0 encoder).
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.nn.initializers import Initializer, normal, uniform, variance_scaling
+from jax.nn.initializers import normal, uniform
 
+from mert_jax.attention import Attention
+from mert_jax.feature_encoder import FeatureEncoder
+from mert_jax.layers import Dropout, Norm, encoder_init, full_precision, gelu, linear, logical
 from mert_jax.sharding import on_each_shard
 
 Array = jax.Array
-EPSILON = 1e-5  # of every norm; flax's own default is 1e-6
-
-conv_init = variance_scaling(2.0, "fan_in", "normal")
-fan_in_uniform = variance_scaling(1 / 3, "fan_in", "uniform")  # U(+-1/sqrt(fan_in))
-encoder_init = normal(0.02)
-gelu = functools.partial(jax.nn.gelu, approximate=False)
-
-
-def full_precision(dtype: Any) -> Any:
-    """The dtype of norms, softmax, heads and losses: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def num_frames(num_samples: int, kernels: tuple[int, ...], strides: tuple[int, ...]) -> int:
@@ -56,94 +47,12 @@ class Output(NamedTuple):
     predictions: dict[str, Any]
 
 
-def _logical(init: Initializer, *axes: str | None) -> Initializer:
-    return nn.with_logical_partitioning(init, axes)
-
-
 def scale_gradient(x: Array, factor: float) -> Array:
     """`x` itself, with its gradient multiplied by `factor` (fairseq's GradMultiply)."""
     if factor == 1.0:
         return x
     frozen = jax.lax.stop_gradient(x)
     return frozen + factor * (x - frozen)
-
-
-def attention_weights(query: Array, key: Array, padding: Array | None, relax: float = 0.0) -> Array:
-    """Softmax of scaled dot products, in full precision: [B, H, T, T].
-
-    `query` and `key` are [B, T, H, head_dim], `padding` [B, T] is True at frames nobody may attend
-    to. `relax` > 0 divides the query by it, subtracts the row's maximum there and scales back, so
-    that half-precision scores cannot overflow; the result is the same. (MERT's `attention_relax`
-    was meant to do this and never ran: its attention returns through torch's fused path before.)
-    """
-    scale = query.shape[-1] ** -0.5
-    query = query * jnp.asarray(scale / (relax or 1.0), query.dtype)
-    scores = jnp.einsum("bthd,bshd->bhts", query, key).astype(full_precision(query.dtype))
-    if padding is not None:
-        scores = jnp.where(padding[:, None, None, :], -jnp.inf, scores)
-    if relax:
-        scores = (scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))) * relax
-    return jax.nn.softmax(scores, axis=-1)
-
-
-def linear(features: int, fan_in: int, dtype: Any, name: str) -> nn.Dense:
-    """A dense layer with torch's default initialisation, which the official code keeps outside the
-    encoder: weight and bias uniform within 1/sqrt(fan_in)."""
-
-    def bias_init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -1, 1) * fan_in**-0.5
-
-    kernel_init = _logical(fan_in_uniform, "embed", None)
-    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, bias_init=bias_init, name=name)
-
-
-class Norm(nn.Module):
-    """Layer norm in full precision, returned in the dtype of the computation."""
-
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        norm = nn.LayerNorm(
-            EPSILON, dtype=full_precision(self.dtype), use_fast_variance=False, name="norm"
-        )
-        nn.share_scope(self, norm)
-        return norm(x).astype(self.dtype)
-
-
-class FeatureEncoder(nn.Module):
-    """Seven strided convolutions, the first one group-normed over time: [B, N] -> [B, T, C]."""
-
-    conv_dim: int
-    kernels: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, wave: Array) -> Array:
-        x = wave[..., None].astype(self.dtype)
-        for i, (kernel, stride) in enumerate(zip(self.kernels, self.strides, strict=True)):
-            x = nn.Conv(
-                self.conv_dim,
-                (kernel,),
-                stride,
-                padding="VALID",
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=_logical(conv_init, None, None, "embed"),
-                name=f"conv_layers_{i}",
-            )(x)
-            if i == 0:  # one group a channel: statistics over all frames, zero padding included
-                x = nn.GroupNorm(
-                    self.conv_dim,
-                    epsilon=EPSILON,
-                    dtype=full_precision(self.dtype),
-                    use_fast_variance=False,
-                    name="layer_norm",
-                )(x).astype(self.dtype)
-            x = gelu(x)
-            self.sow("intermediates", f"conv_layer{i}", x)
-        return x
 
 
 class FeatureProjection(nn.Module):
@@ -198,31 +107,6 @@ class PosConvEmbed(nn.Module):
         return gelu(y + bias.astype(self.dtype)[None, None, :])
 
 
-class Attention(nn.Module):
-    """Self-attention with H heads: [B, T, D] -> [B, T, D]."""
-
-    num_heads: int
-    dropout: float
-    relax: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array, padding: Array | None, deterministic: bool) -> Array:
-        width = x.shape[-1]
-
-        def project(name: str) -> Array:
-            kernel_init = _logical(encoder_init, "embed", "heads")
-            y = nn.Dense(width, dtype=self.dtype, kernel_init=kernel_init, name=name)(x)
-            return y.reshape(*x.shape[:2], self.num_heads, width // self.num_heads)
-
-        query, key, value = (project(name) for name in ("q_proj", "k_proj", "v_proj"))
-        weights = attention_weights(query, key, padding, self.relax).astype(self.dtype)
-        weights = nn.Dropout(self.dropout)(weights, deterministic)
-        y = jnp.einsum("bhts,bshd->bthd", weights, value).reshape(x.shape)
-        kernel_init = _logical(encoder_init, "heads", "embed")
-        return nn.Dense(width, dtype=self.dtype, kernel_init=kernel_init, name="out_proj")(y)
-
-
 class EncoderLayer(nn.Module):
     """One transformer layer, post-norm (95M) or pre-norm (330M): [B, T, D] -> [B, T, D]."""
 
@@ -238,7 +122,7 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, padding: Array | None, deterministic: bool) -> tuple[Array, None]:
-        drop = nn.Dropout(self.hidden_dropout, deterministic=deterministic)
+        drop = Dropout(self.hidden_dropout)
         attention = Attention(
             self.num_heads,
             self.attention_dropout,
@@ -251,20 +135,20 @@ class EncoderLayer(nn.Module):
 
         def feed_forward(y: Array) -> Array:
             up, down = (
-                _logical(encoder_init, *axes) for axes in (("embed", "mlp"), ("mlp", "embed"))
+                logical(encoder_init, *axes) for axes in (("embed", "mlp"), ("mlp", "embed"))
             )
             y = nn.Dense(
                 self.intermediate_size, dtype=self.dtype, kernel_init=up, name="intermediate_dense"
             )(y)
-            y = nn.Dropout(self.activation_dropout)(gelu(y), deterministic)
+            y = Dropout(self.activation_dropout)(gelu(y), deterministic)
             return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=down, name="output_dense")(y)
 
         if self.pre_norm:
-            y = x + drop(attention(norm1(x), padding, deterministic))
-            y = y + drop(feed_forward(norm2(y)))
+            y = x + drop(attention(norm1(x), padding, deterministic), deterministic)
+            y = y + drop(feed_forward(norm2(y)), deterministic)
         else:
-            y = norm1(x + drop(attention(x, padding, deterministic)))
-            y = norm2(y + drop(feed_forward(y)))
+            y = norm1(x + drop(attention(x, padding, deterministic), deterministic))
+            y = norm2(y + drop(feed_forward(y), deterministic))
         if self.layerdrop and not deterministic:  # whole batch, no rescaling, as in fairseq
             keep = jax.random.uniform(self.make_rng("dropout")) > self.layerdrop
             y = jnp.where(keep, y, x)
@@ -296,7 +180,7 @@ class Encoder(nn.Module):
         x = x + positions
         if not pre_norm:
             x = norm(x)
-        x = nn.Dropout(layer["hidden_dropout"])(x, deterministic)
+        x = Dropout(layer["hidden_dropout"])(x, deterministic)
         self.sow("intermediates", "encoder_input", x)
         layers = nn.scan(
             rematerialised(EncoderLayer, self.remat),
@@ -397,7 +281,7 @@ class Student(nn.Module):
             self.hidden_size, self.project_equal_widths, self.dtype, name="feature_projection"
         )(features)
         self.sow("intermediates", "features_proj", x)
-        x = nn.Dropout(self.input_dropout)(x, deterministic)
+        x = Dropout(self.input_dropout)(x, deterministic)
         embed = self.param("masked_spec_embed", uniform(1.0), (self.hidden_size,))
         if mask is not None:
             x = jnp.where(mask[..., None], embed.astype(self.dtype)[None, None, :], x)
@@ -432,7 +316,7 @@ class Student(nn.Module):
         proj = linear(size, self.hidden_size, x.dtype, f"{head.name}_proj")(x)
         codebooks = self.param(
             f"{head.name}_codebooks",
-            _logical(uniform(1.0), None, "vocab", None),
+            logical(uniform(1.0), None, "vocab", None),
             (head.num_codebooks, head.size, self.final_dim),
         )
         return proj.reshape(*x.shape[:2], head.num_codebooks, self.final_dim), codebooks

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.extend.core import jaxprs_in_params
 
 from configs import base, large, tiny
-from mert_jax import model, recipe, step, teachers
+from mert_jax import attention, model, recipe, step, teachers
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -206,8 +206,8 @@ def test_recomputing_and_unrolling_change_nothing(remat, unroll):
 # precision ---------------------------------------------------------------------------------------
 
 
-def attention(query, key, relax, padding=None):
-    return np.asarray(model.attention_weights(query, key, padding, relax))
+def weights(query, key, relax, padding=None):
+    return np.asarray(jax.nn.softmax(attention.scores(query, key, padding, relax)))
 
 
 def test_relaxed_attention_is_plain_softmax_in_float32():
@@ -215,16 +215,16 @@ def test_relaxed_attention_is_plain_softmax_in_float32():
     padding = jnp.arange(9)[None, :] >= jnp.array([[9], [6]])
     for relax in (1.0, 32.0):
         np.testing.assert_allclose(
-            attention(query, key, relax, padding), attention(query, key, 0, padding), atol=2e-7
+            weights(query, key, relax, padding), weights(query, key, 0, padding), atol=2e-7
         )
 
 
 def test_relaxed_attention_is_finite_where_float16_scores_overflow():
     large = 100 * jax.random.normal(jax.random.key(0), (2, 2, 9, 4, 64))
     query, key = large.astype(jnp.float16)
-    exact = attention(query.astype(jnp.float32), key.astype(jnp.float32), 0)
-    assert not np.isfinite(attention(30 * query, key, 0)).all()
-    relaxed = attention(30 * query, key, 32.0)
+    exact = weights(query.astype(jnp.float32), key.astype(jnp.float32), 0)
+    assert not np.isfinite(weights(30 * query, key, 0)).all()
+    relaxed = weights(30 * query, key, 32.0)
     assert np.isfinite(relaxed).all()
     np.testing.assert_allclose(relaxed.sum(-1), 1, rtol=1e-5)
     assert np.isfinite(exact).all()

@@ -1,0 +1,116 @@
+"""Self-attention, with a backward pass that keeps nothing of size T x T.
+
+Shapes: B clips, T frames, D width, H heads, d width of a head.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mert_jax.layers import encoder_init, full_precision, keep, logical, random_words
+
+Array = jax.Array
+
+
+def scores(query: Array, key: Array, padding: Array | None, relax: float = 0.0) -> Array:
+    """Scaled dot products, in full precision: [B, H, T, T].
+
+    `query` and `key` are [B, T, H, d], `padding` [B, T] is True at frames nobody may attend to.
+    `relax` > 0 divides the query by it, subtracts the row's maximum there and scales back, so that
+    half-precision scores cannot overflow; their softmax is the same. (MERT's `attention_relax` was
+    meant to do this and never ran: its attention returns through torch's fused path before.)
+    """
+    scale = query.shape[-1] ** -0.5
+    query = query * jnp.asarray(scale / (relax or 1.0), query.dtype)
+    found = jnp.einsum("bthd,bshd->bhts", query, key).astype(full_precision(query.dtype))
+    if padding is not None:
+        found = jnp.where(padding[:, None, None, :], -jnp.inf, found)
+    if relax:
+        found = (found - jax.lax.stop_gradient(found.max(-1, keepdims=True))) * relax
+    return found
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    padding: Array | None,
+    words: tuple[Array, Array] | None,
+    rate: float,
+    relax: float,
+) -> Array:
+    """The mean of `value` weighted by the softmax of `scores`, all [B, T, H, d]; with `words`, the
+    weights go through dropout at `rate`.
+
+    The backward pass computes the weights again from their logarithmic sums, and takes the sum over
+    a row of weight times gradient from the result (arXiv 2205.14135, section B.4).
+    """
+    return _forward(query, key, value, padding, words, rate, relax)[0]
+
+
+def _forward(query, key, value, padding, words, rate, relax):
+    logits = scores(query, key, padding, relax)
+    largest = logits.max(-1, keepdims=True)
+    weights = jnp.exp(logits - largest)
+    total = weights.sum(-1, keepdims=True)
+    weights = _dropped(weights, words, rate).astype(value.dtype)
+    result = jnp.einsum(
+        "bhts,bshd->bthd", weights, value, preferred_element_type=full_precision(value.dtype)
+    )
+    # divided after the sum: d numbers a row instead of T
+    result = (result / jnp.swapaxes(total, 1, 2)).astype(value.dtype)
+    return result, (query, key, value, padding, words, result, largest + jnp.log(total))
+
+
+def _backward(rate, relax, kept, gradient):
+    query, key, value, padding, words, result, log_total = kept
+    full = full_precision(query.dtype)
+    weights = jnp.exp(scores(query, key, padding, relax) - log_total)
+    by_weight = jnp.einsum("bthd,bshd->bhts", gradient, value).astype(full)
+    by_value = jnp.einsum(
+        "bhts,bthd->bshd", _dropped(weights, words, rate).astype(value.dtype), gradient
+    )
+    mean = (gradient.astype(full) * result.astype(full)).sum(-1).swapaxes(1, 2)[..., None]
+    by_score = (weights * (_dropped(by_weight, words, rate) - mean)).astype(query.dtype)
+    scale = jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
+    by_query = jnp.einsum("bhts,bshd->bthd", by_score, key * scale)
+    by_key = jnp.einsum("bhts,bthd->bshd", by_score, query * scale)
+    return by_query, by_key, by_value, None, None
+
+
+def _dropped(x: Array, words: tuple[Array, Array] | None, rate: float) -> Array:
+    return x if words is None else jnp.where(keep(words, rate), x / (1 - rate), 0)
+
+
+attend.defvjp(_forward, _backward)
+
+
+class Attention(nn.Module):
+    """Self-attention with H heads: [B, T, D] -> [B, T, D]."""
+
+    num_heads: int
+    dropout: float
+    relax: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, padding: Array | None, deterministic: bool) -> Array:
+        clips, frames, width = x.shape
+
+        def project(name: str) -> Array:
+            kernel_init = logical(encoder_init, "embed", "heads")
+            y = nn.Dense(width, dtype=self.dtype, kernel_init=kernel_init, name=name)(x)
+            return y.reshape(clips, frames, self.num_heads, width // self.num_heads)
+
+        query, key, value = (project(name) for name in ("q_proj", "k_proj", "v_proj"))
+        words = None
+        if self.dropout and not deterministic:
+            shape = (clips, self.num_heads, frames, frames)
+            words = random_words(self.make_rng("dropout"), shape)
+        y = attend(query, key, value, padding, words, self.dropout, self.relax).reshape(x.shape)
+        kernel_init = logical(encoder_init, "heads", "embed")
+        return nn.Dense(width, dtype=self.dtype, kernel_init=kernel_init, name="out_proj")(y)

@@ -1,0 +1,117 @@
+"""The convolutional front end, from samples to frames.
+
+Shapes: B clips, N samples, T frames, C channels, k samples under a kernel.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mert_jax.layers import EPSILON, conv_init, full_precision, gelu, logical
+
+Array = jax.Array
+
+
+class FeatureEncoder(nn.Module):
+    """Seven strided convolutions, the first one group-normed over time: [B, N] -> [B, T, C]."""
+
+    conv_dim: int
+    kernels: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, wave: Array) -> Array:
+        x = wave[..., None].astype(self.dtype)
+        for i, (kernel, stride) in enumerate(zip(self.kernels, self.strides, strict=True)):
+            shape = (kernel, x.shape[-1], self.conv_dim)
+            weight = _Kernel(shape, name=f"conv_layers_{i}")().astype(self.dtype)
+            if i == 0:
+                scale, bias = _Affine(self.conv_dim, name="layer_norm")()
+                x = normed_convolution(x[..., 0], weight[:, 0], scale, bias, stride)
+            else:
+                x = gelu(convolution(x, weight, stride))
+            self.sow("intermediates", f"conv_layer{i}", x)
+        return x
+
+
+class _Kernel(nn.Module):
+    """The kernel of a convolution, [k, C in, C out]."""
+
+    shape: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return self.param("kernel", logical(conv_init, None, None, "embed"), self.shape)
+
+
+class _Affine(nn.Module):
+    """What a norm multiplies by and adds, [C] each."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array]:
+        scale = self.param("scale", nn.initializers.ones, (self.channels,))
+        return scale, self.param("bias", nn.initializers.zeros, (self.channels,))
+
+
+def convolution(x: Array, kernel: Array, stride: int) -> Array:
+    """`x` [B, N, C in] under `kernel` [k, C in, C out] every `stride`, without padding."""
+    numbers = ("NWC", "WIO", "NWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride,), "VALID", dimension_numbers=numbers)
+
+
+def normed_convolution(wave: Array, kernel: Array, scale: Array, bias: Array, stride: int) -> Array:
+    """The first layer: `wave` [B, N] under `kernel` [k, C], normed for each clip and channel over
+    all frames (zero padding included), times `scale` plus `bias` [C], GELU: [B, T, C]."""
+    arguments = wave, kernel, scale, bias
+    return jax.lax.platform_dependent(
+        *arguments,
+        tpu=lambda *x: jax.checkpoint(folded, static_argnums=4)(*x, stride),
+        default=lambda *x: two_pass(*x, stride),
+    )
+
+
+def two_pass(wave: Array, kernel: Array, scale: Array, bias: Array, stride: int) -> Array:
+    """`normed_convolution`, as it is defined."""
+    full = full_precision(wave.dtype)
+    x = convolution(wave[..., None], kernel[:, None], stride).astype(full)
+    x = x - x.mean(1, keepdims=True)
+    variance = jnp.square(x).mean(1, keepdims=True)
+    x = x * (jax.lax.rsqrt(variance + EPSILON) * scale[None, None]) + bias[None, None]
+    return gelu(x.astype(wave.dtype))
+
+
+def folded(wave: Array, kernel: Array, scale: Array, bias: Array, stride: int) -> Array:
+    """`normed_convolution` that never reads the convolution's result for its statistics.
+
+    A channel's mean and variance follow from the mean and covariance of the k samples under the
+    kernel, of which there are C / k times fewer.
+    """
+    full = full_precision(wave.dtype)
+    exact = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=full)
+    x = patches(wave, len(kernel), stride)
+    mean = x.astype(full).mean(1)
+    second = jnp.einsum("btk,btl->bkl", x, x, **exact) / x.shape[1]
+    covariance = second - mean[:, :, None] * mean[:, None, :]
+    weight = kernel.astype(full)
+    variance = jnp.einsum("bkl,kc,lc->bc", covariance, weight, weight, **exact)
+    # rounding may leave a constant channel's variance below zero
+    factor = jax.lax.rsqrt(jnp.maximum(variance, 0) + EPSILON) * scale[None]
+    shift = bias[None] - jnp.einsum("bk,kc->bc", mean, weight, **exact) * factor
+    y = jnp.einsum("btk,kc->btc", x, kernel, preferred_element_type=full)
+    return gelu((y * factor[:, None] + shift[:, None]).astype(wave.dtype))
+
+
+def patches(wave: Array, length: int, stride: int) -> Array:
+    """The `length` samples under each frame of `wave` [B, N]: [B, T, length]."""
+    frames = (wave.shape[-1] - length) // stride + 1
+    pieces = -(-length // stride)
+    samples = (frames - 1 + pieces) * stride
+    padded = jnp.pad(wave, ((0, 0), (0, max(0, samples - wave.shape[-1]))))
+    # whole strides side by side: a reshape and shifted copies instead of a gather
+    rows = padded[:, :samples].reshape(len(wave), -1, stride)
+    return jnp.concatenate([rows[:, i : i + frames] for i in range(pieces)], -1)[..., :length]

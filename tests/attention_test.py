@@ -1,0 +1,56 @@
+"""Attention against its plain form: values, gradients, dropout, padding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mert_jax import attention
+from mert_jax.layers import keep, random_words
+
+B, T, H, D = 2, 11, 3, 8
+RATE = 0.3
+
+
+def inputs(dtype=jnp.float32):
+    query, key, value, gradient = jax.random.normal(jax.random.key(0), (4, B, T, H, D), dtype)
+    return (query, key, value), gradient
+
+
+def plain(query, key, value, padding, words, rate, relax):
+    weights = jax.nn.softmax(attention.scores(query, key, padding, relax))
+    if words is not None:
+        weights = jnp.where(keep(words, rate), weights / (1 - rate), 0)
+    return jnp.einsum("bhts,bshd->bthd", weights.astype(value.dtype), value)
+
+
+def value_and_gradients(function, dtype, *options):
+    arrays, gradient = inputs(dtype)
+    value, pull = jax.vjp(lambda *arrays: function(*arrays, *options), *arrays)
+    return [np.asarray(x, np.float32) for x in (value, *pull(gradient))]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("relax", [0.0, 32.0])
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_it_is_its_plain_form(padded, dropout, relax, dtype):
+    padding = jnp.arange(T)[None] >= jnp.array([[T], [7]]) if padded else None
+    words = random_words(jax.random.key(1), (B, H, T, T)) if dropout else None
+    options = padding, words, RATE, relax
+    ours = value_and_gradients(attention.attend, dtype, *options)
+    exact = value_and_gradients(plain, dtype, *options)
+    tolerance = 2e-6 if dtype == jnp.float32 else 0.02
+    for a, b in zip(ours, exact, strict=True):
+        assert np.linalg.norm(a - b) < tolerance * np.linalg.norm(b)
+
+
+def test_the_backward_pass_keeps_nothing_of_frames_by_frames():
+    arrays, _ = inputs()
+    words = random_words(jax.random.key(1), (B, H, T, T))
+    keeping = lambda *arrays: jax.vjp(
+        lambda *arrays: attention.attend(*arrays, None, words, RATE, 0.0), *arrays
+    )[1]
+    kept = jax.tree.leaves(jax.eval_shape(keeping, *arrays))
+    assert kept
+    assert not [x.shape for x in kept if x.shape.count(T) > 1]
