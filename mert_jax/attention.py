@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from mert_jax.layers import encoder_init, full_precision, keep, logical, random_words
 
 Array = jax.Array
+ATTENDED = "attended"  # names what is worth keeping where a layer is computed again
 
 
 def scores(query: Array, key: Array, padding: Array | None, relax: float = 0.0) -> Array:
@@ -63,7 +65,9 @@ def _forward(query, key, value, padding, words, rate, relax):
     )
     # divided after the sum: d numbers a row instead of T
     result = (result / jnp.swapaxes(total, 1, 2)).astype(value.dtype)
-    return result, (query, key, value, padding, words, result, largest + jnp.log(total))
+    result = checkpoint_name(result, ATTENDED)
+    log_total = checkpoint_name(largest + jnp.log(total), ATTENDED)
+    return result, (query, key, value, padding, words, result, log_total)
 
 
 def _backward(rate, relax, kept, gradient):

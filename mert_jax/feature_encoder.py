@@ -3,6 +3,8 @@
 Shapes: B clips, N samples, T frames, C channels, k samples under a kernel.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,19 +22,21 @@ class FeatureEncoder(nn.Module):
     conv_dim: int
     kernels: tuple[int, ...]
     strides: tuple[int, ...]
+    fitted_gelu: bool
     dtype: Any
 
     @nn.compact
     def __call__(self, wave: Array) -> Array:
+        activation = functools.partial(gelu, fitted=self.fitted_gelu)
         x = wave[..., None].astype(self.dtype)
         for i, (kernel, stride) in enumerate(zip(self.kernels, self.strides, strict=True)):
             shape = (kernel, x.shape[-1], self.conv_dim)
             weight = _Kernel(shape, name=f"conv_layers_{i}")().astype(self.dtype)
             if i == 0:
                 scale, bias = _Affine(self.conv_dim, name="layer_norm")()
-                x = normed_convolution(x[..., 0], weight[:, 0], scale, bias, stride)
+                x = normed_convolution(x[..., 0], weight[:, 0], scale, bias, stride, activation)
             else:
-                x = gelu(convolution(x, weight, stride))
+                x = activation(convolution(x, weight, stride))
             self.sow("intermediates", f"conv_layer{i}", x)
         return x
 
@@ -64,29 +68,40 @@ def convolution(x: Array, kernel: Array, stride: int) -> Array:
     return jax.lax.conv_general_dilated(x, kernel, (stride,), "VALID", dimension_numbers=numbers)
 
 
-def normed_convolution(wave: Array, kernel: Array, scale: Array, bias: Array, stride: int) -> Array:
+def normed_convolution(
+    wave: Array,
+    kernel: Array,
+    scale: Array,
+    bias: Array,
+    stride: int,
+    activation: Callable[[Array], Array],
+) -> Array:
     """The first layer: `wave` [B, N] under `kernel` [k, C], normed for each clip and channel over
-    all frames (zero padding included), times `scale` plus `bias` [C], GELU: [B, T, C]."""
-    arguments = wave, kernel, scale, bias
+    all frames (zero padding included), times `scale` plus `bias` [C], then `activation`:
+    [B, T, C]."""
+
+    def recomputed(*arrays: Array) -> Array:
+        return activation(folded(*arrays, stride))
+
     return jax.lax.platform_dependent(
-        *arguments,
-        tpu=lambda *x: jax.checkpoint(folded, static_argnums=4)(*x, stride),
-        default=lambda *x: two_pass(*x, stride),
+        *(wave, kernel, scale, bias),
+        tpu=jax.checkpoint(recomputed),
+        default=lambda *arrays: activation(two_pass(*arrays, stride)),
     )
 
 
 def two_pass(wave: Array, kernel: Array, scale: Array, bias: Array, stride: int) -> Array:
-    """`normed_convolution`, as it is defined."""
+    """`normed_convolution` before its activation, as it is defined."""
     full = full_precision(wave.dtype)
     x = convolution(wave[..., None], kernel[:, None], stride).astype(full)
     x = x - x.mean(1, keepdims=True)
     variance = jnp.square(x).mean(1, keepdims=True)
     x = x * (jax.lax.rsqrt(variance + EPSILON) * scale[None, None]) + bias[None, None]
-    return gelu(x.astype(wave.dtype))
+    return x.astype(wave.dtype)
 
 
 def folded(wave: Array, kernel: Array, scale: Array, bias: Array, stride: int) -> Array:
-    """`normed_convolution` that never reads the convolution's result for its statistics.
+    """`two_pass` that never reads the convolution's result for its statistics.
 
     A channel's mean and variance follow from the mean and covariance of the k samples under the
     kernel, of which there are C / k times fewer.
@@ -103,7 +118,7 @@ def folded(wave: Array, kernel: Array, scale: Array, bias: Array, stride: int) -
     factor = jax.lax.rsqrt(jnp.maximum(variance, 0) + EPSILON) * scale[None]
     shift = bias[None] - jnp.einsum("bk,kc->bc", mean, weight, **exact) * factor
     y = jnp.einsum("btk,kc->btc", x, kernel, preferred_element_type=full)
-    return gelu((y * factor[:, None] + shift[:, None]).astype(wave.dtype))
+    return (y * factor[:, None] + shift[:, None]).astype(wave.dtype)
 
 
 def patches(wave: Array, length: int, stride: int) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import normal, uniform
 
-from mert_jax.attention import Attention
+from mert_jax.attention import ATTENDED, Attention
 from mert_jax.feature_encoder import FeatureEncoder
 from mert_jax.layers import Dropout, Norm, encoder_init, full_precision, gelu, linear, logical
 from mert_jax.sharding import on_each_shard
@@ -76,6 +76,7 @@ class PosConvEmbed(nn.Module):
 
     kernel: int
     groups: int
+    fitted_gelu: bool
     dtype: Any
 
     @nn.compact
@@ -104,7 +105,7 @@ class PosConvEmbed(nn.Module):
         # not left to XLA: where the batch is split and `tensor` too, it made the gradient of a
         # grouped convolution's kernel as many times too large (jax 0.10 on CPUs)
         y = on_each_shard(convolve, x.astype(self.dtype), weight.astype(self.dtype))
-        return gelu(y + bias.astype(self.dtype)[None, None, :])
+        return gelu(y + bias.astype(self.dtype)[None, None, :], self.fitted_gelu)
 
 
 class EncoderLayer(nn.Module):
@@ -118,6 +119,7 @@ class EncoderLayer(nn.Module):
     activation_dropout: float
     layerdrop: float
     attention_relax: float
+    fitted_gelu: bool
     dtype: Any
 
     @nn.compact
@@ -140,7 +142,8 @@ class EncoderLayer(nn.Module):
             y = nn.Dense(
                 self.intermediate_size, dtype=self.dtype, kernel_init=up, name="intermediate_dense"
             )(y)
-            y = Dropout(self.activation_dropout)(gelu(y), deterministic)
+            y = gelu(y, self.fitted_gelu)
+            y = Dropout(self.activation_dropout)(y, deterministic)
             return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=down, name="output_dense")(y)
 
         if self.pre_norm:
@@ -173,7 +176,11 @@ class Encoder(nn.Module):
         if padding is not None:
             x = jnp.where(padding[..., None], 0, x)
         positions = PosConvEmbed(
-            self.pos_conv_kernel, self.pos_conv_groups, dtype, name="pos_conv_embed"
+            self.pos_conv_kernel,
+            self.pos_conv_groups,
+            layer["fitted_gelu"],
+            dtype,
+            name="pos_conv_embed",
         )(x)
         self.sow("intermediates", "pos_conv_out", positions)
         norm = Norm(dtype, name="layer_norm")
@@ -196,11 +203,16 @@ class Encoder(nn.Module):
 
 
 def rematerialised(module: type[nn.Module], policy: str) -> type[nn.Module]:
-    """The layer with what its backward pass recomputes: nothing ("none"), all but matrix products
-    ("dots") or everything ("full")."""
+    """The layer with what its backward pass recomputes: nothing ("none"), all but products with
+    weights and attention's results ("dots") or everything ("full")."""
     if policy == "none":
         return module
-    policies = {"dots": jax.checkpoint_policies.checkpoint_dots, "full": None}
+    keep = jax.checkpoint_policies
+    # not attention's own products, which are T x T numbers a head
+    dots = keep.save_from_both_policies(
+        keep.checkpoint_dots_with_no_batch_dims, keep.save_only_these_names(ATTENDED)
+    )
+    policies = {"dots": dots, "full": None}
     return nn.remat(module, policy=policies[policy], prevent_cse=False, static_argnums=(3,))
 
 
@@ -232,6 +244,7 @@ class Student(nn.Module):
     activation_dropout: float = 0.0
     layerdrop: float = 0.0
     attention_relax: float = 0.0
+    fitted_gelu: bool = False
     remat: str = "none"
     unroll: int = 1
     dtype: Any = jnp.float32
@@ -271,7 +284,12 @@ class Student(nn.Module):
             raise ValueError(f"wave is {wave.shape}, not [B, N]; average its channels first")
         full = full_precision(self.dtype)
         features = FeatureEncoder(
-            self.conv_dim, self.conv_kernels, self.conv_strides, self.dtype, name="feature_encoder"
+            self.conv_dim,
+            self.conv_kernels,
+            self.conv_strides,
+            self.fitted_gelu,
+            self.dtype,
+            name="feature_encoder",
         )(wave)
         features = scale_gradient(features, self.feature_grad_mult)[:, :num_frames]
         features_penalty = jnp.mean(jnp.square(features.astype(full)))
@@ -302,6 +320,7 @@ class Student(nn.Module):
                 activation_dropout=self.activation_dropout,
                 layerdrop=self.layerdrop,
                 attention_relax=self.attention_relax,
+                fitted_gelu=self.fitted_gelu,
                 dtype=self.dtype,
             ),
             name="encoder",

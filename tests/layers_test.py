@@ -1,4 +1,4 @@
-"""GELU in half precision, and the numbers that dropout draws."""
+"""GELU, exact and fitted, and the numbers that dropout draws."""
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +10,25 @@ from mert_jax import layers
 exact = lambda x: jax.nn.gelu(x, approximate=False)
 
 
-def test_gelu_is_exact_in_float32():
+def test_gelu_is_exact_unless_asked_otherwise():
     x = jnp.linspace(-9, 9, 1001)
     np.testing.assert_array_equal(layers.gelu(x), exact(x))
+    assert np.abs(layers.gelu(x, fitted=True) - exact(x)).max() > 1e-6
 
 
-def test_gelu_in_bfloat16_is_within_its_rounding():
-    x = jnp.linspace(-9, 9, 20_001).astype(jnp.bfloat16)
-    value, pull = jax.vjp(layers.gelu, x)
+@pytest.mark.parametrize(("dtype", "places"), [(jnp.bfloat16, 8), (jnp.float32, 24)])
+def test_the_fitted_gelu_is_within_rounding_of_the_exact_one(dtype, places):
+    x = jnp.linspace(-9, 9, 20_001).astype(dtype)
+    value, pull = jax.vjp(lambda x: layers.gelu(x, fitted=True), x)
     (slope,) = pull(jnp.ones_like(x))
-    assert value.dtype == slope.dtype == jnp.bfloat16
+    assert value.dtype == slope.dtype == dtype
     wide = x.astype(jnp.float32)
     for ours, of, error in (
         (value, exact(wide), 3.3e-5),
         (slope, jax.vmap(jax.grad(exact))(wide), 1.4e-4),
     ):
-        # half a unit in the last of eight places, and the fit's own error
-        bound = np.abs(of) / 256 + error
+        # half a unit in the last place, and the fit's own error
+        bound = np.abs(of) / 2**places + error
         assert (np.abs(ours.astype(jnp.float32) - of) <= bound).all()
 
 
