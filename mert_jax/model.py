@@ -203,15 +203,13 @@ class Encoder(nn.Module):
 
 
 def rematerialised(module: type[nn.Module], policy: str) -> type[nn.Module]:
-    """The layer with what its backward pass recomputes: nothing ("none"), all but products with
-    weights and attention's results ("dots") or everything ("full")."""
+    """The layer with what its backward pass recomputes: nothing ("none"), all but matrix products
+    ("dots") or everything ("full")."""
     if policy == "none":
         return module
     keep = jax.checkpoint_policies
-    # not attention's own products, which are T x T numbers a head
-    dots = keep.save_from_both_policies(
-        keep.checkpoint_dots_with_no_batch_dims, keep.save_only_these_names(ATTENDED)
-    )
+    # with attention's results its scores, T x T numbers a head, need not be kept
+    dots = keep.save_from_both_policies(keep.checkpoint_dots, keep.save_only_these_names(ATTENDED))
     policies = {"dots": dots, "full": None}
     return nn.remat(module, policy=policies[policy], prevent_cse=False, static_argnums=(3,))
 
