@@ -67,12 +67,12 @@ def run(config: ConfigDict, data_dir: str, output: str, seed: int) -> int:
     sharding.check_batch(config.batch_size, mesh)
     training = os.path.join(output, "training")
     fingerprint = records.metadata(data_dir)["fingerprint"]
-    claim.claim(training, config.to_dict() | {"seed": seed, "fingerprint": fingerprint})
+    held = claim.claim(training, config.to_dict() | {"seed": seed, "fingerprint": fingerprint})
     options = inspect.signature(codec_step.make).parameters
     c = codec_step.make(**{name: config[name] for name in options})
     clips = dict(num_samples=overlap // records.HOP_LENGTH * records.HOP_LENGTH)
     held_out = codec_report.held_out_clips(validation, **clips)
-    with jax.set_mesh(mesh):
+    with held, jax.set_mesh(mesh):
         state, code = train(config, training, c, source, held_out, mesh, seed)
         if code:
             return code
@@ -119,7 +119,7 @@ def train(
         threads=config.threads,
     )
     stream = faults.noted(stream, faults.Faults(None, [source], start=start), start)
-    put = lambda batch: sharding.global_batch(batch["audio"], mesh)
+    put = lambda batch: sharding.global_batch(batch["audio"], config.batch_size, mesh)
     key = jax.random.key(seed + 1)
     policy = checkpoint.SavePolicy(
         config.checkpoint.every_steps, config.checkpoint.every_minutes, time.monotonic

@@ -98,7 +98,7 @@ def _encode(
     network = rvq_vae.encoder(teacher.params)
     mesh = sharding.make_mesh(-1, 1, 1)
     rows = NamedSharding(mesh, PartitionSpec("data"))
-    params = sharding.replicated(teacher.params, mesh)
+    params = sharding.placed(teacher.params, sharding.replicated(mesh))
 
     def apply(params, state, wave, start, length):
         stream = codec.Stream(start, length)
