@@ -126,7 +126,7 @@ def patches(wave: Array, length: int, stride: int) -> Array:
     frames = (wave.shape[-1] - length) // stride + 1
     pieces = -(-length // stride)
     samples = (frames - 1 + pieces) * stride
-    padded = jnp.pad(wave, ((0, 0), (0, max(0, samples - wave.shape[-1]))))
+    padded = jnp.pad(wave, ((0, 0), (0, pieces * stride - length)))  # enough for any N
     # whole strides side by side: a reshape and shifted copies instead of a gather
-    rows = padded[:, :samples].reshape(len(wave), -1, stride)
+    rows = padded[:, :samples].reshape(wave.shape[0], -1, stride)
     return jnp.concatenate([rows[:, i : i + frames] for i in range(pieces)], -1)[..., :length]
