@@ -74,11 +74,12 @@ def test_a_read_that_never_comes_back(dataset, tmp_path):  # noqa: F811
         for reader in readers:
             os.kill(reader, signal.SIGSTOP)
         try:
-            _, errors = process.communicate(timeout=180)
+            process.wait(timeout=180)
         finally:
             for reader in readers:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(reader, signal.SIGKILL)
+                    os.kill(reader, signal.SIGKILL)  # they hold the pipes
+        _, errors = process.communicate(timeout=60)
     assert readers
     assert process.returncode == RESTART
     assert "nothing has moved for 60 s" in errors
