@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
         attention_dropout=0.0,
         layerdrop=0.0,
         remat="dots",
-        unroll=1,
+        unroll=24,  # a quarter faster on TPUs than one at a time, and compiles for minutes longer
     )
     config.optimizer.peak_learning_rate = 1.5e-3
     config.optimizer.clip_norm = 1.0
