@@ -17,7 +17,7 @@ CONFIG, MODEL, LOCK = "config.json", "model.json", "lock"
 FREE = (
     *("total_steps", "log_every", "eval_every", "checkpoint", "mesh", "tensorboard"),
     *("watchdog_minutes", "data.dir", "data.threads", "data.workers", "data.accept_changes"),
-    "data.max_faulty",
+    *("data.max_faulty", "model.remat", "model.unroll"),
 )
 
 

@@ -15,6 +15,7 @@ CONFIG = {
     "total_steps": 100,
     "data": {"dir": "/a", "num_samples": 48_000, "threads": 2},
     "checkpoint": {"every_steps": 10},
+    "model": {"unroll": 1},
     "teachers": ("random_projection", "cqt"),
     "teacher": {"cqt": {"weight": 1.0}},
 }
@@ -41,7 +42,10 @@ def test_claim_writes_the_config_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [("total_steps", 5), ("data.dir", "/b"), ("data.threads", 9), ("checkpoint.every_steps", 1)],
+    [
+        *(("total_steps", 5), ("data.dir", "/b"), ("data.threads", 9), ("model.unroll", 2)),
+        ("checkpoint.every_steps", 1),
+    ],
 )
 def test_how_long_and_where_may_change(tmp_path, path, value):
     claim.claim(str(tmp_path), CONFIG)
