@@ -1,11 +1,15 @@
 """Saving and restoring a run: when, where, and whether what comes back is what was saved."""
 
 import contextlib
+import logging
 import os
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +19,25 @@ from jax.experimental import multihost_utils
 from mert_jax.cli import Again, UserError
 
 STATE, CHECKSUMS = "default", "checksums"  # what a checkpoint consists of
+
+
+def _news(record: logging.LogRecord) -> bool:
+    """False for tracebacks that orbax's threads and event loops print of errors that they raise."""
+    theirs = "orbax" in record.pathname or record.name == "asyncio"
+    return absl.logging.get_verbosity() > absl.logging.WARNING or not (theirs and record.exc_info)
+
+
+def _unraisable(unraisable: Any) -> None:
+    """Leave out what tensorstore prints where a failed save has closed orbax's event loop."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+def _quiet() -> None:
+    """Let a save that fails speak with one voice: that of the error it ends in."""
+    absl.logging.get_absl_handler().addFilter(_news)
+    sys.unraisablehook = _unraisable
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
 
 
 class SavePolicy:
@@ -121,6 +144,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, keep: int, keep_every: int = 0, every_steps: int = 0):
+        _quiet()
         self._workdir, self._every = workdir, every_steps
         self._manager = ocp.CheckpointManager(
             os.path.abspath(os.path.join(workdir, "checkpoints")),

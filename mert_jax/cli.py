@@ -38,8 +38,9 @@ class Stop:
 
 
 def complain(message: object) -> None:
-    """Print one line on standard error."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    """Print one line on standard error, in one piece: other threads may be writing there."""
+    sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
+    sys.stderr.flush()
 
 
 def fail(message: object, code: int = UserError.code) -> None:

@@ -38,8 +38,7 @@ def test_a_disk_that_takes_no_more(dataset, finished, tmp_path):  # noqa: F811
         env=ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": ""},
     )
     assert done.returncode == 2
-    # among what orbax and Python's threads have to say
-    (said,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    (said,) = done.stderr.splitlines()  # without the tracebacks of orbax's threads
     assert "a checkpoint could not be written" in said
     assert "the last whole one is of step 3. Make room and run the same command again" in said
     assert checkpoint.steps(str(workdir)) == [0, 3]
