@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from mert_jax.layers import encoder_init, full_precision, keep, logical, random_words
+from mert_jax.layers import dropped, encoder_init, full_precision, logical, random_words
 
 Array = jax.Array
 ATTENDED = "attended"  # names what is worth keeping where a layer is computed again
@@ -87,7 +87,7 @@ def _backward(rate, relax, kept, gradient):
 
 
 def _dropped(x: Array, words: tuple[Array, Array] | None, rate: float) -> Array:
-    return x if words is None else jnp.where(keep(words, rate), x / (1 - rate), 0)
+    return x if words is None else dropped(x, words, rate)
 
 
 attend.defvjp(_forward, _backward)

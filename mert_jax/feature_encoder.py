@@ -3,8 +3,6 @@
 Shapes: B clips, N samples, T frames, C channels, k samples under a kernel.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,16 +25,15 @@ class FeatureEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, wave: Array) -> Array:
-        activation = functools.partial(gelu, fitted=self.fitted_gelu)
         x = wave[..., None].astype(self.dtype)
         for i, (kernel, stride) in enumerate(zip(self.kernels, self.strides, strict=True)):
             shape = (kernel, x.shape[-1], self.conv_dim)
             weight = _Kernel(shape, name=f"conv_layers_{i}")().astype(self.dtype)
             if i == 0:
                 scale, bias = _Affine(self.conv_dim, name="layer_norm")()
-                x = normed_convolution(x[..., 0], weight[:, 0], scale, bias, stride, activation)
+                x = normed_convolution(x[..., 0], weight[:, 0], scale, bias, stride, self.fitted_gelu)
             else:
-                x = activation(convolution(x, weight, stride))
+                x = gelu(convolution(x, weight, stride), self.fitted_gelu)
             self.sow("intermediates", f"conv_layer{i}", x)
         return x
 
@@ -74,19 +71,18 @@ def normed_convolution(
     scale: Array,
     bias: Array,
     stride: int,
-    activation: Callable[[Array], Array],
+    fitted_gelu: bool,
 ) -> Array:
     """The first layer: `wave` [B, N] under `kernel` [k, C], normed for each clip and channel over
-    all frames (zero padding included), times `scale` plus `bias` [C], then `activation`:
-    [B, T, C]."""
+    all frames (zero padding included), times `scale` plus `bias` [C], then GELU: [B, T, C]."""
 
     def recomputed(*arrays: Array) -> Array:
-        return activation(folded(*arrays, stride))
+        return gelu(folded(*arrays, stride), fitted_gelu, False)
 
     return jax.lax.platform_dependent(
         *(wave, kernel, scale, bias),
         tpu=jax.checkpoint(recomputed),
-        default=lambda *arrays: activation(two_pass(*arrays, stride)),
+        default=lambda *arrays: gelu(two_pass(*arrays, stride), fitted_gelu),
     )
 
 
