@@ -31,7 +31,9 @@ class FeatureEncoder(nn.Module):
             weight = _Kernel(shape, name=f"conv_layers_{i}")().astype(self.dtype)
             if i == 0:
                 scale, bias = _Affine(self.conv_dim, name="layer_norm")()
-                x = normed_convolution(x[..., 0], weight[:, 0], scale, bias, stride, self.fitted_gelu)
+                x = normed_convolution(
+                    x[..., 0], weight[:, 0], scale, bias, stride, self.fitted_gelu
+                )
             else:
                 x = gelu(convolution(x, weight, stride), self.fitted_gelu)
             self.sow("intermediates", f"conv_layer{i}", x)

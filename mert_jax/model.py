@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.nn.initializers import normal, uniform
+from jax.nn.initializers import uniform
 
 from mert_jax.attention import ATTENDED, Attention
 from mert_jax.feature_encoder import FeatureEncoder
 from mert_jax.layers import Dropout, Norm, encoder_init, full_precision, gelu, linear, logical
-from mert_jax.sharding import on_each_shard
+from mert_jax.positions import PosConvEmbed
 
 Array = jax.Array
 
@@ -69,43 +69,6 @@ class FeatureProjection(nn.Module):
         if x.shape[-1] == self.width and not self.always:
             return x
         return linear(self.width, x.shape[-1], self.dtype, "projection")(x)
-
-
-class PosConvEmbed(nn.Module):
-    """Positions by a grouped convolution with weight norm over each tap: [B, T, D] -> [B, T, D]."""
-
-    kernel: int
-    groups: int
-    fitted_gelu: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        width = x.shape[-1]
-        v_init = normal((4 / (self.kernel * width)) ** 0.5)
-        shape = (self.kernel, width // self.groups, width)
-        # whole on every device: the norm of a sharded weight would depend on the mesh
-        v = self.param("weight_v", v_init, shape)
-        g = self.param("weight_g", lambda _: jnp.linalg.norm(v, axis=(1, 2)))
-        bias = self.param("bias", nn.initializers.zeros, (width,))
-        weight = v * (g[:, None, None] / jnp.linalg.norm(v, axis=(1, 2), keepdims=True))
-        # an even kernel makes one frame too many: the official code drops the last one
-        padding = (self.kernel // 2, self.kernel // 2 - (self.kernel % 2 == 0))
-
-        def convolve(x: Array, weight: Array) -> Array:
-            return jax.lax.conv_general_dilated(
-                x,
-                weight,
-                (1,),
-                [padding],
-                dimension_numbers=("NWC", "WIO", "NWC"),
-                feature_group_count=self.groups,
-            )
-
-        # not left to XLA: where the batch is split and `tensor` too, it made the gradient of a
-        # grouped convolution's kernel as many times too large (jax 0.10 on CPUs)
-        y = on_each_shard(convolve, x.astype(self.dtype), weight.astype(self.dtype))
-        return gelu(y + bias.astype(self.dtype)[None, None, :], self.fitted_gelu)
 
 
 class EncoderLayer(nn.Module):

@@ -54,3 +54,16 @@ def test_the_backward_pass_keeps_nothing_of_frames_by_frames():
     kept = jax.tree.leaves(jax.eval_shape(keeping, *arrays))
     assert kept
     assert not [x.shape for x in kept if x.shape.count(T) > 1]
+
+
+def test_totals_by_a_product_are_those_by_a_sum():
+    keys = jax.random.split(jax.random.key(3), 2)
+    query, key = (jax.random.normal(k, (B, T, H, 8), jnp.bfloat16) for k in keys)
+    logits = attention.scores(query, key, None)
+    largest = logits.max(-1, keepdims=True)
+    by_sum = attention.totals(logits, largest)
+    by_product = attention.totals_by_product(logits, largest, query)
+    assert by_product.shape == by_sum.shape
+    assert by_product.dtype == jnp.float32
+    # each weight is rounded to 8 bits
+    np.testing.assert_allclose(by_product, by_sum, rtol=2**-9)
