@@ -4,6 +4,7 @@ Shapes: B clips, T frames, K codebooks, V classes, d projection width, F feature
 computed in at least float32.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -39,9 +40,9 @@ def cosine_logits(proj: Array, codebooks: Array, temperature: float) -> Array:
     return logits / temperature
 
 
-def code_loss(logits: Array, codes: Array, mask: Array) -> CodeLoss:
+def code_loss(logits: Array, codes: Array, mask: Array, bound: float = math.inf) -> CodeLoss:
     """Masked cross-entropy of `logits` [B, T, K, V] against `codes` int [B, T, K], summed where
-    `mask` [B, T] is True.
+    `mask` [B, T] is True. No logit is further from 0 than `bound`; a small one saves a pass.
 
     A prediction is right when the target's logit is the largest and the logits are not all equal
     (the official count, fairseq's `hubert_criterion`).
@@ -50,9 +51,13 @@ def code_loss(logits: Array, codes: Array, mask: Array) -> CodeLoss:
         raise ValueError(f"logits {logits.shape} do not go with codes {codes.shape}")
     num_classes = logits.shape[-1]
     target = jnp.take_along_axis(logits, codes[..., None], -1)[..., 0]
+    largest = jax.lax.stop_gradient(logits.max(-1))
+    # where no exponential can underflow, the sum need not wait for the row's largest
+    above = jnp.full_like(largest, bound) if bound <= 40 else largest
+    log_sum = above + jnp.log(jnp.exp(logits - above[..., None]).sum(-1))
     counted = mask[..., None]
-    cross_entropy = jnp.where(counted, jax.nn.logsumexp(logits, -1) - target, 0)
-    correct = (target >= logits.max(-1)) & (target > logits.min(-1)) & counted
+    cross_entropy = jnp.where(counted, log_sum - target, 0)
+    correct = (target >= largest) & (target > logits.min(-1)) & counted
 
     def histogram(classes: Array) -> Array:
         count = lambda column: jnp.zeros(num_classes, jnp.int32).at[column].add(mask, mode="drop")

@@ -74,9 +74,8 @@ def mix(wave: Array, draws: Draws, *, group: int, max_length: int, volume: float
         for i in range(draws.starts.shape[0]):
             piece = segment(pool, own, draws.starts[i], draws.durations[i])
             piece = jnp.where(draws.mixed & (i < draws.count), volume * piece, 0)
-            at = draws.positions[i]
-            here = jax.lax.dynamic_slice(noisy, (at,), (max_length,))
-            noisy = jax.lax.dynamic_update_slice(noisy, here + piece, (at,))
+            silence = jnp.zeros_like(noisy)
+            noisy += jax.lax.dynamic_update_slice(silence, piece, (draws.positions[i],))
         return noisy[:num_samples]
 
     def one_group(clips: Array, draws: Draws) -> Array:

@@ -123,14 +123,15 @@ def code_sums(
     """The code losses of a teacher, expected int [B, T, K]; with a key, those of a random subset of
     `codebooks_per_step` books, the others' entries 0."""
     proj, codebooks = predicted
+    temperature = objective.logit_temperature
     number, few = expected.shape[-1], objective.codebooks_per_step
     expected = expected + objective.special_codes
     if key is None or not 0 < few < number:
-        logits = losses.cosine_logits(proj, codebooks, objective.logit_temperature)
-        return losses.code_loss(logits, expected, mask)
+        logits = losses.cosine_logits(proj, codebooks, temperature)
+        return losses.code_loss(logits, expected, mask, 1 / temperature)
     books = jax.random.choice(key, number, (few,), replace=False)
-    logits = losses.cosine_logits(proj[:, :, books], codebooks[books], objective.logit_temperature)
-    drawn = losses.code_loss(logits, expected[..., books], mask)
+    logits = losses.cosine_logits(proj[:, :, books], codebooks[books], temperature)
+    drawn = losses.code_loss(logits, expected[..., books], mask, 1 / temperature)
     return jax.tree.map(
         lambda x: jnp.zeros((number, *x.shape[1:]), x.dtype).at[books].set(x), drawn
     )

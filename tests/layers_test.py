@@ -34,6 +34,17 @@ def test_gelu_and_its_slope_are_within_rounding(fitted, errors, dtype, places, k
         assert (np.abs(ours.astype(jnp.float32) - of) <= bound).all()
 
 
+def test_norm_of_numbers_far_from_zero():
+    """Mean and mean square in one pass lose what the square of mean over spread says."""
+    x = 10 + jax.random.normal(jax.random.key(0), (20, 768))
+    norm = layers.Norm(jnp.float32)
+    ours = norm.apply(norm.init(jax.random.key(1), x), x)
+    exact = np.asarray(x, np.float64)
+    exact -= exact.mean(-1, keepdims=True)
+    exact /= np.sqrt(np.square(exact).mean(-1, keepdims=True) + layers.EPSILON)
+    np.testing.assert_allclose(ours, exact, atol=1e-4)
+
+
 def kept(seed, shape, rate):
     return np.asarray(layers.keep(layers.random_words(jax.random.key(seed), shape), rate))
 

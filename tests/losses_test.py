@@ -1,5 +1,7 @@
 """Losses against the official formulas, written out plainly in numpy."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,14 +29,15 @@ def official(proj, codebooks, codes, temperature=0.1):
     return total, correct
 
 
-def test_code_loss_is_the_official_one():
+@pytest.mark.parametrize("bound", [math.inf, 10.0])
+def test_code_loss_is_the_official_one(bound):
     clips, frames, books, classes, width = 2, 7, 3, 11, 4
     proj, codebooks = random(clips, frames, books, width), random(books, classes, width, seed=1)
     rng = np.random.default_rng(2)
     codes = rng.integers(0, classes, (clips, frames, books))
     mask = rng.random((clips, frames)) < 0.6
     logits = losses.cosine_logits(jnp.float32(proj), jnp.float32(codebooks), 0.1)
-    ours = losses.code_loss(logits, jnp.asarray(codes), jnp.asarray(mask))
+    ours = losses.code_loss(logits, jnp.asarray(codes), jnp.asarray(mask), bound)
     for book in range(books):
         total, correct = official(proj[mask][:, book], codebooks[book], codes[mask][:, book])
         np.testing.assert_allclose(ours.cross_entropy[book], total, rtol=1e-5)
