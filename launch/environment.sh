@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: `install EXTRA...` makes .venv in the checkout, with mert_jax and the
 # given extras in the versions of constraints.txt, and puts it first on the PATH. Needs Python 3.11 or
 # newer; PYTHON=... names one. Nothing is installed again while pyproject.toml and constraints.txt stay.

@@ -15,7 +15,7 @@
 # Run `source launch/environment.sh && install cuda` there once before. Three minutes before the time is
 # over Slurm sends SIGTERM: the run saves, ends with 75, and the job queues again.
 set -uo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}" || exit 2
 
 if [ $# -eq 0 ]; then
     echo "error: give the flags of python -m mert_jax.train" >&2

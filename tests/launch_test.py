@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 QUICK = os.environ | {"MERT_JAX_PAUSE": "0"}
@@ -86,18 +87,111 @@ def test_slurm_queues_again_what_asks_for_it(tmp_path, code, queues_again):
     assert run("slurm.sh", **options).returncode == 2
 
 
-def test_a_tpu_gets_the_checkout_and_the_command(tmp_path):
-    stand_in(tmp_path, "gcloud")
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    assert "set TPU" in run("tpu_vm.sh", "--config=x", PATH=path, TPU="", ZONE="z").stderr
-    options = dict(PATH=path, TPU="mine", ZONE="here")
-    done = run("tpu_vm.sh", "--config=configs/large.py", "--workdir=/mnt/a b", **options)
+@pytest.fixture
+def tpu(tmp_path):
+    """Runs tpu_vm.sh on a TPU that is in each of `states` in turn, and returns what it said to
+    gcloud; it is ended when the states are over."""
+
+    def run_on(*arguments, states="ACTIVE", fails="", **environment):
+        # a minute takes no time, and the last one ends the script that counts them
+        look = (
+            f"n=$(cat {tmp_path}/looks 2>/dev/null || echo 0); echo $((n + 1)) > {tmp_path}/looks"
+        )
+        given = (
+            f'set -- {states}; [ $n -lt $# ] || {{ kill $PPID; exit; }}; shift $n; echo "${{1#-}}"'
+        )
+        failing = f'case "$*" in *"{fails}"*) [ -z "{fails}" ] || exit 1 ;; esac'
+        stand_in(tmp_path, "gcloud", f'case "$*" in *describe*) {look}; {given} ;; esac\n{failing}')
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        defaults = dict(PATH=path, TPU="mine", ZONE="here", TYPE="v5litepod-16")
+        done = run("tpu_vm.sh", *arguments, **defaults | environment)
+        said = tmp_path / "said"
+        return done, said.read_text() if said.exists() else ""
+
+    return run_on
+
+
+def test_a_tpu_gets_the_checkout_and_the_command(tpu):
+    assert "set TPU" in tpu("--config=x", TPU="")[0].stderr
+    done, said = tpu("--config=configs/large.py", "--workdir=/mnt/a b")
     assert done.returncode == 0, done.stderr
-    said = (tmp_path / "said").read_text()
     assert "tpu-vm scp" in said
     assert (
         "again.sh python -m mert_jax.train --config=configs/large.py --workdir=/mnt/a\\ b" in said
     )
     assert said.count("--worker=all") == said.count("mine")
-    assert run("tpu_vm.sh", "--stop", **options).returncode == 0
-    assert "pkill -TERM" in (tmp_path / "said").read_text()
+    done, said = tpu("--stop")
+    assert done.returncode == 0
+    assert "pkill -TERM" in said
+
+
+def test_a_tpu_is_asked_for_and_given_back(tpu):
+    done, said = tpu("--create", SPOT="1")
+    assert done.returncode == 0, done.stderr
+    assert "queued-resources create mine --node-id=mine --zone=here" in said
+    assert "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot" in said
+    assert "queued-resources delete mine --zone=here --force" in tpu("--delete")[1]
+    done, _ = tpu("--create", TYPE="v9-8")
+    assert done.returncode == 2
+    assert "TYPE=v9-8 is none of" in done.stderr
+
+
+def test_a_preempted_tpu_is_asked_for_again(tpu):
+    """No TPU ("-"), one that is coming, is there, is taken away, and comes back."""
+    done, said = tpu("--keep", "--config=x", states="- WAITING ACTIVE ACTIVE SUSPENDED - ACTIVE")
+    verbs = [line.split()[4] for line in said.splitlines() if "queued-resources" in line]
+    assert [verb for verb in verbs if verb != "describe"] == ["create", "delete", "create"]
+    assert said.count("again.sh python -m mert_jax.train --config=x") == 2
+    assert "mine is SUSPENDED: asking for it again" in done.stderr
+
+
+def test_a_worker_that_cannot_be_reached_is_tried_again(tpu):
+    _, said = tpu("--keep", "--config=x", states="ACTIVE ACTIVE", fails="tpu-vm scp")
+    assert said.count("tpu-vm scp") == 2
+    assert "again.sh" not in said
+
+
+def test_a_dry_run_says_what_it_would_do(tpu):
+    done, said = tpu("--keep", "--config=x", DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    assert said == ""
+    assert [line.split()[:5] for line in done.stdout.splitlines()] == [
+        ["gcloud", "compute", "tpus", kind, verb]
+        for kind, verb in [
+            ("queued-resources", "create"),
+            ("tpu-vm", "scp"),
+            ("tpu-vm", "ssh"),
+            ("tpu-vm", "ssh"),
+        ]
+    ]
+
+
+def test_shellcheck_finds_nothing():
+    scripts = [str(path) for path in [*LAUNCH.glob("*.sh"), LAUNCH.parent / ".ci" / "run"]]
+    done = subprocess.run(["shellcheck", "--severity=warning", *scripts], capture_output=True)
+    assert done.returncode == 0, done.stdout.decode()
+
+
+def test_sky_starts_as_many_processes_as_machines(tmp_path):
+    job = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+    assert (LAUNCH.parent / job["envs"]["FLAGS"].removeprefix("--config=")).exists()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "again.sh").write_text('echo "$*"')
+
+    def said(number, index):
+        nodes = dict(SKYPILOT_NUM_NODES=number, SKYPILOT_NODE_RANK=index)
+        done = subprocess.run(
+            ["bash", "-euc", job["run"]],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | job["envs"] | nodes | dict(SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2"),
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "mert_jax.train --config=configs/large.py --workdir=" in said("1", "0")
+    assert "--coordinator" not in said("1", "0")
+    assert "--coordinator=10.0.0.1:8476 --num_processes=2 --process_id=1" in said("2", "1")
