@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import sys
 import time
 import warnings
@@ -14,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
+from mert_jax import storage
 from mert_jax.cli import Again, UserError
 
 STATE, CHECKSUMS = "default", "checksums"  # what a checkpoint consists of
@@ -65,8 +66,8 @@ class SavePolicy:
 
 def steps(workdir: str) -> list[int]:
     """Steps of the finished checkpoints in WORKDIR/checkpoints."""
-    directory = os.path.abspath(os.path.join(workdir, "checkpoints"))
-    return sorted(ocp.utils.checkpoint_steps(directory)) if os.path.isdir(directory) else []
+    directory = epath.Path(storage.absolute(workdir)) / storage.CHECKPOINTS
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 
 def checksum(x: jax.Array) -> jax.Array:
@@ -147,7 +148,7 @@ class Checkpoints:
         _quiet()
         self._workdir, self._every = workdir, every_steps
         self._manager = ocp.CheckpointManager(
-            os.path.abspath(os.path.join(workdir, "checkpoints")),
+            f"{storage.absolute(workdir)}/{storage.CHECKPOINTS}",
             item_names=(STATE, CHECKSUMS),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=Preserved(keep, keep_every, every_steps),
@@ -240,11 +241,11 @@ class Checkpoints:
             self._manager.reload()
 
     def _move(self, step: int) -> None:
-        aside = os.path.join(self._workdir, "damaged")
-        os.makedirs(aside, exist_ok=True)
-        kept = os.path.join(aside, f"{step}-{time.strftime('%Y%m%d-%H%M%S')}")
+        workdir = epath.Path(storage.absolute(self._workdir))
+        kept = workdir / "damaged" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
+        kept.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another host was faster
-            os.replace(os.path.join(self._workdir, "checkpoints", str(step)), kept)
+            (workdir / storage.CHECKPOINTS / str(step)).rename(kept)
             print(f"moved it to {kept}", flush=True)
 
     @contextlib.contextmanager
@@ -253,11 +254,12 @@ class Checkpoints:
             with said_as(OSError):
                 yield
         except OSError as e:
+            remote = storage.is_remote(self._workdir)
             good = steps(self._workdir)
-            raise UserError(
+            raise (Again if remote else UserError)(
                 f"a checkpoint could not be written to {self._workdir}/checkpoints: {e}; the last "
-                f"whole one is of step {good[-1] if good else 'none'}. Make room and run the same "
-                "command again"
+                f"whole one is of step {good[-1] if good else 'none'}. "
+                f"{'R' if remote else 'Make room and r'}un the same command again"
             ) from e
 
     def forget(self, above: int) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-from mert_jax.checkpoint import steps
 from mert_jax.cli import UserError
 
 # of a workdir: the settings, the student, and who is at work there
@@ -47,15 +46,18 @@ def lock(workdir: str) -> Any:
     return held
 
 
-def claim(workdir: str, config: dict[str, Any]) -> contextlib.AbstractContextManager:
-    """Make `workdir` this run's own: write its config.json, or check the one that is there. What is
-    returned holds it against other processes until it is closed.
+def claim(
+    workdir: str, config: dict[str, Any], begun: bool = False
+) -> contextlib.AbstractContextManager:
+    """Make `workdir` this run's own: write its config.json, or check the one that is there, which
+    has to be if a run has `begun`. What is returned holds it against other processes until it is
+    closed.
 
     Raises UserError when the directory cannot be written or holds a run of other settings, naming
     each with both values.
     """
     path = os.path.join(workdir, CONFIG)
-    if steps(workdir) and not os.path.exists(path):  # what convert --to=orbax makes
+    if begun and not os.path.exists(path):  # what convert --to=orbax makes
         raise UserError(
             f"--workdir={workdir} holds a checkpoint without a run; begin one from it with "
             f"--config.init_from={workdir} and another --workdir"

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from mert_jax import atomic, cli, goodput, ledger, metrics
+from mert_jax import atomic, cli, goodput, ledger, metrics, storage
 from mert_jax.curves import SPEED, Panel, panels, png, series
 from mert_jax.decode import SAMPLE_RATE
 
@@ -205,21 +205,27 @@ def main(workdir: str | None) -> None:
     """Write the report of `workdir` and print where it is and what it says."""
     if not workdir:
         raise cli.UserError("--workdir=DIR is needed: the folder a run was trained in")
-    rows, config = load(workdir)
+    with storage.Mirror(workdir, writes=True) as files:
+        write(files.folder, storage.absolute(workdir))
+
+
+def write(folder: str, workdir: str) -> None:
+    """Write the report of the run whose files are in `folder`, those of `workdir`."""
+    rows, config = load(folder)
     made, s = panels(rows), summarize(rows, config)
     if not made:
         raise cli.UserError(f"{workdir}/metrics.jsonl holds nothing to plot")
     said = warnings(rows, s)
-    title = os.path.abspath(workdir)
-    paths = [os.path.join(workdir, name) for name in ("report.png", "report.html")]
-    spent = goodput.line(goodput.read(workdir))
-    picture = png(made, s["step"], title=f"{title}   step {s['step']:,}")
-    for path, content in zip(
-        paths, (picture, page(made, s, said, config, title, spent).encode()), strict=True
-    ):
+    spent = goodput.line(goodput.read(folder))
+    written = {
+        "report.png": png(made, s["step"], title=f"{workdir}   step {s['step']:,}"),
+        "report.html": page(made, s, said, config, workdir, spent).encode(),
+    }
+    for name, content in written.items():
+        path = os.path.join(folder, name)
         with atomic.staged(path, replace=True) as temporary, open(temporary, "wb") as f:
             f.write(content)
-    print(f"wrote {paths[0]} and {paths[1]}")
+    print("wrote", " and ".join(os.path.join(workdir, name) for name in written))
     for what, much in headline(s):
         print(f"{what:32}{much}")
     print(spent)

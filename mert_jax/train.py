@@ -32,6 +32,7 @@ from mert_jax import (
     records,
     sharding,
     step,
+    storage,
     validation,
     warm_start,
     watchdog,
@@ -74,33 +75,35 @@ def prepare_and_train(config: ConfigDict, workdir: str | None) -> int:
     sources = {split: datasets.open_datasets(config, split, stored) for split in splits}
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(config.batch_size // config.accumulation, mesh)
-    begun = checkpoint.steps(workdir)
-    fingerprints = recipe.fingerprints(config, teachers, stored)
-    warm = None if begun else recipe.read_start(config, student, fingerprints)
-    about = recipe.about(config, fingerprints, warm)
-    held = claim.claim(workdir, json.loads(config.to_json()))
-    if begun:
-        before = workdirs.about(workdir)
-        datasets.check_unchanged(before.data, about.data, config.data.accept_changes)
-        about = before._replace(data=about.data)
-    if jax.process_index() == 0:
-        workdirs.describe(workdir, student, about)
-    patience = 60 * config.watchdog_minutes
-    bark = functools.partial(watchdog.end, workdir, jax.process_index(), patience)
-    saves = config.checkpoint
-    kept = checkpoint.Checkpoints(workdir, saves.keep, saves.keep_every, saves.every_steps)
-    with (
-        held,
-        jax.set_mesh(mesh),
-        watchdog.Watchdog(patience, bark) as dog,
-        contextlib.closing(kept),
-    ):
-        return train(config, workdir, student, teachers, mesh, sources, warm, kept, dog)
+    with storage.Mirror(workdir, jax.process_index() == 0) as files:
+        begun = bool(checkpoint.steps(workdir))
+        fingerprints = recipe.fingerprints(config, teachers, stored)
+        warm = None if begun else recipe.read_start(config, student, fingerprints)
+        about = recipe.about(config, fingerprints, warm)
+        held = claim.claim(files.folder, json.loads(config.to_json()), begun)
+        if begun:
+            before = workdirs.about(files.folder)
+            datasets.check_unchanged(before.data, about.data, config.data.accept_changes)
+            about = before._replace(data=about.data)
+        if jax.process_index() == 0:
+            workdirs.describe(files.folder, student, about)
+        files.take()
+        patience = 60 * config.watchdog_minutes
+        bark = functools.partial(watchdog.end, files.folder, jax.process_index(), patience)
+        saves = config.checkpoint
+        kept = checkpoint.Checkpoints(workdir, saves.keep, saves.keep_every, saves.every_steps)
+        with (
+            held,
+            jax.set_mesh(mesh),
+            watchdog.Watchdog(patience, bark) as dog,
+            contextlib.closing(kept),
+        ):
+            return train(config, files, student, teachers, mesh, sources, warm, kept, dog)
 
 
 def train(
     config: ConfigDict,
-    workdir: str,
+    files: storage.Mirror,
     student: Student,
     teachers: Mapping[str, Teacher],
     mesh: jax.sharding.Mesh,
@@ -110,7 +113,8 @@ def train(
     dog: watchdog.Watchdog,
 ) -> int:
     """The run itself: state, compiled steps, and the loop over batches."""
-    clock = goodput.Goodput(workdir)
+    workdir = files.workdir
+    clock = goodput.Goodput(files.folder)
     made = program.make(config, student, teachers, mesh)
     if (start := checkpoints.latest_step) is None:
         state = made.init()
@@ -139,7 +143,7 @@ def train(
             for directory, sums in firsts:
                 print(*recipe.check_labels(config, sums, directory), sep="\n", flush=True)
     except cli.UserError:
-        claim.release(workdir)
+        claim.release(files.folder)
         raise
     saves = config.checkpoint
     policy = checkpoint.SavePolicy(saves.every_steps, saves.every_minutes, time.monotonic)
@@ -152,7 +156,7 @@ def train(
     )
     first = jax.process_index() == 0
     log = journal.Journal(
-        workdir,
+        files.folder,
         sources["train"],
         streak=config.guard.streak,
         max_faulty=config.data.max_faulty,
@@ -164,6 +168,7 @@ def train(
 
     def save(number: int) -> None:
         with clock.time_of("save"):
+            files.flush()  # the metrics of every step that a checkpoint holds
             checkpoints.save(number, state)
         clock.saved(number)
         policy.saved()
@@ -236,6 +241,7 @@ def train(
             log.write(row)
             if first:
                 clock.write(number)
+            files.push()
             print(metrics.console_line(row, config.total_steps, speed.eta(number)), flush=True)
         due = policy.due(number, verdict.wish == journal.SAVE)
         # a course of bad steps must not push out the checkpoints to go back to
@@ -247,7 +253,7 @@ def train(
     log.close()
     if first:
         clock.write(number)
-        print(goodput.line(goodput.read(workdir)), flush=True)
+        print(goodput.line(goodput.read(files.folder)), flush=True)
     if number < config.total_steps:
         print(f"stopped and saved at step {number}; run the same command to go on", flush=True)
         return cli.RESTART if verdict.wish == signal.SIGTERM else 128 + verdict.wish

@@ -88,7 +88,7 @@ def test_a_checkpoint_that_no_run_made_is_not_resumed(tmp_path):
     checkpoints.close()
     assert checkpoint.steps(str(tmp_path)) == [3]
     with pytest.raises(UserError, match=r"--config\.init_from="):
-        claim.claim(str(tmp_path), CONFIG)
+        claim.claim(str(tmp_path), CONFIG, begun=True)
 
 
 def test_every_change_is_named(tmp_path):

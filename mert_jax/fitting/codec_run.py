@@ -67,7 +67,8 @@ def run(config: ConfigDict, data_dir: str, output: str, seed: int) -> int:
     sharding.check_batch(config.batch_size, mesh)
     training = os.path.join(output, "training")
     fingerprint = records.metadata(data_dir)["fingerprint"]
-    held = claim.claim(training, config.to_dict() | {"seed": seed, "fingerprint": fingerprint})
+    settings = config.to_dict() | {"seed": seed, "fingerprint": fingerprint}
+    held = claim.claim(training, settings, begun=bool(checkpoint.steps(training)))
     options = inspect.signature(codec_step.make).parameters
     c = codec_step.make(**{name: config[name] for name in options})
     clips = dict(num_samples=overlap // records.HOP_LENGTH * records.HOP_LENGTH)

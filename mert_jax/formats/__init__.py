@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from mert_jax import checkpoint, storage
 from mert_jax.cli import UserError
 from mert_jax.model import Head, Student
 
@@ -89,7 +90,8 @@ def read(path: str | os.PathLike, moments: bool = True) -> Checkpoint:
     from mert_jax.formats import fairseq, huggingface, workdir
 
     readers = {"workdir": workdir.read, "huggingface": huggingface.read, "fairseq": fairseq.read}
-    return readers[kind_of(path)](os.fspath(path), moments)
+    with storage.fetched(os.fspath(path), checkpoint.steps) as local:
+        return readers[kind_of(local)](local, moments)
 
 
 def architecture(student: Student) -> dict[str, Any]:

