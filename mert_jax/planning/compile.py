@@ -142,7 +142,7 @@ def compiled(config: ConfigDict, devices: Sequence[Any], choice: str = "") -> Co
 def _text(folder: str) -> str:
     """The optimised program as the compiler has dumped it: `as_text` cannot read what runs on the
     sparse cores of v5p and v6e (jax 0.11)."""
-    dumped = glob.glob(os.path.join(glob.escape(folder), "*.after_optimizations.txt"))
+    dumped = glob.glob(os.path.join(glob.escape(folder), "*.after_codegen.txt"))
     if not dumped:
         return ""
     with open(max(dumped, key=os.path.getsize)) as file:
