@@ -58,8 +58,10 @@ def _forward(query, key, value, padding, words, rate, relax):
     logits = scores(query, key, padding, relax)
     largest = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - largest)
-    by_product = totals if relax else functools.partial(totals_by_product, like=value)
-    total = jax.lax.platform_dependent(logits, largest, tpu=by_product, default=totals)
+    on_tpu = totals
+    if words is not None and not relax:  # without dropout XLA would share exp, and store it
+        on_tpu = functools.partial(totals_by_product, like=value)
+    total = jax.lax.platform_dependent(logits, largest, tpu=on_tpu, default=totals)
     weights = _dropped(weights, words, rate).astype(value.dtype)
     result = jnp.einsum(
         "bhts,bshd->bthd", weights, value, preferred_element_type=full_precision(value.dtype)
