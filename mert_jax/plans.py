@@ -40,7 +40,7 @@ def main() -> None:
     named = [read(path) for path in paths(_PLANS.value or [])]
     print("\n".join(table(named)), flush=True)
     if _PICTURE.value:
-        with atomic.staged(_PICTURE.value) as path:
+        with atomic.staged(_PICTURE.value, replace=True) as path:
             picture([plan for _, plan in named]).savefig(path, format="png", dpi=130)
 
 
