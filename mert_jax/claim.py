@@ -9,9 +9,10 @@ from typing import Any
 import jax
 
 from mert_jax.cli import UserError
+from mert_jax.storage import LOCK
 
-# of a workdir: the settings, the student, and who is at work there
-CONFIG, MODEL, LOCK = "config.json", "model.json", "lock"
+# of a workdir: the settings and the student
+CONFIG, MODEL = "config.json", "model.json"
 # what may differ between two calls on the same workdir: how long and how it is watched and spread
 FREE = (
     *("total_steps", "log_every", "eval_every", "checkpoint", "mesh", "tensorboard"),

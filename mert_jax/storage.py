@@ -18,7 +18,7 @@ from mert_jax.cli import Again, UserError
 
 SCHEME = "gs://"
 OWNER = "owner"  # holds a word of the run that was the last to start there
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, LOCK = "checkpoints", "lock"
 
 
 def is_remote(path: str) -> bool:
@@ -51,6 +51,8 @@ def _said_as(kind: type[UserError], path: str, todo: str) -> Iterator[None]:
         yield
     except (OSError, aiohttp.ClientError, gcsfs.retry.HttpError, auth.GoogleAuthError) as e:
         said = " ".join(str(e).split()) or type(e).__name__
+        if isinstance(e, FileNotFoundError | PermissionError):  # as it will be the next time
+            kind, todo = UserError, "check its name and your credentials"
         raise kind(f"{path} cannot be reached: {said[:300]}; {todo}") from e
 
 
@@ -66,9 +68,9 @@ class Mirror:
         self.workdir, self.folder = workdir, workdir
         self._remote, self._writes = is_remote(workdir), writes and is_remote(workdir)
         self._sent: dict[str, tuple[int, int]] = {}
-        self._owner, self._error = "", None
-        self._wanted, self._idle, self._over = threading.Event(), threading.Event(), False
-        self._idle.set()
+        self._owner, self._error, self._over = "", None, False
+        # copies that were asked for, and how many of them are made
+        self._asked, self._made, self._change = 0, 0, threading.Condition()
 
     def __enter__(self) -> "Mirror":
         if not self._remote:
@@ -93,8 +95,9 @@ class Mirror:
             if self._error is None:
                 self.flush()
         finally:
-            self._over = True
-            self._wanted.set()
+            with self._change:
+                self._over = True
+                self._change.notify_all()
             self._thread.join()
             self._temporary.cleanup()
 
@@ -111,34 +114,38 @@ class Mirror:
         if self._error:
             raise self._error
         if self._writes:
-            self._idle.clear()
-            self._wanted.set()
+            with self._change:
+                self._asked += 1
+                self._change.notify_all()
 
     def flush(self) -> None:
         """`push`, and wait until all is there."""
         self.push()
-        self._idle.wait()
+        with self._change:
+            self._change.wait_for(lambda: self._error or self._made == self._asked)
         if self._error:
             raise self._error
 
     def _copy_on_demand(self) -> None:
-        while self._wanted.wait() and not self._over:
-            self._wanted.clear()
+        while not (self._over or self._error):
+            with self._change:
+                self._change.wait_for(lambda: self._over or self._made < self._asked)
+                asked = self._asked
             try:
-                with _said_as(Again, self.workdir, "run the same command again"):
-                    self._copy()
-            except UserError as e:
+                if self._made < asked:
+                    with _said_as(Again, self.workdir, "run the same command again"):
+                        self._copy()
+            except Exception as e:  # raised where the run next asks for a copy
                 self._error = e
-            if not self._wanted.is_set() or self._error:
-                self._idle.set()
+            with self._change:
+                self._made = asked
+                self._change.notify_all()
 
     def _copy(self) -> None:
         root = absolute(self.workdir)
-        if (
-            self._owner
-            and (other := self._bucket.cat_file(f"{root}/{OWNER}").decode()) != self._owner
-        ):
-            host, process, _ = other.split()
+        owner = self._bucket.cat_file(f"{root}/{OWNER}").decode() if self._owner else ""
+        if owner != self._owner:
+            host, process, _ = owner.split()
             raise UserError(
                 f"another run has taken {self.workdir} over (process {process} on {host}); this "
                 "one stops, and its last steps are not in metrics.jsonl"
@@ -152,12 +159,13 @@ class Mirror:
         self._sent = files
 
     def _files(self) -> dict[str, tuple[int, int]]:
-        """Size and time of every file, but for hidden ones, which are being written."""
+        """Size and time of every file but the lock, which is this machine's, and hidden ones, which
+        are being written."""
         found = {}
         for parent, _, names in os.walk(self.folder):
             for name in names:
                 path = os.path.join(parent, name)
-                if not name.startswith("."):
+                if not name.startswith(".") and name != LOCK:
                     with contextlib.suppress(FileNotFoundError):
                         status = os.stat(path)
                         key = os.path.relpath(path, self.folder)
@@ -171,7 +179,7 @@ def fetch(source: Any, path: str, folder: str, step: int | None) -> None:
     for name in source.find(root):
         name = name.removeprefix(f"{root}/")
         kept = name.startswith(f"{CHECKPOINTS}/{step}/") or not name.startswith(f"{CHECKPOINTS}/")
-        if kept and not name.endswith("/"):
+        if kept and name != OWNER and not name.endswith("/"):
             target = os.path.join(folder, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             source.get_file(f"{root}/{name}", target)
