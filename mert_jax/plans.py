@@ -131,7 +131,7 @@ def picture(plans: Sequence[Plan]) -> figure.Figure:
             plan["estimated_step_time_s"] / plan["collective_bound_s"]
         ),
     }
-    drawn = figure.Figure((14, 4.2), layout="constrained")
+    drawn = figure.Figure((17, 4.2), layout="constrained")
     for axes, (title, value) in zip(drawn.subplots(1, len(panels)), panels.items(), strict=True):
         for (kind, flops, clips, accumulation), some in lines.items():
             label = f"{kind}, {flops} GFLOP a clip, {accumulation} x {clips:g} clips"
@@ -144,7 +144,7 @@ def picture(plans: Sequence[Plan]) -> figure.Figure:
         axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.grid(color="#e8e8e8", lw=0.7)
         axes.spines[["top", "right"]].set_visible(False)
-    drawn.axes[0].legend(fontsize=8)
+    drawn.axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return drawn
 
 

@@ -182,7 +182,9 @@ def objective(
             return teacher.apply(params, wave)[:, teacher.context // records.HOP_LENGTH :]
 
         # not left to XLA, which would move the clips of a long transform between devices
-        return lambda params, wave: sharding.on_each_shard(apply, wave, params)
+        return lambda params, wave: sharding.on_each_shard(
+            apply, wave, params, differentiable=False
+        )
 
     return step.Objective(
         student=apply_student,

@@ -66,14 +66,20 @@ def state_shardings(init: Callable[[], Any], mesh: Mesh) -> Any:
     )
 
 
-def on_each_shard(function: Callable[..., jax.Array], x: jax.Array, *whole: Any) -> jax.Array:
+def on_each_shard(
+    function: Callable[..., jax.Array], x: jax.Array, *whole: Any, differentiable: bool = True
+) -> jax.Array:
     """`function(x, *whole)`, where each device does its own rows of `x` [B, ...] with all of
-    `whole`, in the mesh that is set; in one go where there is none or it does not divide B."""
+    `whole`, in the mesh that is set; in one go where there is none or it does not divide B.
+
+    Where it is `differentiable`, its loops must not begin with constants that end as rows of `x`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return function(x, *whole)
     specs = (BATCH, *(PartitionSpec() for _ in whole))
-    return jax.shard_map(function, in_specs=specs, out_specs=BATCH)(x, *whole)
+    options = dict(in_specs=specs, out_specs=BATCH, check_vma=differentiable)
+    return jax.shard_map(function, **options)(x, *whole)
 
 
 def rows_of_host(number: int, mesh: Mesh) -> np.ndarray:

@@ -7,9 +7,10 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from mert_jax import cli, records
+from mert_jax import cli, recipe, records, sharding
 from mert_jax.planning import chips, estimate, search, stand_ins
 from mert_jax.planning import compile as compiling
 from tests import small
@@ -69,6 +70,17 @@ def test_without_the_compiler_it_says_which_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(cli.UserError, match=r"pip install -e \.\[plan\]"):
         compiling.topology("v5e:2x2")
+
+
+def test_codes_can_be_computed_on_many_devices():
+    """The codec's recurrent layers begin with zeros, which are the same on all of them."""
+    config = small.config(teachers=("rvq_vae",))
+    made = stand_ins.make(config, {})
+    objective = recipe.objective(config, recipe.student(config, made), made)
+    wave = jax.ShapeDtypeStruct((8, 16_000), jnp.float32)
+    with jax.set_mesh(sharding.make_mesh(-1, 1, 1)):
+        hear = jax.jit(objective.teachers["rvq_vae"])
+        assert hear.lower(made["rvq_vae"].params, wave).out_info.shape[::2] == (8, 8)
 
 
 @pytest.fixture(scope="module")
