@@ -10,7 +10,8 @@ import os
 
 from absl import flags
 
-from mert_jax import atomic, cli, formats
+from mert_jax import atomic, cli, formats, storage
+from mert_jax.checkpoint import steps
 from mert_jax.formats import fairseq, huggingface, stablehlo, workdir
 
 DIRECTORIES = {"hf": huggingface.write, "orbax": workdir.write, "stablehlo": stablehlo.write}
@@ -23,8 +24,13 @@ def convert(source: str, output: str, to: str, licence: str = "", moments: bool 
     """
     if os.path.exists(output):
         raise cli.UserError(f"{output} exists already; choose another output, or remove it first")
-    checkpoint = formats.read(source, moments)
-    print(summary(source, checkpoint), flush=True)
+    if storage.is_remote(output):
+        raise cli.UserError(
+            f"--output={output}: checkpoints are converted on a local disk; copy the result there"
+        )
+    with storage.fetched(source, steps) as local:
+        checkpoint = formats.read(local, moments)
+        print(f"read {source} ({formats.kind_of(local)}): {summary(checkpoint)}", flush=True)
     if licence:
         checkpoint = checkpoint._replace(about=checkpoint.about._replace(licence=licence))
     with atomic.staged(output) as path:
@@ -39,14 +45,14 @@ def convert(source: str, output: str, to: str, licence: str = "", moments: bool 
     print(f"wrote {output} ({size(output) / 2**20:,.0f} MiB)")
 
 
-def summary(source: str, checkpoint: formats.Checkpoint) -> str:
+def summary(checkpoint: formats.Checkpoint) -> str:
     """What was read, in a line or two."""
     student, about = checkpoint.student, checkpoint.about
     heads = ", ".join(head.name for head in student.heads) or "none"
     norm = "pre-norm" if student.pre_norm else "post-norm"
     return (
-        f"read {source} ({formats.kind_of(source)}): {student.num_layers} {norm} layers of "
-        f"{student.hidden_size}, {formats.count(checkpoint):,} parameters in {about.dtype}, heads: "
+        f"{student.num_layers} {norm} layers of {student.hidden_size}, "
+        f"{formats.count(checkpoint):,} parameters in {about.dtype}, heads: "
         f"{heads}; {checkpoint.step:,} updates, "
         f"{'with' if checkpoint.moments else 'without'} Adam's moments\n"
         f"  {about.sample_rate} Hz, waves {'normalised' if about.do_normalize else 'as they are'}; "

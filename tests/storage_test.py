@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mert_jax import checkpoint, formats, storage
+from mert_jax import checkpoint, convert, formats, storage
 from mert_jax.cli import Again, UserError
 from tests.object_store import BUCKET, server, upload  # noqa: F401 (fixture)
 from tests.train_test import (  # noqa: F401 (fixtures)
@@ -168,6 +168,10 @@ def test_a_run_there_is_killed_goes_on_and_is_read(line, dataset, finished, tmp_
     assert formats.read(f"{workdir}/checkpoints/3").step == 3
     a, b = (x.params["encoder"]["layer_norm"]["scale"] for x in (local, remote))
     assert (a == b).all()
+    convert.convert(workdir, str(tmp_path / "hf"), "hf")
+    assert formats.read(str(tmp_path / "hf")).params.keys() <= remote.params.keys()
+    with pytest.raises(UserError, match="on a local disk"):
+        convert.convert(workdir, f"{BUCKET}/hf", "hf")
 
 
 @pytest.mark.slow
