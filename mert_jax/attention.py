@@ -105,23 +105,23 @@ def _on_cpu(function):
 
 
 def _head_by_head(function, query, key, value, padding, words, *more):
-    """`function` of one clip's head at a time; `more`, like query and results, are [B, T, H, ...].
-    On CPUs XLA takes three times as long for a batch of products of matrices as for one after
-    another."""
-    clips, _, heads, _ = query.shape
-    rows = lambda x: jnp.moveaxis(x, 2, 1).reshape(clips * heads, 1, x.shape[1], 1, x.shape[3])
-    whole = lambda x: jnp.moveaxis(x.reshape(clips, heads, x.shape[2], x.shape[4]), 1, 2)
-    xs = {"arrays": [rows(x) for x in (query, key, value, *more)]}
-    if padding is not None:
-        xs["padding"] = jnp.repeat(padding, heads, 0)[:, None]
-    if words is not None:
-        xs["words"] = words[0].reshape(clips * heads, 1, 1, -1)
+    """`function` of one head of one clip at a time; `more`, like query and results, are
+    [B, T, H, ...]. On CPUs XLA takes several times as long for a batch of products of matrices as
+    for one after another, and twice as long where a loop and not the program has them in turn."""
+    rows, columns = words or (None, None)
 
-    def one(x):
-        own = (x["words"], words[1]) if words is not None else None
-        return function(*x["arrays"][:3], x.get("padding"), own, *x["arrays"][3:])
+    def clip(x):
+        arrays, padding, rows = jax.tree.map(lambda y: y[None], x)
 
-    return jax.tree.map(whole, jax.lax.map(one, xs))
+        def one(h):
+            own = None if rows is None else (rows[:, h : h + 1], columns)
+            head = [y[:, :, h : h + 1] for y in arrays]
+            return function(*head[:3], padding, own, *head[3:])
+
+        heads = [one(h) for h in range(query.shape[2])]
+        return jax.tree.map(lambda *y: jnp.concatenate(y, 2)[0], *heads)
+
+    return jax.lax.map(clip, ([query, key, value, *more], padding, rows))
 
 
 def totals(logits: Array, largest: Array) -> Array:
