@@ -19,18 +19,19 @@ ATTENDED = "attended"  # names what is worth keeping where a layer is computed a
 
 
 def scores(query: Array, key: Array, padding: Array | None, relax: float = 0.0) -> Array:
-    """Scaled dot products, in full precision: [B, H, T, T].
+    """Scaled dot products of `query` and `key` [..., T, d], in full precision: [..., T, T].
 
-    `query` and `key` are [B, T, H, d], `padding` [B, T] is True at frames nobody may attend to.
-    `relax` > 0 divides the query by it, subtracts the row's maximum there and scales back, so that
-    half-precision scores cannot overflow; their softmax is the same. (MERT's `attention_relax` was
-    meant to do this and never ran: its attention returns through torch's fused path before.)
+    `padding` [..., T], of as many axes without d or of length 1, is True at frames nobody may
+    attend to. `relax` > 0 divides the query by it, subtracts the row's maximum there and scales
+    back, so that half-precision scores cannot overflow; their softmax is the same. (MERT's
+    `attention_relax` was meant to do this and never ran: its attention returns through torch's
+    fused path before.)
     """
     scale = query.shape[-1] ** -0.5
     query = query * jnp.asarray(scale / (relax or 1.0), query.dtype)
-    found = jnp.einsum("bthd,bshd->bhts", query, key).astype(full_precision(query.dtype))
+    found = jnp.einsum("...td,...sd->...ts", query, key).astype(full_precision(query.dtype))
     if padding is not None:
-        found = jnp.where(padding[:, None, None, :], -jnp.inf, found)
+        found = jnp.where(padding[..., None, :], -jnp.inf, found)
     if relax:
         found = (found - jax.lax.stop_gradient(found.max(-1, keepdims=True))) * relax
     return found
@@ -69,18 +70,50 @@ def attend_in_blocks(
 
 def _forward(query, key, value, padding, words, rate, relax):
     weighted = functools.partial(_weighted, rate=rate, relax=relax)
-    result, log_total = jax.lax.platform_dependent(
-        *(query, key, value, padding, words),
-        cpu=_on_cpu(weighted),
-        default=weighted,
-    )
+    result, log_total = _each_head(weighted, padding, words, query, key, value)
     result = checkpoint_name(result, ATTENDED)
     log_total = checkpoint_name(log_total, ATTENDED)
     return result, (query, key, value, padding, words, result, log_total)
 
 
-def _weighted(query, key, value, padding, words, rate, relax):
-    """The result of `attend`, and the logarithm of each row's sum of exponentials [B, T, H, 1]."""
+def _each_head(function, padding, words, *arrays):
+    """`function` of padding, words and arrays [..., T, ...] on each head of `arrays`
+    [B, T, H, ...], whose results come back so: all at once, or on a single CPU in turn."""
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.empty or mesh.size == 1  # several devices would each run the whole loop
+    at_once = functools.partial(_at_once, function)
+    in_turn = functools.partial(_in_turn, function)
+    return jax.lax.platform_dependent(
+        padding, words, *arrays, cpu=in_turn if alone else at_once, default=at_once
+    )
+
+
+def _at_once(function, padding, words, *arrays):
+    swapped = functools.partial(jax.tree.map, lambda x: jnp.swapaxes(x, 1, 2))
+    padding = None if padding is None else padding[:, None]
+    return swapped(function(padding, words, *swapped(arrays)))
+
+
+def _in_turn(function, padding, words, *arrays):
+    """On CPUs XLA takes several times as long for a batch of products of matrices as for one after
+    another, and twice as long where a loop and not the program has them in turn."""
+    rows, columns = words or (None, None)
+
+    def clip(x):
+        padding, rows, arrays = x
+
+        def one(h):
+            own = None if rows is None else (rows[h], columns)
+            return function(padding, own, *(y[:, h] for y in arrays))
+
+        heads = [one(h) for h in range(arrays[0].shape[1])]
+        return jax.tree.map(lambda *y: jnp.stack(y, 1), *heads)
+
+    return jax.lax.map(clip, (padding, rows, arrays))
+
+
+def _weighted(padding, words, query, key, value, rate, relax):
+    """The result of `attend`, and the logarithm of each row's sum of exponentials [..., T, 1]."""
     logits = scores(query, key, padding, relax)
     largest = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - largest)
@@ -89,83 +122,46 @@ def _weighted(query, key, value, padding, words, rate, relax):
         on_tpu = functools.partial(totals_by_product, like=value)
     total = jax.lax.platform_dependent(logits, largest, tpu=on_tpu, default=totals)
     weights = _dropped(weights, words, rate).astype(value.dtype)
-    result = jnp.einsum(
-        "bhts,bshd->bthd", weights, value, preferred_element_type=full_precision(value.dtype)
-    )
+    result = jnp.matmul(weights, value, preferred_element_type=full_precision(value.dtype))
     # divided after the sum: d numbers a row instead of T
-    result = (result / jnp.swapaxes(total, 1, 2)).astype(value.dtype)
-    return result, jnp.swapaxes(largest + jnp.log(total), 1, 2)
-
-
-def _on_cpu(function):
-    """Head by head on one device; a loop over what several devices share would be run by all."""
-    mesh = jax.sharding.get_abstract_mesh()
-    alone = mesh.empty or mesh.size == 1
-    return functools.partial(_head_by_head, function) if alone else function
-
-
-def _head_by_head(function, query, key, value, padding, words, *more):
-    """`function` of one head of one clip at a time; `more`, like query and results, are
-    [B, T, H, ...]. On CPUs XLA takes several times as long for a batch of products of matrices as
-    for one after another, and twice as long where a loop and not the program has them in turn."""
-    rows, columns = words or (None, None)
-
-    def clip(x):
-        arrays, padding, rows = jax.tree.map(lambda y: y[None], x)
-
-        def one(h):
-            own = None if rows is None else (rows[:, h : h + 1], columns)
-            head = [y[:, :, h : h + 1] for y in arrays]
-            return function(*head[:3], padding, own, *head[3:])
-
-        heads = [one(h) for h in range(query.shape[2])]
-        return jax.tree.map(lambda *y: jnp.concatenate(y, 2)[0], *heads)
-
-    return jax.lax.map(clip, ([query, key, value, *more], padding, rows))
+    return (result / total).astype(value.dtype), largest + jnp.log(total)
 
 
 def totals(logits: Array, largest: Array) -> Array:
-    """The sum over a row of exp(`logits` - `largest`): [B, H, T, 1]."""
+    """The sum over a row of exp(`logits` - `largest`): [..., T, 1]."""
     return jnp.exp(logits - largest).sum(-1, keepdims=True)
 
 
 def totals_by_product(logits: Array, largest: Array, like: Array) -> Array:
-    """`totals` of logits that a product in the dtype of `like` [B, T, H, d] has made, for TPUs: the
+    """`totals` of logits that a product in the dtype of `like` [..., T, d] has made, for TPUs: the
     matrix unit adds up a row in a tenth of the vector unit's time."""
     # behind a barrier, so that exp is computed in front of each product and never stored
     logits, largest, ones = jax.lax.optimization_barrier(
         (logits.astype(like.dtype), largest, jnp.ones_like(like))
     )
     weights = jnp.exp(logits.astype(largest.dtype) - largest).astype(like.dtype)
-    total = jnp.einsum("bhts,bshd->bthd", weights, ones, preferred_element_type=largest.dtype)
-    return jnp.swapaxes(total[..., :1], 1, 2)
+    return jnp.matmul(weights, ones, preferred_element_type=largest.dtype)[..., :1]
 
 
 def _backward(rate, relax, kept, gradient):
     query, key, value, padding, words, result, log_total = kept
     gradients = functools.partial(_gradients, rate=rate, relax=relax)
-    found = jax.lax.platform_dependent(
-        *(query, key, value, padding, words, result, gradient, log_total),
-        cpu=_on_cpu(gradients),
-        default=gradients,
-    )
-    return *found, None, None
+    arrays = (query, key, value, result, gradient, log_total)
+    return *_each_head(gradients, padding, words, *arrays), None, None
 
 
-def _gradients(query, key, value, padding, words, result, gradient, log_total, rate, relax):
+def _gradients(padding, words, query, key, value, result, gradient, log_total, rate, relax):
     """By query, key and value."""
     full = full_precision(query.dtype)
-    log_total = jnp.swapaxes(log_total, 1, 2)
     weights = jnp.exp(scores(query, key, padding, relax) - log_total)
-    by_weight = jnp.einsum("bthd,bshd->bhts", gradient, value).astype(full)
-    by_value = jnp.einsum(
-        "bhts,bthd->bshd", _dropped(weights, words, rate).astype(value.dtype), gradient
-    )
-    mean = (gradient.astype(full) * result.astype(full)).sum(-1).swapaxes(1, 2)[..., None]
+    by_weight = jnp.einsum("...td,...sd->...ts", gradient, value).astype(full)
+    dropped = _dropped(weights, words, rate).astype(value.dtype)
+    by_value = jnp.einsum("...ts,...td->...sd", dropped, gradient)
+    mean = (gradient.astype(full) * result.astype(full)).sum(-1, keepdims=True)
     by_score = (weights * (_dropped(by_weight, words, rate) - mean)).astype(query.dtype)
     scale = jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
-    by_query = jnp.einsum("bhts,bshd->bthd", by_score, key * scale)
-    by_key = jnp.einsum("bhts,bthd->bshd", by_score, query * scale)
+    by_query = jnp.matmul(by_score, key * scale)
+    by_key = jnp.einsum("...ts,...td->...sd", by_score, query * scale)
     return by_query, by_key, by_value
 
 
