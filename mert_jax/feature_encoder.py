@@ -3,6 +3,7 @@
 Shapes: B clips, N samples, T frames, C channels, k samples under a kernel.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -85,10 +86,52 @@ class _Affine(nn.Module):
         return scale, self.param("bias", nn.initializers.zeros, (self.channels,))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolution(x: Array, kernel: Array, stride: int) -> Array:
     """`x` [B, N, C in] under `kernel` [k, C in, C out] every `stride`, without padding."""
+    return _convolution(x, kernel, stride)
+
+
+def _convolution(x, kernel, stride, padding="VALID"):
     numbers = ("NWC", "WIO", "NWC")
-    return jax.lax.conv_general_dilated(x, kernel, (stride,), "VALID", dimension_numbers=numbers)
+    return jax.lax.conv_general_dilated(x, kernel, (stride,), padding, dimension_numbers=numbers)
+
+
+def _forward(x, kernel, stride):
+    return _convolution(x, kernel, stride), (x, kernel)
+
+
+def _backward(stride, kept, gradient):
+    x, kernel = kept
+    by_x = lambda kernel, gradient: jax.linear_transpose(
+        lambda x: _convolution(x, kernel, stride), x
+    )(gradient)[0]
+    in_phases = functools.partial(gradient_in_phases, stride=stride, length=x.shape[1])
+    by_kernel = jax.linear_transpose(lambda kernel: _convolution(x, kernel, stride), kernel)
+    return (
+        jax.lax.platform_dependent(kernel, gradient, cpu=in_phases, default=by_x),
+        by_kernel(gradient)[0],
+    )
+
+
+convolution.defvjp(_forward, _backward)
+
+
+def gradient_in_phases(kernel: Array, gradient: Array, stride: int, length: int) -> Array:
+    """The gradient by `convolution`'s `x` [B, length, C in] from that by its result, for CPUs.
+
+    There XLA puts zeros between the frames of `gradient` and multiplies those too; the samples of
+    one phase of the stride meet only their own taps of the kernel.
+    """
+    pieces = -(-len(kernel) // stride)
+    number = gradient.shape[1] + pieces - 1
+    found = jnp.zeros((len(gradient), number, stride, kernel.shape[1]), gradient.dtype)
+    for phase in range(min(stride, len(kernel))):
+        taps = jnp.swapaxes(kernel[phase::stride][::-1], 1, 2)
+        own = _convolution(gradient, taps, 1, [(len(taps) - 1, pieces - 1)])
+        found = found.at[:, :, phase].set(own)
+    found = found.reshape(len(gradient), -1, kernel.shape[1])[:, :length]
+    return jnp.pad(found, ((0, 0), (0, length - found.shape[1]), (0, 0)))
 
 
 def normed_convolution(

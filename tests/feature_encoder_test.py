@@ -38,6 +38,21 @@ def test_folding_the_norm_changes_nothing(samples, length, stride, level):
         assert np.linalg.norm(a - b) <= 2e-4 * np.linalg.norm(b)
 
 
+@pytest.mark.parametrize(
+    ("samples", "length", "stride"), [(41, 3, 2), (40, 2, 2), (52, 10, 5), (33, 8, 4), (30, 3, 5)]
+)
+def test_the_gradient_in_phases_is_the_convolution_s(samples, length, stride):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, samples, 6))
+    kernel = jax.random.normal(keys[1], (length, 6, 7))
+    convolve = lambda x, kernel: feature_encoder._convolution(x, kernel, stride)
+    value, pull = jax.vjp(convolve, x, kernel)
+    gradient = jax.random.normal(keys[2], value.shape)
+    ours = jax.vjp(lambda *a: feature_encoder.convolution(*a, stride), x, kernel)[1](gradient)
+    for found, exact in zip(ours, pull(gradient), strict=True):
+        np.testing.assert_allclose(found, exact, atol=1e-5)
+
+
 def test_patches_are_the_samples_under_each_frame():
     wave = jnp.arange(2 * 23.0).reshape(2, 23)
     found = feature_encoder.patches(wave, 10, 5)
