@@ -19,22 +19,38 @@ ATTENDED = "attended"  # names what is worth keeping where a layer is computed a
 
 
 def scores(query: Array, key: Array, padding: Array | None, relax: float = 0.0) -> Array:
-    """Scaled dot products of `query` and `key` [..., T, d], in full precision: [..., T, T].
+    """Scaled dot products, in full precision: [B, H, T, T], or [T, T] of one head.
 
-    `padding` [..., T], of as many axes without d or of length 1, is True at frames nobody may
-    attend to. `relax` > 0 divides the query by it, subtracts the row's maximum there and scales
-    back, so that half-precision scores cannot overflow; their softmax is the same. (MERT's
-    `attention_relax` was meant to do this and never ran: its attention returns through torch's
-    fused path before.)
+    `query` and `key` are [B, T, H, d], `padding` [B, T] is True at frames nobody may attend to; of
+    one head [T, d] and [T]. `relax` > 0 divides the query by it, subtracts the row's maximum there
+    and scales back, so that half-precision scores cannot overflow; their softmax is the same.
+    (MERT's `attention_relax` was meant to do this and never ran: its attention returns through
+    torch's fused path before.)
     """
     scale = query.shape[-1] ** -0.5
     query = query * jnp.asarray(scale / (relax or 1.0), query.dtype)
-    found = jnp.einsum("...td,...sd->...ts", query, key).astype(full_precision(query.dtype))
+    found = _product("td,sd->ts", query, key).astype(full_precision(query.dtype))
     if padding is not None:
-        found = jnp.where(padding[..., None, :], -jnp.inf, found)
+        padding = jnp.expand_dims(padding, -2 if found.ndim == 2 else (1, 2))
+        found = jnp.where(padding, -jnp.inf, found)
     if relax:
         found = (found - jax.lax.stop_gradient(found.max(-1, keepdims=True))) * relax
     return found
+
+
+def _product(subscripts, *arrays, **options):
+    """`einsum` of one head's matrices [T, d] and [T, T], or of all heads' [B, T, H, d] and
+    [B, H, T, T] by the same subscripts."""
+    if arrays[0].ndim == 4:  # no transposes: TPUs took more time and memory with those
+        for one, all_heads in (("td", "bthd"), ("sd", "bshd"), ("ts", "bhts")):
+            subscripts = subscripts.replace(one, all_heads)
+    return jnp.einsum(subscripts, *arrays, **options)
+
+
+def _as_frames(x):
+    """What is one number a row of scores, [B, H, T, 1], as [B, T, H, 1], and back; one head's as it
+    is."""
+    return jnp.swapaxes(x, 1, 2) if x.ndim == 4 else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -77,21 +93,12 @@ def _forward(query, key, value, padding, words, rate, relax):
 
 
 def _each_head(function, padding, words, *arrays):
-    """`function` of padding, words and arrays [..., T, ...] on each head of `arrays`
-    [B, T, H, ...], whose results come back so: all at once, or on a single CPU in turn."""
+    """`function` of padding, words and arrays [B, T, H, ...], which takes one head's [T, ...] too:
+    at once, or on a single CPU head by head."""
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1  # several devices would each run the whole loop
-    at_once = functools.partial(_at_once, function)
-    in_turn = functools.partial(_in_turn, function)
-    return jax.lax.platform_dependent(
-        padding, words, *arrays, cpu=in_turn if alone else at_once, default=at_once
-    )
-
-
-def _at_once(function, padding, words, *arrays):
-    swapped = functools.partial(jax.tree.map, lambda x: jnp.swapaxes(x, 1, 2))
-    padding = None if padding is None else padding[:, None]
-    return swapped(function(padding, words, *swapped(arrays)))
+    on_cpu = functools.partial(_in_turn, function) if alone else function
+    return jax.lax.platform_dependent(padding, words, *arrays, cpu=on_cpu, default=function)
 
 
 def _in_turn(function, padding, words, *arrays):
@@ -113,7 +120,7 @@ def _in_turn(function, padding, words, *arrays):
 
 
 def _weighted(padding, words, query, key, value, rate, relax):
-    """The result of `attend`, and the logarithm of each row's sum of exponentials [..., T, 1]."""
+    """The result of `attend`, and the logarithm of each row's sum of exponentials [B, T, H, 1]."""
     logits = scores(query, key, padding, relax)
     largest = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - largest)
@@ -122,25 +129,28 @@ def _weighted(padding, words, query, key, value, rate, relax):
         on_tpu = functools.partial(totals_by_product, like=value)
     total = jax.lax.platform_dependent(logits, largest, tpu=on_tpu, default=totals)
     weights = _dropped(weights, words, rate).astype(value.dtype)
-    result = jnp.matmul(weights, value, preferred_element_type=full_precision(value.dtype))
+    full = full_precision(value.dtype)
+    result = _product("ts,sd->td", weights, value, preferred_element_type=full)
     # divided after the sum: d numbers a row instead of T
-    return (result / total).astype(value.dtype), largest + jnp.log(total)
+    result = (result / _as_frames(total)).astype(value.dtype)
+    return result, _as_frames(largest + jnp.log(total))
 
 
 def totals(logits: Array, largest: Array) -> Array:
-    """The sum over a row of exp(`logits` - `largest`): [..., T, 1]."""
+    """The sum over a row of exp(`logits` - `largest`): [B, H, T, 1], or [T, 1]."""
     return jnp.exp(logits - largest).sum(-1, keepdims=True)
 
 
 def totals_by_product(logits: Array, largest: Array, like: Array) -> Array:
-    """`totals` of logits that a product in the dtype of `like` [..., T, d] has made, for TPUs: the
+    """`totals` of logits that a product in the dtype of `like` [B, T, H, d] has made, for TPUs: the
     matrix unit adds up a row in a tenth of the vector unit's time."""
     # behind a barrier, so that exp is computed in front of each product and never stored
     logits, largest, ones = jax.lax.optimization_barrier(
         (logits.astype(like.dtype), largest, jnp.ones_like(like))
     )
     weights = jnp.exp(logits.astype(largest.dtype) - largest).astype(like.dtype)
-    return jnp.matmul(weights, ones, preferred_element_type=largest.dtype)[..., :1]
+    total = _product("ts,sd->td", weights, ones, preferred_element_type=largest.dtype)
+    return _as_frames(total[..., :1])
 
 
 def _backward(rate, relax, kept, gradient):
@@ -153,15 +163,15 @@ def _backward(rate, relax, kept, gradient):
 def _gradients(padding, words, query, key, value, result, gradient, log_total, rate, relax):
     """By query, key and value."""
     full = full_precision(query.dtype)
-    weights = jnp.exp(scores(query, key, padding, relax) - log_total)
-    by_weight = jnp.einsum("...td,...sd->...ts", gradient, value).astype(full)
+    weights = jnp.exp(scores(query, key, padding, relax) - _as_frames(log_total))
+    by_weight = _product("td,sd->ts", gradient, value).astype(full)
     dropped = _dropped(weights, words, rate).astype(value.dtype)
-    by_value = jnp.einsum("...ts,...td->...sd", dropped, gradient)
-    mean = (gradient.astype(full) * result.astype(full)).sum(-1, keepdims=True)
+    by_value = _product("ts,td->sd", dropped, gradient)
+    mean = _as_frames((gradient.astype(full) * result.astype(full)).sum(-1, keepdims=True))
     by_score = (weights * (_dropped(by_weight, words, rate) - mean)).astype(query.dtype)
     scale = jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
-    by_query = jnp.matmul(by_score, key * scale)
-    by_key = jnp.einsum("...ts,...td->...sd", by_score, query * scale)
+    by_query = _product("ts,sd->td", by_score, key * scale)
+    by_key = _product("ts,td->sd", by_score, query * scale)
     return by_query, by_key, by_value
 
 

@@ -18,8 +18,6 @@ def inputs(dtype=jnp.float32):
 
 
 def plain(query, key, value, padding, words, rate, relax):
-    query, key = (jnp.swapaxes(x, 1, 2) for x in (query, key))
-    padding = None if padding is None else padding[:, None]
     weights = jax.nn.softmax(attention.scores(query, key, padding, relax))
     if words is not None:
         weights = jnp.where(keep(words, rate), weights / (1 - rate), 0)
@@ -60,7 +58,7 @@ def test_the_backward_pass_keeps_nothing_of_frames_by_frames():
 
 def test_totals_by_a_product_are_those_by_a_sum():
     keys = jax.random.split(jax.random.key(3), 2)
-    query, key = (jax.random.normal(k, (B, H, T, 8), jnp.bfloat16) for k in keys)
+    query, key = (jax.random.normal(k, (B, T, H, 8), jnp.bfloat16) for k in keys)
     logits = attention.scores(query, key, None)
     largest = logits.max(-1, keepdims=True)
     by_sum = attention.totals(logits, largest)
@@ -83,7 +81,7 @@ def test_blocks_of_queries_and_single_heads_change_nothing(dropout, monkeypatch)
             np.testing.assert_allclose(found, whole, atol=1e-6)
     words = random_words(jax.random.key(1), (B, H, T, T)) if dropout else None
     weighted = lambda *arrays: attention._weighted(*arrays, rate=RATE, relax=0.0)
-    together = attention._at_once(weighted, padding, words, *arrays)
+    together = weighted(padding, words, *arrays)
     in_turn = attention._in_turn(weighted, padding, words, *arrays)
     for a, b in zip(together, in_turn, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)

@@ -9,13 +9,15 @@ import json
 from absl import flags
 
 from mert_jax import cli
-from tests.benchmarks import cqt, extract, prepare, rvq_vae, stream, teachers
+from tests.benchmarks import cqt, extract, prepare, rvq_vae, step, stream, student, teachers
 
 BENCHMARKS = {
     "cqt_nnaudio": cqt.nnaudio_rows,
     "cqt_librosa": cqt.librosa_rows,
     "rvq_vae": rvq_vae.rows,
     "teachers": teachers.rows,
+    "student": student.rows,
+    "step": step.rows,
     "extract": extract.rows,
     "stream": stream.rows,
     "prepare": prepare.rows,
