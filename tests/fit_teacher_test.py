@@ -156,14 +156,7 @@ def test_a_mistake_is_one_line_and_ctrl_c_leaves_nothing(dataset, tmp_path):
         "no prepared dataset in": ["--teacher=kmeans", f"--data={tmp_path}"],
         "--teacher, --data and --output are needed": ["--teacher=kmeans"],
     }
-    running = [start(*flags, f"--output={tmp_path / 'x'}") for flags in mistakes.values()]
     stopped = start("--teacher=mel_rvq", f"--data={dataset}", f"--output={tmp_path / 'y'}")
-    for words, process in zip(mistakes, running, strict=True):
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 2, error
-        assert error.startswith("error: ")
-        assert words in error
-        assert error.count("\n") == 1
     deadline, seen = time.monotonic() + 120, ""
     while "level 0" not in seen:
         assert time.monotonic() < deadline, seen
@@ -174,6 +167,13 @@ def test_a_mistake_is_one_line_and_ctrl_c_leaves_nothing(dataset, tmp_path):
     assert "stopped; nothing was written" in error
     assert "Traceback" not in error
     assert not (tmp_path / "y").exists()
+    running = [start(*flags, f"--output={tmp_path / 'x'}") for flags in mistakes.values()]
+    for words, process in zip(mistakes, running, strict=True):
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 2, error
+        assert error.startswith("error: ")
+        assert words in error
+        assert error.count("\n") == 1
 
 
 CODEC = [
