@@ -111,19 +111,14 @@ def _weights(peer: Any, student: Any) -> Any:
     """The peer's weights as our parameters."""
     from mert_jax.formats import names
 
-    state = {name: x.detach().cpu().numpy() for name, x in peer.student.state_dict().items()}
-    dense = lambda x: {"kernel": x.weight, "bias": x.bias}
-    heads = {
+    array = lambda x: x.detach().cpu().numpy()
+    dense = lambda x: {"kernel": array(x.weight).T, "bias": array(x.bias)}
+    state = {name: array(x) for name, x in peer.student.state_dict().items()}
+    return names.params_from_hf(state, student.clone(heads=())) | {
         "rvq_vae_proj": dense(peer.code_proj),
+        "rvq_vae_codebooks": array(peer.codebooks),
         "cqt_proj": dense(peer.cqt_proj),
     }
-    array = lambda x: x.detach().cpu().numpy()
-    heads = {
-        name: {"kernel": array(x["kernel"]).T, "bias": array(x["bias"])}
-        for name, x in heads.items()
-    }
-    body = names.params_from_hf(state, student.clone(heads=()))
-    return body | heads | {"rvq_vae_codebooks": array(peer.codebooks)}
 
 
 def check(size: str, clips: int, checkpoint: str, device: str) -> None:
