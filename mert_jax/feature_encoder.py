@@ -5,6 +5,7 @@ Shapes: B clips, N samples, T frames, C channels, k samples under a kernel.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -143,15 +144,16 @@ def normed_convolution(
     fitted_gelu: bool,
 ) -> Array:
     """The first layer: `wave` [B, N] under `kernel` [k, C], normed for each clip and channel over
-    all frames (zero padding included), times `scale` plus `bias` [C], then GELU: [B, T, C]."""
+    all frames (zero padding included), times `scale` plus `bias` [C], then GELU: [B, T, C].
 
-    def recomputed(*arrays: Array) -> Array:
-        return gelu(folded(*arrays, stride), fitted_gelu, False)
+    The backward pass computes it again: of all layers it is the cheapest, with the largest arrays.
+    """
+
+    def recomputed(form: Callable[..., Array]) -> Callable[..., Array]:
+        return jax.checkpoint(lambda *arrays: gelu(form(*arrays, stride), fitted_gelu, False))
 
     return jax.lax.platform_dependent(
-        *(wave, kernel, scale, bias),
-        tpu=jax.checkpoint(recomputed),
-        default=lambda *arrays: gelu(two_pass(*arrays, stride), fitted_gelu),
+        wave, kernel, scale, bias, tpu=recomputed(folded), default=recomputed(two_pass)
     )
 
 
