@@ -1,24 +1,28 @@
 """All benchmarks: `python -m tests.benchmarks [--only=NAME,...] [--json=FILE]`.
 
-Prints a row for each and, with --json, writes them as a list: name, peer, ours_s, peer_s, ratio
-(peer time over ours), ours_mib, peer_mib.
+Prints each row as it is there, at the end all as one table (`table`) and, with --json, writes them
+as a list: name, peer, ours_s, peer_s, ours_range_s, peer_range_s, ratio (peer time over ours),
+ours_mib, peer_mib, and what else a benchmark tells.
 """
 
+import functools
 import json
 
 from absl import flags
 
-from mert_jax import cli
-from tests.benchmarks import cqt, extract, prepare, rvq_vae, step, stream, student, teachers
+from mert_jax import atomic, cli
+from tests.benchmarks import cqt, extract, prepare, rvq_vae, step, stream, student, table, teachers
 
 BENCHMARKS = {
     "cqt_nnaudio": cqt.nnaudio_rows,
     "cqt_librosa": cqt.librosa_rows,
     "rvq_vae": rvq_vae.rows,
     "teachers": teachers.rows,
-    "student": student.rows,
+    "student_95m": functools.partial(student.rows, student.names("95m")),
+    "student_330m": functools.partial(student.rows, student.names("330m")),
     "step": step.rows,
-    "extract": extract.rows,
+    "extract_5s": functools.partial(extract.rows, ("1x5s", "8x5s")),
+    "extract_60s": functools.partial(extract.rows, ("1x60s", "8x60s")),
     "stream": stream.rows,
     "prepare": prepare.rows,
 }
@@ -35,15 +39,12 @@ def main() -> None:
     rows = []
     for name in names:
         for row in BENCHMARKS[name]():
-            print(
-                f"{row['name']:10} {row['ours_s']:.4g} s, {row['peer']} {row['peer_s']:.4g} s: "
-                f"{row['ratio']:.2f}x; {row['ours_mib']:.0f} MiB, {row['peer_mib']:.0f} MiB",
-                flush=True,
-            )
+            print(table.markdown([row]).splitlines()[-1], flush=True)
             rows.append(row)
-    if _JSON.value:
-        with open(_JSON.value, "w") as f:
-            json.dump(rows, f, indent=1)
+            if _JSON.value:
+                with atomic.staged(_JSON.value, replace=True) as path, open(path, "w") as f:
+                    f.write(json.dumps(rows, indent=1) + "\n")
+    print(table.markdown(rows))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What benchmarks share: fair timing of two sides, the memory of a process, a row."""
 
 import os
-import re
 import subprocess
 import sys
 import time
@@ -12,9 +11,12 @@ import numpy as np
 
 THREADS = len(os.sched_getaffinity(0))  # for each side
 _PEAK = """
+import re
 from {module} import {name}
-{name}()
-print(open("/proc/self/status").read())
+found = {name}()
+# not ru_maxrss: that starts at what the parent used
+peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())
+print(int(peak[1]) / 1024 if found is None else found)
 """
 
 
@@ -36,14 +38,13 @@ def interleaved(
 
 def peak_mib(function: Callable[[], Any]) -> float:
     """Peak memory of a fresh process that imports `function`, of a module's top level, and calls
-    it: with the libraries and compilation it needs."""
+    it: with the libraries and compilation it needs. Or what `function` returns, of a GPU's."""
     module = function.__module__
     if module == "__main__":
         module = sys.modules[module].__spec__.name
     code = _PEAK.format(module=module, name=function.__name__)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    # not ru_maxrss: that starts at what the parent used
-    return int(re.search(r"VmHWM:\s+(\d+)", done.stdout)[1]) / 1024
+    return float(done.stdout.split()[-1])
 
 
 def relative_l2(a: np.ndarray, exact: np.ndarray) -> float:

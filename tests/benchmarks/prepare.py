@@ -12,6 +12,7 @@ from typing import Any
 import soundfile
 
 from mert_jax import decode
+from tests.benchmarks import measure
 from tests.benchmarks.stream import synthetic
 
 _MEASURE = """
@@ -49,6 +50,11 @@ def _measure(setup: str, files: Sequence[str]) -> tuple[float, float]:
     return seconds, mib
 
 
+def _seconds(path: str) -> float:
+    with decode.decode(path) as (_, blocks):
+        return sum(len(block) for block in blocks) / decode.SAMPLE_RATE
+
+
 def rows(files: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The row `prepare`: CPU seconds of one core for all files, peak memory of the process."""
     with tempfile.TemporaryDirectory() as folder:
@@ -59,18 +65,11 @@ def rows(files: Sequence[str] = ()) -> list[dict[str, Any]]:
             with soundfile.SoundFile(files[0], "w", rate, 2, "VORBIS") as file:
                 for start in range(0, len(mono), rate):  # libsndfile crashes on minutes at once
                     file.write(mono[start : start + rate, None].repeat(2, axis=1))
+        hours = sum(_seconds(path) for path in files) / 3600
         (ours, ours_mib), (peer, peer_mib) = _measure(_OURS, files), _measure(_PEER, files)
-    return [
-        {
-            "name": "prepare",
-            "peer": "librosa.load",
-            "ours_s": ours,
-            "peer_s": peer,
-            "ratio": peer / ours,
-            "ours_mib": ours_mib,
-            "peer_mib": peer_mib,
-        }
-    ]
+    row = measure.row("prepare", "librosa.load", [ours], [peer], (ours_mib, peer_mib))
+    rates = [60 * hours / seconds for seconds in (ours, peer)]
+    return [row | {"note": "{:.1f} and {:.1f} hours of audio a minute and core".format(*rates)}]
 
 
 if __name__ == "__main__":

@@ -64,13 +64,16 @@ class Recipe(nn.Module):
         return self.student.encoder(hidden).last_hidden_state, features.float().square().mean()
 
     @torch.no_grad()
-    def targets(self, audio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes [B, T, K], CQT [B, T, F] and the clips [B, N] of int16 [B, context + N]."""
-        context = self.config.teacher.rvq_vae.context
+    def targets(self, audio: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes [B, T, K], those given or EnCodec's, CQT [B, T, F] and clips [B, N] of int16
+        [B, context + N]."""
         wave = audio.float() / 32768
-        codes = self.encodec.encode(wave[:, None], bandwidth=6.0).audio_codes[0].transpose(1, 2)
-        clips = wave[:, context:]
-        return codes[:, context // codec.HOP_LENGTH :], self.cqt(clips).transpose(1, 2), clips
+        clips = wave[:, -self.config.data.num_samples :]
+        if codes is None:
+            found = self.encodec.encode(wave[:, None], bandwidth=6.0).audio_codes[0]
+            before = (wave.shape[1] - clips.shape[1]) // codec.HOP_LENGTH
+            codes = found.transpose(1, 2)[:, before:]
+        return codes, self.cqt(clips).transpose(1, 2), clips
 
     def loss(self, codes: Tensor, cqt: Tensor, wave: Tensor, mask: Tensor) -> Tensor:
         """The objective a masked frame."""
@@ -107,10 +110,11 @@ class Recipe(nn.Module):
                 noisy[i, at : at + length] += o.mixture_volume * pool[start : start + length]
         return noisy
 
-    def step(self, audio: Tensor) -> Any:
-        """One update on int16 `audio` [B, context + N]; the gradients' norm."""
+    def step(self, audio: Tensor, codes: Tensor | None = None) -> Any:
+        """One update on int16 `audio` [B, context + N], with stored codes or EnCodec's; the
+        gradients' norm."""
         o = self.config.objective
-        codes, cqt, wave = self.targets(audio)
+        codes, cqt, wave = self.targets(audio, codes)
         shape = (len(wave), min(codes.shape[1], wave.shape[1] // 320 - 1))
         mask = _compute_mask_indices(shape, o.mask_prob, o.mask_length, min_masks=2)
         mask = torch.tensor(mask, device=self.device)

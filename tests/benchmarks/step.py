@@ -1,12 +1,13 @@
 """The whole pretraining step against the same recipe in PyTorch: clips of 5 s, EnCodec's codes and
 the CQT computed on the fly, noise mixture, masks, student, objective, optimiser.
 
-Rows `step_95m` and, by name only, `step_330m`: seconds a step, with the model's FLOPs a second
-beside it. On CPUs in float32, 4 clips; on a GPU in bfloat16, 16. The peer (`pytorch_recipe`) is the
-faster one of torch's eager mode and torch.compile; before, loss and gradient norm of both are
-compared on one batch, mask and mixture, without dropout.
+Rows `step_SIZE` and, with codes that come with the batch, `step_SIZE_stored`: seconds a step, with
+the model's FLOPs a second, and MFU where the device's peak is known. On CPUs in float32, 4 clips;
+on a GPU in bfloat16, 16, and its own memory. The peer (`pytorch_recipe`) is the faster one of
+torch's eager mode and torch.compile; before, loss and gradient norm of both are compared on one
+batch, mask and mixture, without dropout.
 
-python -m tests.benchmarks.step [95m | 330m] [CLIPS]
+python -m tests.benchmarks.step [95m | 330m | 95m_stored | 330m_stored ...] [CLIPS]
 """
 
 import functools
@@ -20,10 +21,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import mert_v1
+from mert_jax import codec
 from mert_jax.cli import UserError
+from mert_jax.planning import chips
 from tests.benchmarks import measure, rvq_vae
 
 SIZES = {"95m": "base", "330m": "large"}
+NAMES = ("95m", "330m", "95m_stored", "330m_stored")
 MODES = ("eager", "compiled")
 CASE = "MERT_JAX_BENCHMARK_CASE"  # a variable: processes measured for memory inherit it
 DROPOUTS = ("input_dropout", "hidden_dropout", "attention_dropout", "activation_dropout")
@@ -31,21 +35,29 @@ DROPOUTS = ("input_dropout", "hidden_dropout", "attention_dropout", "activation_
 SAME = {"model.layerdrop": 0.0, "accumulation": 1, "model.unroll": 1}
 
 
-def config(size: str, clips: int, checkpoint: str, half: bool, dropout: bool) -> ConfigDict:
-    """The size's recipe for a batch of so many clips."""
+def config(name: str, clips: int, checkpoint: str, half: bool, dropout: bool) -> ConfigDict:
+    """The recipe of one of `NAMES` for a batch of so many clips; no checkpoint for stored codes."""
+    size, _, stored = name.partition("_")
     found = mert_v1.get_config(SIZES[size])
-    found.update_from_flattened_dict(
-        SAME | {"batch_size": clips, "group": clips, "teacher.rvq_vae.checkpoint": checkpoint}
-    )
+    found.update_from_flattened_dict(SAME | {"batch_size": clips, "group": clips})
+    found.teacher.rvq_vae.checkpoint = "" if stored else checkpoint
     found.model.dtype = "bfloat16" if half else "float32"
     if not dropout:
         found.model.update(dict.fromkeys(DROPOUTS, 0.0))
     return found
 
 
-def _audio(config: ConfigDict) -> np.ndarray:
-    samples = config.teacher.rvq_vae.context + config.data.num_samples
-    return np.int16(10_000 * rvq_vae.music(config.batch_size, samples))
+def batch(config: ConfigDict) -> dict[str, Any]:
+    """Int16 `audio` [B, context + N] and, where no checkpoint computes them, `codes` [B, T, K]."""
+    teacher, samples = config.teacher.rvq_vae, config.data.num_samples
+    stored = not teacher.checkpoint
+    audio = rvq_vae.music(config.batch_size, samples + (0 if stored else teacher.context))
+    found = {"audio": np.int16(10_000 * audio), "looped": np.zeros(len(audio), bool)}
+    if stored:
+        shape = len(audio), samples // codec.HOP_LENGTH, rvq_vae.BOOKS
+        codes = np.random.default_rng(0).integers(1024, size=shape, dtype=np.uint16)
+        found["codes"] = {"rvq_vae": codes}
+    return found
 
 
 # the libraries are imported where they are used: a process measured for memory has its own only
@@ -56,18 +68,20 @@ class Ours:
         import jax
 
         from mert_jax import recipe
+        from mert_jax.planning import stand_ins
 
-        made = recipe.make_teachers(recipe.check(config))
-        self.student = recipe.student(config, made)
+        computed = config.teacher.rvq_vae.checkpoint
+        stored = stand_ins.stored_codes(config, "computed" if computed else "stored")
+        made = recipe.make_teachers(recipe.check(config), stored)
+        self.student = recipe.student(config, made, stored)
         self.optimizer = recipe.make_optimizer(config)
         self.objective = recipe.objective(config, self.student, made)
         self.teachers = jax.device_put({name: teacher.params for name, teacher in made.items()})
-        audio = _audio(config)
-        self.batch = jax.device_put({"audio": audio, "looped": np.zeros(len(audio), bool)})
+        self.batch = jax.device_put(batch(config))
         self.config = config
 
-    def step(self) -> Callable[[], Any]:
-        """A call of the jitted update, whose state goes on."""
+    def compiled(self) -> tuple[Callable[[], Any], Any]:
+        """A call of the update, whose state goes on, and its compiled program."""
         import jax
         from flax import linen as nn
 
@@ -77,13 +91,15 @@ class Ours:
         sizes = dict(accumulation=1, group=self.config.group)
         options = dict(objective=self.objective, optimizer=self.optimizer)
         update = jax.jit(functools.partial(step.train_step, **options, **sizes), donate_argnums=0)
+        key = jax.random.key(0)
+        update = update.lower(state, self.teachers, self.batch, key).compile()
 
         def run() -> Any:
             nonlocal state
-            state, metrics = update(state, self.teachers, self.batch, jax.random.key(0))
+            state, metrics = update(state, self.teachers, self.batch, key)
             return jax.block_until_ready(metrics)
 
-        return run
+        return run, update
 
     def check(self, params: Any) -> tuple[float, float, np.ndarray, np.ndarray]:
         """Loss a masked frame, norm of its gradient, and the mask and mixture they are of."""
@@ -96,12 +112,13 @@ class Ours:
         objective, audio = self.objective, self.batch["audio"]
         key, rows = jax.random.key(0), jnp.arange(len(audio))
         keys = [step.row_keys(each, rows) for each in jax.random.split(key, 3)[:2]]
-        wave = audio[:, self.config.teacher.rvq_vae.context :].astype(jnp.float32) / 32768
+        wave = audio[:, -self.config.data.num_samples :].astype(jnp.float32) / 32768
         mask = objective.mask(keys[0], objective.num_frames(wave.shape[-1]))
         loss = functools.partial(step.loss_fn, objective=objective, train=True)
-        gradient, sums = jax.jit(jax.grad(loss, has_aux=True))(
-            params, self.teachers, audio, rows, key
-        )
+        with jax.default_matmul_precision("float32"):  # GPUs round to TF32 otherwise
+            gradient, sums = jax.jit(jax.grad(loss, has_aux=True))(
+                params, self.teachers, audio, rows, key
+            )
         norm = optax.tree.norm(gradient) / sums.frames
         mixed = np.asarray(objective.mixture(keys[1], wave))
         return float(sums.loss / sums.frames), float(norm), np.asarray(mask), mixed
@@ -121,75 +138,104 @@ def _weights(peer: Any, student: Any) -> Any:
     }
 
 
-def check(size: str, clips: int, checkpoint: str, device: str) -> None:
+def check(name: str, clips: int, checkpoint: str, device: str) -> None:
     """UserError where loss or gradient norm of the two sides differ by more than 1e-3."""
     import torch
 
     from tests.benchmarks.pytorch_recipe import Recipe
 
     torch.manual_seed(0)
+    size = name.partition("_")[0]  # all rows of a size have the same student and objective
     plain = config(size, clips, checkpoint, half=False, dropout=False)
     ours, peer = Ours(plain), Recipe(plain, checkpoint, compiled=False, device=device)
     *found, mask, mixed = ours.check(_weights(peer, ours.student))
     tensor = functools.partial(torch.tensor, device=device)
-    codes, cqt, _ = peer.targets(tensor(_audio(plain)))
+    codes, cqt, _ = peer.targets(tensor(batch(plain)["audio"]))
     theirs = peer.update(codes, cqt, tensor(mixed), tensor(mask))
-    for name, a, b in zip(("loss", "gradient norm"), found, theirs, strict=True):
+    for what, a, b in zip(("loss", "gradient norm"), found, theirs, strict=True):
         if abs(a - b) > 1e-3 * abs(b):
-            raise UserError(f"step_{size}: our {name} is {a:.6g}, PyTorch's {b:.6g}")
+            raise UserError(f"step_{name}: our {what} is {a:.6g}, PyTorch's {b:.6g}")
 
 
-def side(name: str, size: str, clips: int, checkpoint: str, device: str) -> Callable[[], Any]:
-    """A call of one step: `ours`, or the peer's `eager` or `compiled`."""
-    settings = config(size, clips, checkpoint, half=device == "cuda", dropout=True)
-    if name == "ours":
-        return Ours(settings).step()
+def peer(mode: str, settings: ConfigDict, checkpoint: str, device: str) -> Callable[[], Any]:
+    """A call of one step of the peer, `eager` or `compiled`."""
     import torch
 
     from tests.benchmarks.pytorch_recipe import Recipe
 
     torch.set_num_threads(measure.THREADS)
-    peer = Recipe(settings, checkpoint, name == "compiled", device)
-    audio = torch.tensor(_audio(settings), device=device)
-    return lambda: peer.step(audio)
+    recipe = Recipe(settings, checkpoint, mode == "compiled", device)
+    found = batch(settings)
+    audio, codes = torch.tensor(found["audio"], device=device), None
+    if "codes" in found:
+        codes = torch.tensor(np.int64(found["codes"]["rvq_vae"]), device=device)
+    return lambda: recipe.step(audio, codes)
 
 
-def run_case() -> None:
-    """What a peak of memory is measured of."""
-    name, size, clips, checkpoint, device = os.environ[CASE].split()
-    side(name, size, int(clips), checkpoint, device)()
+def run_case() -> float | None:
+    """What a peak of memory is measured of; on a GPU the MiB of its own."""
+    side, name, clips, checkpoint, device = os.environ[CASE].split()
+    settings = config(name, int(clips), checkpoint, half=device == "cuda", dropout=True)
+    run = (
+        Ours(settings).compiled()[0] if side == "ours" else peer(side, settings, checkpoint, device)
+    )
+    run()
+    if device == "cpu":
+        return None
+    if side == "ours":
+        import jax
+
+        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
-def rows(sizes: Sequence[str] = ("95m",), clips: int = 0) -> Iterator[dict[str, Any]]:
-    """The rows `step_SIZE`, with the model's `flops_per_s` of both sides."""
+def row(name: str, clips: int, checkpoint: str, device: str) -> dict[str, Any]:
+    """The row `step_NAME`, with `flops_per_s` and, of a known device, `mfu` of both sides."""
+    import jax
+
+    check(name, min(clips, 4), checkpoint, device)
+    settings = config(name, clips, checkpoint, half=device == "cuda", dropout=True)
+    ours = Ours(settings)
+    sides = {mode: peer(mode, settings, checkpoint, device) for mode in MODES}
+    seconds = measure.interleaved(
+        {"ours": ours.compiled()[0]} | sides, 5 if device == "cpu" else 20
+    )
+    best = min(MODES, key=lambda mode: np.median(seconds[mode]))
+    mib = []
+    for side in ("ours", best):
+        os.environ[CASE] = " ".join(map(str, (side, name, clips, checkpoint, device)))
+        mib.append(measure.peak_mib(run_case))
+    label = f"PyTorch recipe, {best}, {clips} clips"
+    found = measure.row(f"step_{name}", label, seconds["ours"], seconds[best], tuple(mib))
+    flops = 3 * clips * ours.student.flops(settings.data.num_samples)
+    found["flops_per_s"] = [flops / found["ours_s"], flops / found["peer_s"]]
+    if peak := chips.peak_flops(jax.devices()[0].device_kind):
+        found["mfu"] = [rate / peak for rate in found["flops_per_s"]]
+    return found
+
+
+def rows(names: Sequence[str] = ("95m",), clips: int = 0) -> Iterator[dict[str, Any]]:
+    """The rows `step_NAME`; UserError without torch, or where only torch has the GPU."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer is on the same GPU
+    import jax
+
     try:
         import torch
     except ImportError as e:
         raise UserError(f"step: {e}; pip install mert_jax[peers]") from e
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    clips = clips or (16 if device == "cuda" else 4)
+    if device == "cuda" and jax.default_backend() != "gpu":
+        raise UserError("step: torch has a GPU and jax none; pip install mert_jax[cuda]")
     with tempfile.TemporaryDirectory() as folder:
         rvq_vae.write_checkpoint(folder)
-        for size in sizes:
-            check(size, min(clips, 4), folder, device)
-            case = size, clips, folder, device
-            seconds = measure.interleaved(
-                {name: side(name, *case) for name in ("ours", *MODES)}, 3 if device == "cpu" else 20
-            )
-            best = min(MODES, key=lambda mode: np.median(seconds[mode]))
-            mib = []
-            for name in ("ours", best):
-                os.environ[CASE] = " ".join(map(str, (name, *case)))
-                mib.append(measure.peak_mib(run_case))
-            label = f"PyTorch recipe, {best}, {clips} clips"
-            row = measure.row(f"step_{size}", label, seconds["ours"], seconds[best], tuple(mib))
-            settings = config(size, clips, folder, half=False, dropout=True)
-            flops = 3 * clips * Ours(settings).student.flops(settings.data.num_samples)
-            yield row | {"flops_per_s": [flops / row["ours_s"], flops / row["peer_s"]]}
+        for name in names:
+            yield row(name, clips or (16 if device == "cuda" else 4), folder, device)
 
 
 if __name__ == "__main__":
-    sizes = [each for each in sys.argv[1:] if each in SIZES]
-    numbers = [int(each) for each in sys.argv[1:] if each not in SIZES]
-    for each in rows(sizes or ("95m",), *numbers):
+    names = [each for each in sys.argv[1:] if each in NAMES]
+    numbers = [int(each) for each in sys.argv[1:] if each not in NAMES]
+    for each in rows(names or ("95m",), *numbers):
         print(each, flush=True)

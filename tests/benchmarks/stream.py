@@ -1,9 +1,12 @@
-"""Reading crops: records of raw int16 (ours) against records of FLAC (the peer).
+"""The input stream: batches of random crops of a prepared dataset, of raw int16 (ours) and of the
+same records in FLAC (the peer), which are decoded from the crop's start on.
 
 python -m tests.benchmarks.stream [FILE ...]    audio files, or else synthetic music
 """
 
 import io
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -15,9 +18,11 @@ import numpy as np
 import soundfile
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from mert_jax import decode, records
+from mert_jax import data, decode, records
+from tests.benchmarks import measure
 
-CHUNK, CROP, CLIPS, ROUNDS = 720_000, 122_880, 300, 3
+SAMPLES, BATCH, BATCHES, ROUNDS = 120_000, 50, 10, 5
+FOLDER = "MERT_JAX_BENCHMARK_FOLDER"  # a variable: processes measured for memory inherit it
 
 
 def synthetic(seconds: int) -> np.ndarray:
@@ -29,65 +34,106 @@ def synthetic(seconds: int) -> np.ndarray:
     return decode.to_int16(wave.astype(np.float32))[0]
 
 
-def _read(path: str) -> np.ndarray:
-    with decode.decode(path) as (_, blocks):
-        return np.concatenate([decode.to_int16(block)[0] for block in blocks])
+class _Flac:
+    """A record's audio as `data.RandomCrop` slices it, read from FLAC."""
+
+    def __init__(self, record: bytes):
+        self._file = soundfile.SoundFile(io.BytesIO(record))
+
+    def __len__(self) -> int:
+        return self._file.frames
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        self._file.seek(span.start)
+        return self._file.read(span.stop - span.start, dtype="int16")
 
 
-def _flac(audio: np.ndarray) -> bytes:
+class _FlacSource:
+    def __init__(self, path: str):
+        self._records = ArrayRecordDataSource([path])
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"audio": _Flac(self._records[index])}
+
+
+def _write(folder: str, files: Sequence[str]) -> list[float]:
+    """The dataset as `prepare` writes it, and its records in FLAC; MiB of both on disk."""
+    music, raw, flac = (os.path.join(folder, name) for name in ("music", "raw", "flac"))
+    os.mkdir(music)
+    for i, path in enumerate(files):
+        os.symlink(os.path.abspath(path), os.path.join(music, f"{i}_{os.path.basename(path)}"))
+    if not files:
+        soundfile.write(os.path.join(music, "a.wav"), synthetic(600), decode.SAMPLE_RATE)
+    flags = f"--input={music}", f"--output={raw}", "--validation_fraction=0"
+    command = [sys.executable, "-m", "mert_jax.prepare", *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    records.write_shard(flac, map(_encoded, records.open_source(raw, "train")))
+    sizes = [sum(x.stat().st_size for x in Path(raw).rglob("*.array_record*"))]
+    return [size / 2**20 for size in (*sizes, os.path.getsize(flac))]
+
+
+def _encoded(record: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
-    soundfile.write(buffer, audio, decode.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    options = dict(format="FLAC", subtype="PCM_16")
+    soundfile.write(buffer, record["audio"], decode.SAMPLE_RATE, **options)
     return buffer.getvalue()
 
 
-def _raw_crop(record: bytes, start: int) -> np.ndarray:
-    return np.frombuffer(record, "<i2")[start : start + CROP]
+def _ours() -> Any:
+    return records.open_source(os.path.join(os.environ[FOLDER], "raw"), "train")
 
 
-def _flac_crop(record: bytes, start: int) -> np.ndarray:
-    with soundfile.SoundFile(io.BytesIO(record)) as file:
-        file.seek(start)
-        return file.read(CROP, dtype="int16")
+def _peer() -> Any:
+    return _FlacSource(os.path.join(os.environ[FOLDER], "flac"))
 
 
-def _seconds_a_clip(path: str, crop: Callable[[bytes, int], np.ndarray]) -> float:
-    """CPU seconds to read one random crop as f32, the best of a few rounds."""
-    source = ArrayRecordDataSource([path])
-    best = float("inf")
-    for _ in range(ROUNDS):
-        rng = np.random.default_rng(0)
+def _seconds(source: Any) -> Callable[[], float]:
+    """A call that reads `BATCHES` of the training stream: CPU seconds a clip, of all threads."""
+    sizes = dict(num_samples=SAMPLES, hop=records.HOP_LENGTH, batch_size=BATCH)
+    stream = data.train_stream([source], seed=0, **sizes)
+
+    def run() -> float:
         begin = time.process_time()
-        for _ in range(CLIPS):
-            start = int(rng.integers((CHUNK - CROP) // records.HOP_LENGTH)) * records.HOP_LENGTH
-            crop(source[int(rng.integers(len(source)))], start).astype(np.float32)
-        best = min(best, (time.process_time() - begin) / CLIPS)
-    return best
+        for _ in range(BATCHES):
+            next(stream)
+        return (time.process_time() - begin) / (BATCHES * BATCH)
+
+    return run
+
+
+def run_ours() -> None:
+    """What `ours_mib` is the peak of: twenty times the clips of a call."""
+    run = _seconds(_ours())
+    for _ in range(20):
+        run()
+
+
+def run_peer() -> None:
+    """What `peer_mib` is the peak of: the same."""
+    run = _seconds(_peer())
+    for _ in range(20):
+        run()
 
 
 def rows(files: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The row `stream`: CPU seconds for a clip of 5 s, MiB on disk of the same chunks."""
-    waves = [_read(path) for path in files] or [synthetic(600)]
-    chunks = [w[a:b] for w in waves for a, b in records.chunk_spans(len(w), CHUNK, CROP)]
-    chunks = [chunk[:CHUNK] for chunk in chunks if len(chunk) >= CHUNK]
+    """The row `stream`: CPU seconds for a clip of 5 s."""
     with tempfile.TemporaryDirectory() as folder:
-        raw, flac = Path(folder) / "raw", Path(folder) / "flac"
-        records.write_shard(str(raw), (chunk.tobytes() for chunk in chunks))
-        records.write_shard(str(flac), (_flac(chunk) for chunk in chunks))
-        ours, peer = _seconds_a_clip(str(raw), _raw_crop), _seconds_a_clip(str(flac), _flac_crop)
-        sizes = [path.stat().st_size / 2**20 for path in (raw, flac)]
-    return [
-        {
-            "name": "stream",
-            "peer": "FLAC records",
-            "ours_s": ours,
-            "peer_s": peer,
-            "ratio": peer / ours,
-            "ours_mib": sizes[0],
-            "peer_mib": sizes[1],
-        }
-    ]
+        os.environ[FOLDER] = folder
+        sizes = _write(folder, files)
+        sides = _seconds(_ours()), _seconds(_peer())
+        for side in sides:
+            side()
+        ours, peer = zip(*([side() for side in sides] for _ in range(ROUNDS)), strict=True)
+        mib = measure.peak_mib(run_ours), measure.peak_mib(run_peer)
+    row = measure.row("stream", "FLAC records", ours, peer, mib)
+    rates = [1 / row[side] for side in ("ours_s", "peer_s")]
+    note = "{:.0f} and {:.0f} clips a second and core, {:.0f} and {:.0f} MiB on disk"
+    return [row | {"note": note.format(*rates, *sizes), "clips_per_s": rates[0]}]
 
 
 if __name__ == "__main__":
     for row in rows(sys.argv[1:]):
-        print(row, f"{1 / row['ours_s']:.0f} against {1 / row['peer_s']:.0f} clips a second a core")
+        print(row)

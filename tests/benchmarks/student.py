@@ -35,6 +35,11 @@ SAMPLES = 120_000
 CASE = "MERT_JAX_BENCHMARK_CASE"  # a variable: processes measured for memory inherit it
 
 
+def names(size: str) -> list[str]:
+    """The cases of a size."""
+    return [case for case, (of, _, _) in CASES.items() if of == size]
+
+
 # the libraries are imported where they are used: a process measured for memory has its own only
 @functools.cache
 def _config(size: str) -> Any:
@@ -61,7 +66,8 @@ def _ours(case: str, state: dict[str, np.ndarray] | None = None) -> Callable[[],
     import jax.numpy as jnp
     from flax import linen as nn
 
-    from mert_jax.formats import huggingface, names
+    from mert_jax.formats import huggingface
+    from mert_jax.formats.names import params_from_hf
 
     size, backward, clips = CASES[case]
     options = dict(SIZES[size], intermediate_size=4 * SIZES[size]["hidden_size"])
@@ -70,7 +76,7 @@ def _ours(case: str, state: dict[str, np.ndarray] | None = None) -> Callable[[],
         init = lambda: nn.unbox(student.init(jax.random.key(0), jnp.zeros((1, 4_000)))["params"])
         params = jax.jit(init)()
     else:
-        params = jax.device_put(names.params_from_hf(state, student))
+        params = jax.device_put(params_from_hf(state, student))
     wave = jax.device_put(music(clips, SAMPLES))
     last = lambda params, wave: student.apply({"params": params}, wave).last_hidden_state
     loss = lambda params, wave: jnp.square(last(params, wave)).mean()
@@ -103,12 +109,13 @@ def _error(case: str, ours: Any, theirs: Any, model: Any) -> float:
         return float(np.abs(np.asarray(ours) - theirs).max())
     import jax
 
-    from mert_jax.formats import huggingface, names
+    from mert_jax.formats import huggingface
+    from mert_jax.formats.names import params_from_hf
 
     student = huggingface.student(model.config.to_dict())
     zero = lambda p: p.detach() * 0  # of what no loss reaches: the mask's embedding
     gradients = {n: (zero(p) if p.grad is None else p.grad) for n, p in model.named_parameters()}
-    theirs = names.params_from_hf({n: x.numpy() for n, x in gradients.items()}, student)
+    theirs = params_from_hf({n: x.numpy() for n, x in gradients.items()}, student)
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
     return measure.relative_l2(flat(ours), flat(theirs))
 
@@ -145,9 +152,9 @@ def row(case: str) -> dict[str, Any]:
     return measure.row(case, f"HubertModel, {best}", seconds["ours"], seconds[best], mib)
 
 
-def rows(names: Sequence[str] = tuple(CASES)) -> Iterator[dict[str, Any]]:
+def rows(cases: Sequence[str] = tuple(CASES)) -> Iterator[dict[str, Any]]:
     """The rows of `CASES`, each as soon as it is there."""
-    yield from map(row, names)
+    yield from map(row, cases)
 
 
 if __name__ == "__main__":
