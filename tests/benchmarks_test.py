@@ -1,18 +1,21 @@
 """The benchmarks' table and picture; `-m slow`: their bars."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.benchmarks import growth, table
+from tests.benchmarks import growth, measure, table
 
 FOLDER = Path(__file__).parent / "benchmarks"
 README = Path(__file__).parent.parent / "README.md"
-WITH_BARS = "cqt_nnaudio,rvq_vae,stream"
+WITH_BARS = "cqt_nnaudio,rvq_vae,student_95m,step,stream"
 ROW = {
     "name": "rvq_vae",
     "peer": "theirs",
@@ -34,11 +37,14 @@ def test_the_readme_has_what_was_measured():
 
 
 def test_a_row_of_the_table():
-    with_mfu = ROW | {"name": "other", "mfu": [0.41, 0.2]}
+    with_mfu = measure.with_flops(ROW | {"name": "other", "mfu": [0.41, 0.2]}, 1e10)
     *_, first, second = table.markdown([ROW, with_mfu]).splitlines()
     cells = "50 ms (40 to 60) | 0.2 s | 4.00x"
     assert first == f"| rvq_vae | theirs | {cells} | 2x | 10, 20 |"
-    assert second == f"| other, MFU 0.410 and 0.200 | theirs | {cells} |  | 10, 20 |"
+    assert (
+        second
+        == f"| other, 200 and 50 GFLOP/s, MFU 0.410 and 0.200 | theirs | {cells} |  | 10, 20 |"
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,6 +72,49 @@ def test_the_slope_of_growth():
         "a line: slope 1.50",
         "a line: slope 1.00",
     ]
+
+
+def noting(path, mib):
+    """A side: its calls note their process; it holds memory."""
+    held = np.ones(mib * 2**17)
+
+    def run():
+        with open(path, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.3)
+        return held
+
+    return run
+
+
+def failing():
+    raise ValueError("no such thing")
+
+
+def test_sides_take_turns_in_processes_of_their_own(tmp_path):
+    path = tmp_path / "calls"
+    sides = {"ours": (noting, str(path), 10), "peer": (noting, str(path), 210)}
+    times = measure.apart(sides, rounds=2, calls=5)
+    turns = [[*turn] for _, turn in itertools.groupby(path.read_text().split())]
+    assert [len(turn) for turn in turns] == [6] * 4  # one of six is not timed
+    (ours, *_), (peer, *_) = turns[:2]
+    assert turns[2:] == [[ours] * 6, [peer] * 6]
+    assert len({os.getpid(), int(ours), int(peer)}) == 3
+    for timing in times.values():
+        assert len(timing.seconds) == 10
+        assert min(timing.seconds) >= 0.3
+    assert times["peer"].mib - times["ours"].mib == pytest.approx(200, abs=20)
+
+
+def test_a_turn_lasts_a_second(tmp_path):
+    times = measure.apart({"ours": (noting, str(tmp_path / "calls"), 1)}, rounds=1, calls=2)
+    assert len(times["ours"].seconds) > 2  # of 0.3 s
+
+
+def test_a_side_that_fails_ends_it(capfd):
+    with pytest.raises(RuntimeError, match="ended with code 1"):
+        measure.apart({"ours": (failing,)})
+    assert "ValueError: no such thing" in capfd.readouterr().err
 
 
 @pytest.mark.slow

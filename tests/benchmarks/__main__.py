@@ -11,13 +11,25 @@ import json
 from absl import flags
 
 from mert_jax import atomic, cli
-from tests.benchmarks import cqt, extract, prepare, rvq_vae, step, stream, student, table, teachers
+from tests.benchmarks import (
+    cqt,
+    extract,
+    prepare,
+    product,
+    rvq_vae,
+    step,
+    stream,
+    student,
+    table,
+    teachers,
+)
 
 BENCHMARKS = {
     "cqt_nnaudio": cqt.nnaudio_rows,
     "cqt_librosa": cqt.librosa_rows,
     "rvq_vae": rvq_vae.rows,
     "teachers": teachers.rows,
+    "product": product.rows,
     "student_95m": functools.partial(student.rows, student.names("95m")),
     "student_330m": functools.partial(student.rows, student.names("330m")),
     "step": step.rows,

@@ -24,8 +24,9 @@ def _music() -> np.ndarray:
     return (0.05 * partials.sum(1) + 0.01 * rng.normal(size=(CLIPS, SAMPLES))).astype(np.float32)
 
 
-# the libraries are imported where they are used: a process measured for memory has its own only
-def _ours() -> Callable[[], np.ndarray]:
+# the libraries are imported where they are used: each side's process has its own only
+def ours() -> Callable[[], np.ndarray]:
+    """A call of ours."""
     import jax
 
     from mert_jax import teachers
@@ -36,7 +37,8 @@ def _ours() -> Callable[[], np.ndarray]:
     return lambda: np.asarray(apply(params, wave))
 
 
-def _nnaudio() -> Callable[[], np.ndarray]:
+def nnaudio() -> Callable[[], np.ndarray]:
+    """A call of nnAudio's."""
     import torch
     from nnAudio.features.cqt import CQT1992v2
 
@@ -51,52 +53,33 @@ def _nnaudio() -> Callable[[], np.ndarray]:
     return run
 
 
-def _librosa() -> Callable[[], np.ndarray]:
-    import librosa
+def librosa() -> Callable[[], np.ndarray]:
+    """A call of librosa's, of all clips: faster than a call each."""
+    from librosa import cqt
 
-    wave = _music()  # all clips in one call: faster than a call each
-    return lambda: np.abs(librosa.cqt(wave, sr=24_000, **SIZES)).swapaxes(1, 2)
-
-
-def run_ours() -> None:
-    """What `ours_mib` is the peak of."""
-    _ours()()
+    wave = _music()
+    return lambda: np.abs(cqt(wave, sr=24_000, **SIZES)).swapaxes(1, 2)
 
 
-def run_nnaudio() -> None:
-    """What `peer_mib` of `cqt_nnaudio` is the peak of."""
-    _nnaudio()()
-
-
-def run_librosa() -> None:
-    """What `peer_mib` of `cqt_librosa` is the peak of."""
-    _librosa()()
-
-
-def _row(
-    name: str, peer: str, theirs: Callable[[], np.ndarray], run: Callable, tolerance: float
-) -> dict[str, Any]:
-    ours = _ours()
-    error = measure.relative_l2(ours(), theirs())
+def _row(name: str, peer: str, theirs: Callable, tolerance: float) -> dict[str, Any]:
+    error = measure.relative_l2(ours()(), theirs()())
     if error > tolerance:
         raise UserError(f"{name}: ours is {error:.1e} away from {peer}, more than {tolerance}")
-    seconds = measure.interleaved({"ours": ours, "peer": theirs})
-    mib = measure.peak_mib(run_ours), measure.peak_mib(run)
-    return measure.row(name, peer, seconds["ours"], seconds["peer"], mib)
+    times = measure.apart({"ours": (ours,), "peer": (theirs,)})
+    return measure.row(name, peer, times["ours"], times["peer"])
 
 
 def nnaudio_rows() -> list[dict[str, Any]]:
     """The row `cqt_nnaudio`: seconds for the batch."""
     try:
-        theirs = _nnaudio()
+        return [_row("cqt_nnaudio", "nnAudio CQT1992v2", nnaudio, 1e-4)]
     except ImportError as error:
         raise UserError(f"cqt_nnaudio: {error}; pip install mert_jax[peers]") from error
-    return [_row("cqt_nnaudio", "nnAudio CQT1992v2", theirs, run_nnaudio, 1e-4)]
 
 
 def librosa_rows() -> list[dict[str, Any]]:
     """The row `cqt_librosa`: seconds for the batch."""
-    return [_row("cqt_librosa", "librosa.cqt", _librosa(), run_librosa, 2e-2)]
+    return [_row("cqt_librosa", "librosa.cqt", librosa, 2e-2)]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ states, on the CPU; 1 and 8 files of 5 s (the peer's in one batch) and of 60 s (
 python -m tests.benchmarks.extract [CASE ...]
 """
 
-import functools
 import os
 import sys
 import tempfile
@@ -19,8 +18,6 @@ from tests.benchmarks import measure
 from tests.benchmarks.rvq_vae import music
 
 CASES = {"1x5s": (1, 5), "8x5s": (8, 5), "1x60s": (1, 60), "8x60s": (8, 60)}
-REPEATS = {"1x5s": 5, "8x5s": 5, "1x60s": 3, "8x60s": 1}
-FOLDER = "MERT_JAX_BENCHMARK_FOLDER"  # a variable: processes measured for memory inherit it
 RATE = 24_000
 
 
@@ -50,82 +47,61 @@ def _file(folder: str, seconds: int, number: int) -> str:
     return os.path.join(folder, f"{seconds}s_{number}.wav")
 
 
-def _files(number: int, seconds: int) -> list[str]:
-    return [_file(os.environ[FOLDER], seconds, i) for i in range(number)]
+def _files(folder: str, number: int, seconds: int) -> list[str]:
+    return [_file(folder, seconds, i) for i in range(number)]
 
 
 def _read(path: str) -> np.ndarray:
     return soundfile.read(path, dtype="float32")[0]
 
 
-# the libraries are imported where they are used: a process measured for memory has its own only
-@functools.cache
-def _model() -> Any:
+# the libraries are imported where they are used: each side's process has its own only
+def ours(folder: str, number: int, seconds: int) -> Callable[[], list[np.ndarray]]:
+    """A call of ours: hidden states [13, T, 768] of each file."""
     import mert_jax
 
-    return mert_jax.load(os.path.join(os.environ[FOLDER], "model"))
+    model, files = mert_jax.load(os.path.join(folder, "model")), _files(folder, number, seconds)
+    return lambda: list(model.embed(map(_read, files)))
 
 
-def ours(number: int, seconds: int) -> Iterator[np.ndarray]:
-    """Hidden states [13, T, 768] of each file."""
-    return _model().embed(map(_read, _files(number, seconds)))
-
-
-@functools.cache
-def _peer() -> Any:
+def transformers(folder: str, number: int, seconds: int) -> Callable[[], list[np.ndarray]]:
+    """A call of transformers': the same."""
     import torch
     from transformers import HubertModel
 
     torch.set_num_threads(measure.THREADS)
-    return HubertModel.from_pretrained(os.path.join(os.environ[FOLDER], "model")).eval()
+    model = HubertModel.from_pretrained(os.path.join(folder, "model")).eval()
 
+    def run() -> list[np.ndarray]:
+        waves = np.stack([_read(path) for path in _files(folder, number, seconds)])
+        found = []
+        for batch in [waves] if seconds == 5 else waves[:, None]:
+            with torch.no_grad():
+                states = model(torch.tensor(batch), output_hidden_states=True).hidden_states
+            found.extend(np.stack([x.numpy() for x in states], 1))
+        return found
 
-def transformers(number: int, seconds: int) -> Iterator[np.ndarray]:
-    """The same by transformers."""
-    import torch
-
-    waves = np.stack([_read(path) for path in _files(number, seconds)])
-    model = _peer()
-    for batch in [waves] if seconds == 5 else waves[:, None]:
-        with torch.no_grad():
-            states = model(torch.tensor(batch), output_hidden_states=True).hidden_states
-        yield from np.stack([x.numpy() for x in states], 1)
-
-
-def _peak(side: Callable[[int, int], Iterator[np.ndarray]], number: int, seconds: int) -> float:
-    os.environ["MERT_JAX_BENCHMARK_CASE"] = f"{side.__name__} {number} {seconds}"
-    return measure.peak_mib(run_case)
-
-
-def run_case() -> None:
-    """What a peak of memory is measured of."""
-    side, number, seconds = os.environ["MERT_JAX_BENCHMARK_CASE"].split()
-    for _ in {"ours": ours, "transformers": transformers}[side](int(number), int(seconds)):
-        pass
+    return run
 
 
 def rows(cases: Sequence[str] = tuple(CASES)) -> Iterator[dict[str, Any]]:
     """The rows `extract_CASE`: seconds for all files of a case; UserError where the two differ."""
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[FOLDER] = folder
         write_inputs(folder)
         for case in cases:
             number, seconds = CASES[case]
             try:
-                pairs = zip(ours(1, seconds), transformers(1, seconds), strict=True)
-                error = max(float(np.abs(a - b).max()) for a, b in pairs)
+                found, wanted = (side(folder, 1, seconds)()[0] for side in (ours, transformers))
             except ImportError as e:
                 raise UserError(f"extract: {e}; pip install mert_jax[peers]") from e
+            error = float(np.abs(found - wanted).max())
             if error > 1e-4:
                 raise UserError(f"extract: hidden states differ by {error:.1e} from transformers'")
-            sides = {
-                "ours": lambda n=number, s=seconds: list(ours(n, s)),
-                "peer": lambda n=number, s=seconds: list(transformers(n, s)),
-            }
-            times = measure.interleaved(sides, REPEATS[case])
-            mib = _peak(ours, number, seconds), _peak(transformers, number, seconds)
+            files = folder, number, seconds
+            sides = {"ours": (ours, *files), "peer": (transformers, *files)}
+            times = measure.apart(sides, calls=3 if seconds == 5 else 1)
             peer = "transformers HubertModel"
-            yield measure.row(f"extract_{case}", peer, times["ours"], times["peer"], mib)
+            yield measure.row(f"extract_{case}", peer, times["ours"], times["peer"])
 
 
 if __name__ == "__main__":

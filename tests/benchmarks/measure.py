@@ -1,50 +1,68 @@
-"""What benchmarks share: fair timing of two sides, the memory of a process, a row."""
+"""What benchmarks share: sides timed in processes of their own, and a row of two of them.
 
+A side is a function of a module's top level and its arguments, which builds the call that is timed.
+Its process has only the libraries and the compilation that it needs, and no memory but its own.
+"""
+
+import dataclasses
+import importlib
+import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 THREADS = len(os.sched_getaffinity(0))  # for each side
-_PEAK = """
-import re
-from {module} import {name}
-found = {name}()
-# not ru_maxrss: that starts at what the parent used
-peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())
-print(int(peak[1]) / 1024 if found is None else found)
-"""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu: of all threads
+
+
+@dataclasses.dataclass
+class Timing:
+    """Seconds of a side's calls, and the peak memory of its process, on a GPU the GPU's."""
+
+    seconds: list[float]
+    mib: float = 0.0
+
+
+def apart(
+    sides: dict[str, tuple[Any, ...]],
+    rounds: int = 3,
+    calls: int = 3,
+    clock: str = "wall",
+    device: str = "cpu",
+) -> dict[str, Timing]:
+    """Time sides (function, *arguments), each in a process of its own, which take turns: all meet
+    the same load. A turn is so many calls in a row, as a run has them, or a second of them, after
+    one that is not timed. The memory is that of a device: `cpu` or `cuda`."""
+    processes = {name: _start(clock, device, *side) for name, side in sides.items()}
+    timings = {name: Timing([]) for name in sides}
+    try:
+        for name in [*sides] * rounds:
+            seconds, timings[name].mib = _turn(processes[name], calls)
+            timings[name].seconds += seconds
+    finally:
+        for process in processes.values():
+            process.communicate()  # the end of its input is the end of it
+    return timings
 
 
 def interleaved(
     functions: dict[str, Callable[[], Any]], repeats: int = 7
 ) -> dict[str, list[float]]:
-    """Seconds of each function's calls, in turns so that all meet the same load, after one warm
-    call each; a function returns when its result is there."""
+    """Seconds of each function's calls in this process, in turns, after one warm call each."""
     for function in functions.values():
         function()
     seconds = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            begin = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(_time(function, time.perf_counter))
     return seconds
-
-
-def peak_mib(function: Callable[[], Any]) -> float:
-    """Peak memory of a fresh process that imports `function`, of a module's top level, and calls
-    it: with the libraries and compilation it needs. Or what `function` returns, of a GPU's."""
-    module = function.__module__
-    if module == "__main__":
-        module = sys.modules[module].__spec__.name
-    code = _PEAK.format(module=module, name=function.__name__)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
 
 
 def relative_l2(a: np.ndarray, exact: np.ndarray) -> float:
@@ -52,18 +70,86 @@ def relative_l2(a: np.ndarray, exact: np.ndarray) -> float:
     return float(np.linalg.norm(a - exact) / np.linalg.norm(exact))
 
 
-def row(
-    name: str, peer: str, ours_s: Sequence[float], peer_s: Sequence[float], mib: tuple[float, float]
-) -> dict[str, Any]:
-    """One row of medians, with the range of the times beside them; mib: ours, the peer's."""
+def row(name: str, peer: str, ours: Timing, theirs: Timing) -> dict[str, Any]:
+    """One row of medians, with the range of the times beside them."""
+    ours_s, peer_s = np.median(ours.seconds), np.median(theirs.seconds)
     return {
         "name": name,
         "peer": peer,
-        "ours_s": float(np.median(ours_s)),
-        "peer_s": float(np.median(peer_s)),
-        "ratio": float(np.median(peer_s) / np.median(ours_s)),
-        "ours_mib": mib[0],
-        "peer_mib": mib[1],
-        "ours_range_s": [min(ours_s), max(ours_s)],
-        "peer_range_s": [min(peer_s), max(peer_s)],
+        "ours_s": float(ours_s),
+        "peer_s": float(peer_s),
+        "ratio": float(peer_s / ours_s),
+        "ours_mib": ours.mib,
+        "peer_mib": theirs.mib,
+        "ours_range_s": [min(ours.seconds), max(ours.seconds)],
+        "peer_range_s": [min(theirs.seconds), max(theirs.seconds)],
     }
+
+
+def with_flops(row: dict[str, Any], flops: float) -> dict[str, Any]:
+    """The row of a call of so many FLOPs, with both sides' FLOPs a second."""
+    return row | {"flops_per_s": [flops / row[side] for side in ("ours_s", "peer_s")]}
+
+
+def faster(timings: dict[str, Timing], names: Sequence[str]) -> str:
+    """The one of `names` with the lowest median."""
+    return min(names, key=lambda name: np.median(timings[name].seconds))
+
+
+def _start(
+    clock: str, device: str, function: Callable[..., Any], *arguments: Any
+) -> subprocess.Popen:
+    module = function.__module__
+    if module == "__main__":
+        module = sys.modules[module].__spec__.name
+    what = json.dumps([clock, device, module, function.__name__, *arguments])
+    command = [sys.executable, "-m", "tests.benchmarks.measure", what]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(command, text=True, cwd=Path(__file__).parents[2], **pipes)
+
+
+def _turn(process: subprocess.Popen, calls: int) -> tuple[list[float], float]:
+    """Have a process make so many calls or more: their seconds, and its peak memory by now, MiB."""
+    try:
+        print(calls, file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+    except BrokenPipeError:
+        answer = ""
+    if not answer:
+        raise RuntimeError(f"a benchmark's process ended with code {process.wait()}, see above")
+    return json.loads(answer)
+
+
+def _time(function: Callable[[], Any], clock: Callable[[], float]) -> float:
+    begin = clock()
+    function()
+    return clock() - begin
+
+
+def _serve(clock: str, device: str, module: str, name: str, *arguments: Any) -> None:
+    """The other end of `_turn`."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    run = getattr(importlib.import_module(module), name)(*arguments)
+    for line in sys.stdin:
+        run()
+        seconds, end = [], time.perf_counter() + 1
+        while len(seconds) < int(line) or time.perf_counter() < end:
+            seconds.append(_time(run, CLOCKS[clock]))
+        print(json.dumps([seconds, _peak_mib(device)]), file=answers, flush=True)
+
+
+def _peak_mib(device: str) -> float:
+    if device == "cpu":
+        # not ru_maxrss: that starts at what the parent used
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+    if torch := sys.modules.get("torch"):  # of our side torch is no part
+        return torch.cuda.max_memory_allocated() / 2**20
+    import jax
+
+    return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20
+
+
+if __name__ == "__main__":
+    _serve(*json.loads(sys.argv[1]))

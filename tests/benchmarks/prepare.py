@@ -3,72 +3,73 @@
 python -m tests.benchmarks.prepare [FILE ...]    audio files, or else synthetic Vorbis
 """
 
-import subprocess
+import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import soundfile
 
-from mert_jax import decode
 from tests.benchmarks import measure
-from tests.benchmarks.stream import synthetic
-
-_MEASURE = """
-import re, sys, time
-{setup}
-run(sys.argv[1])
-best = float("inf")
-for _ in range(3):
-    begin = time.process_time()
-    for path in sys.argv[1:]:
-        run(path)
-    best = min(best, time.process_time() - begin)
-# not ru_maxrss: that starts at what the parent used
-print(best, int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024)
-"""
-_OURS = """
-from mert_jax.decode import decode, to_int16
-def run(path):
-    with decode(path) as (header, blocks):
-        for block in blocks:
-            to_int16(block)[0].tobytes()
-"""
-_PEER = """
-import librosa, numpy as np
-def run(path):
-    wave = librosa.load(path, sr=24_000, mono=True, res_type="soxr_hq")[0]
-    np.clip(np.rint(wave * 32768), -32768, 32767).astype("<i2").tobytes()
-"""
 
 
-def _measure(setup: str, files: Sequence[str]) -> tuple[float, float]:
-    command = [sys.executable, "-c", _MEASURE.format(setup=setup), *files]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seconds, mib = map(float, done.stdout.split())
-    return seconds, mib
+# the libraries are imported where they are used: each side's process has its own only
+def ours(files: Sequence[str]) -> Callable[[], None]:
+    """A call that decodes all files, in blocks, to bytes of int16."""
+    from mert_jax import decode
+
+    def run() -> None:
+        for path in files:
+            with decode.decode(path) as (_, blocks):
+                for block in blocks:
+                    decode.to_int16(block)[0].tobytes()
+
+    return run
+
+
+def peer(files: Sequence[str]) -> Callable[[], None]:
+    """The same, each file at once, by librosa."""
+    import librosa
+
+    def run() -> None:
+        for path in files:
+            wave = librosa.load(path, sr=24_000, mono=True, res_type="soxr_hq")[0]
+            np.clip(np.rint(wave * 32768), -32768, 32767).astype("<i2").tobytes()
+
+    return run
+
+
+def _write(path: str) -> None:
+    from mert_jax import decode
+    from tests.benchmarks import stream
+
+    rate = 2 * decode.SAMPLE_RATE
+    mono = stream.synthetic(1_200)  # played twice as fast: ten minutes at 48 kHz
+    with soundfile.SoundFile(path, "w", rate, 2, "VORBIS") as file:
+        for start in range(0, len(mono), rate):  # libsndfile crashes on minutes at once
+            file.write(mono[start : start + rate, None].repeat(2, axis=1))
 
 
 def _seconds(path: str) -> float:
+    from mert_jax import decode
+
     with decode.decode(path) as (_, blocks):
         return sum(len(block) for block in blocks) / decode.SAMPLE_RATE
 
 
 def rows(files: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The row `prepare`: CPU seconds of one core for all files, peak memory of the process."""
+    """The row `prepare`: CPU seconds of all threads for all files."""
     with tempfile.TemporaryDirectory() as folder:
         if not files:
             files = [f"{folder}/music.ogg"]
-            rate = 2 * decode.SAMPLE_RATE
-            mono = synthetic(1_200)  # played twice as fast: ten minutes at 48 kHz
-            with soundfile.SoundFile(files[0], "w", rate, 2, "VORBIS") as file:
-                for start in range(0, len(mono), rate):  # libsndfile crashes on minutes at once
-                    file.write(mono[start : start + rate, None].repeat(2, axis=1))
+            _write(files[0])
         hours = sum(_seconds(path) for path in files) / 3600
-        (ours, ours_mib), (peer, peer_mib) = _measure(_OURS, files), _measure(_PEER, files)
-    row = measure.row("prepare", "librosa.load", [ours], [peer], (ours_mib, peer_mib))
-    rates = [60 * hours / seconds for seconds in (ours, peer)]
+        files = [os.path.abspath(path) for path in files]
+        times = measure.apart({"ours": (ours, files), "peer": (peer, files)}, clock="cpu")
+    row = measure.row("prepare", "librosa.load", times["ours"], times["peer"])
+    rates = [60 * hours / row[side] for side in ("ours_s", "peer_s")]
     return [row | {"note": "{:.1f} and {:.1f} hours of audio a minute and core".format(*rates)}]
 
 

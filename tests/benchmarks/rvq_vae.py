@@ -3,7 +3,6 @@
 python -m tests.benchmarks.rvq_vae
 """
 
-import os
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,6 @@ from mert_jax.cli import UserError
 from tests.benchmarks import measure
 
 CLIPS, SAMPLES, BOOKS = 8, 120_000, 8
-CHECKPOINT = "MERT_JAX_BENCHMARK_CHECKPOINT"  # a variable: processes measured for memory inherit it
 
 
 def music(clips: int, samples: int) -> np.ndarray:
@@ -46,24 +44,26 @@ def write_checkpoint(folder: str) -> None:
     encodec.write(folder, jax.tree.map(np.asarray, params))
 
 
-# the libraries are imported where they are used: a process measured for memory has its own only
-def _ours() -> Callable[[], np.ndarray]:
+# the libraries are imported where they are used: each side's process has its own only
+def ours(checkpoint: str) -> Callable[[], np.ndarray]:
+    """A call of ours: codes [CLIPS, T, BOOKS]."""
     import jax
 
     from mert_jax import teachers
 
-    teacher = teachers.make("rvq_vae", checkpoint=os.environ[CHECKPOINT])
+    teacher = teachers.make("rvq_vae", checkpoint=checkpoint)
     apply = jax.jit(teacher.apply)
     params, wave = jax.device_put((teacher.params, music(CLIPS, SAMPLES)))
     return lambda: np.asarray(apply(params, wave))
 
 
-def _transformers() -> Callable[[], np.ndarray]:
+def transformers(checkpoint: str) -> Callable[[], np.ndarray]:
+    """A call of transformers': the same."""
     import torch
     from transformers import EncodecModel
 
     torch.set_num_threads(measure.THREADS)
-    model = EncodecModel.from_pretrained(os.environ[CHECKPOINT]).eval()
+    model = EncodecModel.from_pretrained(checkpoint).eval()
     wave = torch.tensor(music(CLIPS, SAMPLES))[:, None]
 
     def run() -> np.ndarray:
@@ -73,34 +73,19 @@ def _transformers() -> Callable[[], np.ndarray]:
     return run
 
 
-def run_ours() -> None:
-    """What `ours_mib` is the peak of."""
-    _ours()()
-
-
-def run_transformers() -> None:
-    """What `peer_mib` is the peak of."""
-    _transformers()()
-
-
 def rows() -> list[dict[str, Any]]:
     """The row `rvq_vae`: seconds for the batch; UserError when more than one code in a thousand is
     another, as a few nearly tied ones are."""
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(folder)
-        os.environ[CHECKPOINT] = folder
         try:
-            theirs = _transformers()
+            other = float(np.mean(ours(folder)() != transformers(folder)()))
         except ImportError as error:
             raise UserError(f"rvq_vae: {error}; pip install mert_jax[peers]") from error
-        ours = _ours()
-        other = float(np.mean(ours() != theirs()))
         if other > 1e-3:
             raise UserError(f"rvq_vae: {other:.1%} of our codes are not transformers'")
-        seconds = measure.interleaved({"ours": ours, "peer": theirs})
-        mib = measure.peak_mib(run_ours), measure.peak_mib(run_transformers)
-    peer = "transformers EncodecModel"
-    return [measure.row("rvq_vae", peer, seconds["ours"], seconds["peer"], mib)]
+        times = measure.apart({"ours": (ours, folder), "peer": (transformers, folder)})
+    return [measure.row("rvq_vae", "transformers EncodecModel", times["ours"], times["peer"])]
 
 
 if __name__ == "__main__":

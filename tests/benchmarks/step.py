@@ -29,10 +29,9 @@ from tests.benchmarks import measure, rvq_vae
 SIZES = {"95m": "base", "330m": "large"}
 NAMES = ("95m", "330m", "95m_stored", "330m_stored")
 MODES = ("eager", "compiled")
-CASE = "MERT_JAX_BENCHMARK_CASE"  # a variable: processes measured for memory inherit it
 DROPOUTS = ("input_dropout", "hidden_dropout", "attention_dropout", "activation_dropout")
 # no random number of layers, which torch.compile would compile again and again
-SAME = {"model.layerdrop": 0.0, "accumulation": 1, "model.unroll": 1}
+SAME = {"model.layerdrop": 0.0, "model.unroll": 1, "model.remat": "dots", "accumulation": 1}
 
 
 def config(name: str, clips: int, checkpoint: str, half: bool, dropout: bool) -> ConfigDict:
@@ -60,7 +59,7 @@ def batch(config: ConfigDict) -> dict[str, Any]:
     return found
 
 
-# the libraries are imported where they are used: a process measured for memory has its own only
+# the libraries are imported where they are used: each side's process has its own only
 class Ours:
     """Our step for a config, its state begun."""
 
@@ -157,13 +156,20 @@ def check(name: str, clips: int, checkpoint: str, device: str) -> None:
             raise UserError(f"step_{name}: our {what} is {a:.6g}, PyTorch's {b:.6g}")
 
 
-def peer(mode: str, settings: ConfigDict, checkpoint: str, device: str) -> Callable[[], Any]:
+def ours(name: str, clips: int, checkpoint: str, device: str) -> Callable[[], Any]:
+    """A call of one step of ours."""
+    settings = config(name, clips, checkpoint, half=device == "cuda", dropout=True)
+    return Ours(settings).compiled()[0]
+
+
+def peer(mode: str, name: str, clips: int, checkpoint: str, device: str) -> Callable[[], Any]:
     """A call of one step of the peer, `eager` or `compiled`."""
     import torch
 
     from tests.benchmarks.pytorch_recipe import Recipe
 
     torch.set_num_threads(measure.THREADS)
+    settings = config(name, clips, checkpoint, half=device == "cuda", dropout=True)
     recipe = Recipe(settings, checkpoint, mode == "compiled", device)
     found = batch(settings)
     audio, codes = torch.tensor(found["audio"], device=device), None
@@ -172,45 +178,20 @@ def peer(mode: str, settings: ConfigDict, checkpoint: str, device: str) -> Calla
     return lambda: recipe.step(audio, codes)
 
 
-def run_case() -> float | None:
-    """What a peak of memory is measured of; on a GPU the MiB of its own."""
-    side, name, clips, checkpoint, device = os.environ[CASE].split()
-    settings = config(name, int(clips), checkpoint, half=device == "cuda", dropout=True)
-    run = (
-        Ours(settings).compiled()[0] if side == "ours" else peer(side, settings, checkpoint, device)
-    )
-    run()
-    if device == "cpu":
-        return None
-    if side == "ours":
-        import jax
-
-        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20
-    import torch
-
-    return torch.cuda.max_memory_allocated() / 2**20
-
-
 def row(name: str, clips: int, checkpoint: str, device: str) -> dict[str, Any]:
     """The row `step_NAME`, with `flops_per_s` and, of a known device, `mfu` of both sides."""
     import jax
 
     check(name, min(clips, 4), checkpoint, device)
     settings = config(name, clips, checkpoint, half=device == "cuda", dropout=True)
-    ours = Ours(settings)
-    sides = {mode: peer(mode, settings, checkpoint, device) for mode in MODES}
-    seconds = measure.interleaved(
-        {"ours": ours.compiled()[0]} | sides, 5 if device == "cpu" else 20
-    )
-    best = min(MODES, key=lambda mode: np.median(seconds[mode]))
-    mib = []
-    for side in ("ours", best):
-        os.environ[CASE] = " ".join(map(str, (side, name, clips, checkpoint, device)))
-        mib.append(measure.peak_mib(run_case))
+    case = name, clips, checkpoint, device
+    sides = {"ours": (ours, *case)} | {mode: (peer, mode, *case) for mode in MODES}
+    times = measure.apart(sides, calls=3 if device == "cpu" else 20, device=device)
+    best = measure.faster(times, MODES)
     label = f"PyTorch recipe, {best}, {clips} clips"
-    found = measure.row(f"step_{name}", label, seconds["ours"], seconds[best], tuple(mib))
-    flops = 3 * clips * ours.student.flops(settings.data.num_samples)
-    found["flops_per_s"] = [flops / found["ours_s"], flops / found["peer_s"]]
+    found = measure.row(f"step_{name}", label, times["ours"], times[best])
+    flops = 3 * clips * Ours(settings).student.flops(settings.data.num_samples)
+    found = measure.with_flops(found, flops)
     if peak := chips.peak_flops(jax.devices()[0].device_kind):
         found["mfu"] = [rate / peak for rate in found["flops_per_s"]]
     return found

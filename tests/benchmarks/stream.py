@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from mert_jax import data, decode, records
 from tests.benchmarks import measure
 
-SAMPLES, BATCH, BATCHES, ROUNDS = 120_000, 50, 10, 5
-FOLDER = "MERT_JAX_BENCHMARK_FOLDER"  # a variable: processes measured for memory inherit it
+SAMPLES, BATCH, BATCHES = 120_000, 50, 10
 
 
 def synthetic(seconds: int) -> np.ndarray:
@@ -82,53 +80,31 @@ def _encoded(record: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _ours() -> Any:
-    return records.open_source(os.path.join(os.environ[FOLDER], "raw"), "train")
+def ours(folder: str) -> Callable[[], Any]:
+    """A call that reads `BATCHES` of the training stream."""
+    return _read(records.open_source(os.path.join(folder, "raw"), "train"))
 
 
-def _peer() -> Any:
-    return _FlacSource(os.path.join(os.environ[FOLDER], "flac"))
+def peer(folder: str) -> Callable[[], Any]:
+    """The same from FLAC."""
+    return _read(_FlacSource(os.path.join(folder, "flac")))
 
 
-def _seconds(source: Any) -> Callable[[], float]:
-    """A call that reads `BATCHES` of the training stream: CPU seconds a clip, of all threads."""
+def _read(source: Any) -> Callable[[], Any]:
     sizes = dict(num_samples=SAMPLES, hop=records.HOP_LENGTH, batch_size=BATCH)
     stream = data.train_stream([source], seed=0, **sizes)
-
-    def run() -> float:
-        begin = time.process_time()
-        for _ in range(BATCHES):
-            next(stream)
-        return (time.process_time() - begin) / (BATCHES * BATCH)
-
-    return run
-
-
-def run_ours() -> None:
-    """What `ours_mib` is the peak of: twenty times the clips of a call."""
-    run = _seconds(_ours())
-    for _ in range(20):
-        run()
-
-
-def run_peer() -> None:
-    """What `peer_mib` is the peak of: the same."""
-    run = _seconds(_peer())
-    for _ in range(20):
-        run()
+    return lambda: [next(stream) for _ in range(BATCHES)]
 
 
 def rows(files: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The row `stream`: CPU seconds for a clip of 5 s."""
+    """The row `stream`: CPU seconds of all threads for a clip of 5 s; memory after 12,500 clips."""
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[FOLDER] = folder
         sizes = _write(folder, files)
-        sides = _seconds(_ours()), _seconds(_peer())
-        for side in sides:
-            side()
-        ours, peer = zip(*([side() for side in sides] for _ in range(ROUNDS)), strict=True)
-        mib = measure.peak_mib(run_ours), measure.peak_mib(run_peer)
-    row = measure.row("stream", "FLAC records", ours, peer, mib)
+        sides = {"ours": (ours, folder), "peer": (peer, folder)}
+        times = measure.apart(sides, rounds=5, calls=4, clock="cpu")
+    for timing in times.values():
+        timing.seconds = [seconds / (BATCHES * BATCH) for seconds in timing.seconds]
+    row = measure.row("stream", "FLAC records", times["ours"], times["peer"])
     rates = [1 / row[side] for side in ("ours_s", "peer_s")]
     note = "{:.0f} and {:.0f} clips a second and core, {:.0f} and {:.0f} MiB on disk"
     return [row | {"note": note.format(*rates, *sizes), "clips_per_s": rates[0]}]

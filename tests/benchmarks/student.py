@@ -1,14 +1,13 @@
 """The student against transformers' Hubert: the same weights and clips of 5 s in float32, forward,
 and forward with backward (of the mean square of the last hidden state).
 
-Rows `student_SIZE_forward_bB` and `student_SIZE_backward_bB`; the peer is the faster one of torch's
-eager mode and torch.compile. Without dropout on either side.
+Rows `student_SIZE_forward_bB` and `student_SIZE_backward_bB`, with the model's FLOPs a second; the
+peer is the faster one of torch's eager mode and torch.compile. Without dropout on either side;
+ours with remat "dots", which on CPUs takes no more time and less memory.
 
 python -m tests.benchmarks.student [NAME ...]
 """
 
-import functools
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -32,7 +31,6 @@ CASES = {
 }
 MODES = ("eager", "compiled")
 SAMPLES = 120_000
-CASE = "MERT_JAX_BENCHMARK_CASE"  # a variable: processes measured for memory inherit it
 
 
 def names(size: str) -> list[str]:
@@ -40,8 +38,7 @@ def names(size: str) -> list[str]:
     return [case for case, (of, _, _) in CASES.items() if of == size]
 
 
-# the libraries are imported where they are used: a process measured for memory has its own only
-@functools.cache
+# the libraries are imported where they are used: each side's process has its own only
 def _config(size: str) -> Any:
     from transformers import HubertConfig
 
@@ -60,18 +57,25 @@ def _peer(size: str) -> Any:
     return HubertModel(_config(size)).eval()
 
 
-def _ours(case: str, state: dict[str, np.ndarray] | None = None) -> Callable[[], Any]:
+def _student(case: str) -> Any:
+    from mert_jax.formats import huggingface
+
+    size, _, _ = CASES[case]
+    options = dict(SIZES[size], intermediate_size=4 * SIZES[size]["hidden_size"])
+    student = huggingface.student(options | {"do_stable_layer_norm": size == "330m"})
+    return student.clone(remat="dots")
+
+
+def ours(case: str, state: dict[str, np.ndarray] | None = None) -> Callable[[], Any]:
     """A call of ours: the last hidden state, or the gradients; with the peer's weights or any."""
     import jax
     import jax.numpy as jnp
     from flax import linen as nn
 
-    from mert_jax.formats import huggingface
     from mert_jax.formats.names import params_from_hf
 
-    size, backward, clips = CASES[case]
-    options = dict(SIZES[size], intermediate_size=4 * SIZES[size]["hidden_size"])
-    student = huggingface.student(options | {"do_stable_layer_norm": size == "330m"})
+    _, backward, clips = CASES[case]
+    student = _student(case)
     if state is None:
         init = lambda: nn.unbox(student.init(jax.random.key(0), jnp.zeros((1, 4_000)))["params"])
         params = jax.jit(init)()
@@ -84,11 +88,12 @@ def _ours(case: str, state: dict[str, np.ndarray] | None = None) -> Callable[[],
     return lambda: jax.block_until_ready(call(params, wave))
 
 
-def _transformers(case: str, mode: str, model: Any) -> Callable[[], Any]:
+def transformers(case: str, mode: str, model: Any = None) -> Callable[[], Any]:
     """A call of the peer: the last hidden state, or nothing, with gradients on its parameters."""
     import torch
 
-    _, backward, clips = CASES[case]
+    size, backward, clips = CASES[case]
+    model = model or _peer(size)
     wave = torch.tensor(music(clips, SAMPLES))
     forward = torch.compile(model) if mode == "compiled" else model
 
@@ -120,36 +125,28 @@ def _error(case: str, ours: Any, theirs: Any, model: Any) -> float:
     return measure.relative_l2(flat(ours), flat(theirs))
 
 
-def run_case() -> None:
-    """What a peak of memory is measured of."""
-    case, side = os.environ[CASE].split()
-    if side == "ours":
-        _ours(case)()
-    else:
-        _transformers(case, side, _peer(CASES[case][0]))()
-
-
-def _peak(case: str, side: str) -> float:
-    os.environ[CASE] = f"{case} {side}"
-    return measure.peak_mib(run_case)
-
-
-def row(case: str) -> dict[str, Any]:
-    """One row; UserError where the two sides differ by more than 1e-3."""
+def _check(case: str) -> None:
+    """UserError where the two sides differ by more than 1e-3."""
     try:
         model = _peer(CASES[case][0])
     except ImportError as e:
         raise UserError(f"{case}: {e}; pip install mert_jax[peers]") from e
-    ours = _ours(case, {name: x.numpy() for name, x in model.state_dict().items()})
-    peers = {mode: _transformers(case, mode, model) for mode in MODES}
-    error = _error(case, ours(), peers["eager"](), model)
+    state = {name: x.numpy() for name, x in model.state_dict().items()}
+    error = _error(case, ours(case, state)(), transformers(case, "eager", model)(), model)
     if error > 1e-3:
         raise UserError(f"{case}: {error:.1e} from transformers'")
-    repeats = 3 if case.startswith("student_330m") else 5
-    seconds = measure.interleaved({"ours": ours, **peers}, repeats)
-    best = min(MODES, key=lambda mode: np.median(seconds[mode]))
-    mib = _peak(case, "ours"), _peak(case, best)
-    return measure.row(case, f"HubertModel, {best}", seconds["ours"], seconds[best], mib)
+
+
+def row(case: str) -> dict[str, Any]:
+    """One row, after a check that both sides compute the same."""
+    _check(case)
+    sides = {"ours": (ours, case)} | {mode: (transformers, case, mode) for mode in MODES}
+    times = measure.apart(sides)
+    best = measure.faster(times, MODES)
+    _, backward, clips = CASES[case]
+    flops = (3 if backward else 1) * clips * _student(case).flops(SAMPLES)
+    found = measure.row(case, f"HubertModel, {best}", times["ours"], times[best])
+    return measure.with_flops(found, flops)
 
 
 def rows(cases: Sequence[str] = tuple(CASES)) -> Iterator[dict[str, Any]]:
