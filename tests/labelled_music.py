@@ -2,14 +2,20 @@
 
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import soundfile
 
 RATE = 24_000
 SUFFIXES = {"train": "train", "valid": "val", "test": "test"}
 COUNTS = {"train": 16, "valid": 8, "test": 8}
+# museval, which scores MUSDB18, is not imported without
+with_ffmpeg = pytest.mark.skipif(
+    not (shutil.which("ffmpeg") and shutil.which("ffprobe")), reason="no ffmpeg and ffprobe here"
+)
 
 
 def sine(frequency: float, seconds: float, rng: np.random.Generator) -> np.ndarray:

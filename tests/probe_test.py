@@ -14,7 +14,7 @@ from mert_jax.cli import UserError
 from mert_jax.formats import workdir
 from mert_jax.probing import beats, features, head, sampling
 from tests import embedding_test
-from tests.labelled_music import COUNTS, WRITERS
+from tests.labelled_music import COUNTS, WRITERS, with_ffmpeg
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 QUICK = head.Settings(epochs=25, rates=(3e-3, 3e-2), seeds=2)
@@ -171,7 +171,9 @@ def test_the_command_prints_a_table_and_counts_what_it_left_out(tmp_path):
     ("options", "message"),
     [
         (["--task=MTT", "--baselines=log_mel"], "m-a-p/MTT"),
-        (["--task=MUSDB18", "--baselines=log_mel"], "Download MUSDB18-HQ"),
+        pytest.param(
+            ["--task=MUSDB18", "--baselines=log_mel"], "Download MUSDB18-HQ", marks=with_ffmpeg
+        ),
         (["--task=none", "--baselines=log_mel"], "unknown task 'none'; there are EMO"),
         (["--task=MTT"], "nothing to probe"),
         (["--task=MTT", "--baselines=mel"], "unknown baseline 'mel'"),

@@ -6,7 +6,7 @@ import pytest
 
 from mert_jax import probe, tasks
 from mert_jax.probing import sampling
-from tests.labelled_music import WRITERS
+from tests.labelled_music import WRITERS, with_ffmpeg
 from tests.probe_test import QUICK, some_layers
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 LEAST = {"EMO": 0.4, "GTZANBeatTracking": 0.8, "MUSDB18": 5.0}
 # whose reader and kind are another's: each set has its own programs to compile
 TWINS = ("MTGGenre", "MTGInstrument", "MTGMood", "NSynthI", "VocalSetS")
+MARKS = dict.fromkeys(TWINS, pytest.mark.slow) | {"MUSDB18": with_ffmpeg}
 
 
 # those of make_tasks are in make_tasks_test.py
@@ -22,7 +23,7 @@ OFFICIAL = sorted(name for name in tasks.TABLE if not name.startswith("made_"))
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in TWINS else n for n in OFFICIAL],
+    [pytest.param(name, marks=MARKS.get(name, ())) for name in OFFICIAL],
 )
 def test_each_task_is_learnt_from_its_official_layout(tmp_path, name, monkeypatch):
     monkeypatch.setattr(sampling, "TRAIN", 1024)

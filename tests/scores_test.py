@@ -86,3 +86,10 @@ def test_clips_of_a_group_are_averaged_and_others_stand_alone():
 def test_without_the_extra_it_says_so():
     with pytest.raises(UserError, match=r"pip install -e .\[probes\]"):
         scores.needed("mir_eval.no_such_module")
+
+
+def test_without_the_program_that_a_module_asks_for_it_says_so(tmp_path, monkeypatch):
+    (tmp_path / "asks.py").write_text("raise RuntimeError('ffprobe could not be found!')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"apt-get install ffmpeg: ffprobe could not"):
+        scores.needed("asks")

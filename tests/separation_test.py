@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mert_jax.probing import separation
+from tests.labelled_music import with_ffmpeg
 
 RATE, HOP = 24_000, 320
 BANDS = separation.filters(RATE)
@@ -42,6 +43,7 @@ def test_sdr_is_decibels_of_the_whole_song():
     assert np.isnan(found[1])
 
 
+@with_ffmpeg
 def test_musevals_sdr_leaves_out_a_silent_source():
     rng = np.random.default_rng(0)
     truth = 0.1 * rng.standard_normal((2, 3 * RATE)).astype(np.float32)

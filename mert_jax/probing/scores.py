@@ -17,11 +17,14 @@ NEEDS = {"key": "mir_eval.key", "beats": "mir_eval.util", "separation": "museval
 
 
 def needed(name: str) -> Any:
-    """The module `name` of the extra [probes]; UserError without it."""
+    """The module `name` of the extra [probes]; UserError without it, or without the programs it
+    asks for (museval's ffmpeg and ffprobe)."""
     try:
         return importlib.import_module(name)
     except ImportError as e:
         raise UserError(f"this task's scores need an extra: pip install -e .[probes] ({e})") from e
+    except RuntimeError as e:
+        raise UserError(f"this task's scores need a program, apt-get install ffmpeg: {e}") from e
 
 
 def check(task: Task) -> None:
