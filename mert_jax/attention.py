@@ -73,14 +73,31 @@ def attend(
 
 
 def attend_in_blocks(
-    query: Array, key: Array, value: Array, padding: Array | None, relax: float
+    query: Array,
+    key: Array,
+    value: Array,
+    padding: Array | None,
+    words: tuple[Array, Array] | None,
+    rate: float,
+    relax: float,
 ) -> Array:
-    """`attend` without dropout, `BLOCK` queries at a time: memory grows with T, not with T x T."""
+    """`attend`, `BLOCK` queries at a time: memory grows with T, not with T x T."""
     clips, frames, heads, width = query.shape
     number = -(-frames // BLOCK)
-    blocks = jnp.pad(query, ((0, 0), (0, number * BLOCK - frames), (0, 0), (0, 0)))
-    blocks = jnp.moveaxis(blocks.reshape(clips, number, BLOCK, heads, width), 1, 0)
-    result = jax.lax.map(lambda q: attend(q, key, value, padding, None, 0.0, relax), blocks)
+
+    def split(x: Array, axis: int) -> Array:
+        ends = [(0, 0)] * x.ndim
+        ends[axis] = (0, number * BLOCK - frames)
+        shape = *x.shape[:axis], number, BLOCK, *x.shape[axis + 1 :]
+        return jnp.moveaxis(jnp.pad(x, ends).reshape(shape), axis, 0)
+
+    def block(x: tuple[Array, Array | None]) -> Array:
+        query, rows = x
+        own = None if rows is None else (rows, columns)
+        return attend(query, key, value, padding, own, rate, relax)
+
+    rows, columns = words or (None, None)
+    result = jax.lax.map(block, (split(query, 1), None if rows is None else split(rows, 2)))
     return jnp.moveaxis(result, 0, 1).reshape(clips, -1, heads, width)[:, :frames]
 
 
@@ -205,10 +222,9 @@ class Attention(nn.Module):
             shape = (clips, self.num_heads, frames, frames)
             words = random_words(self.make_rng("dropout"), shape)
         # an exported program's number of frames is a symbol, which cannot be compared
-        if words is None and isinstance(frames, int) and frames > 2 * BLOCK:
-            y = attend_in_blocks(query, key, value, padding, self.relax)
-        else:
-            y = attend(query, key, value, padding, words, self.dropout, self.relax)
+        long = isinstance(frames, int) and frames > 2 * BLOCK
+        attended = attend_in_blocks if long else attend
+        y = attended(query, key, value, padding, words, self.dropout, self.relax)
         kernel_init = logical(encoder_init, "heads", "embed")
         return nn.Dense(width, dtype=self.dtype, kernel_init=kernel_init, name="out_proj")(
             y.reshape(x.shape)

@@ -69,16 +69,33 @@ def test_totals_by_a_product_are_those_by_a_sum():
     np.testing.assert_allclose(by_product, by_sum, rtol=2**-9)
 
 
+@pytest.mark.parametrize("block", [1, 4, T, 20])
 @pytest.mark.parametrize("dropout", [False, True])
-def test_blocks_of_queries_and_single_heads_change_nothing(dropout, monkeypatch):
+def test_blocks_of_queries_change_nothing(dropout, block, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", block)
+    padding = jnp.arange(T)[None] >= jnp.array([[T], [7]])
+    words = random_words(jax.random.key(1), (B, H, T, T)) if dropout else None
+    options = jnp.float32, padding, words, RATE, 0.0
+    whole = value_and_gradients(attention.attend, *options)
+    found = value_and_gradients(attention.attend_in_blocks, *options)
+    for a, b in zip(found, whole, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_long_clips_are_attended_in_blocks(dropout, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 5)
+    layer = attention.Attention(H, RATE if dropout else 0.0, 0.0, jnp.float32)
+    x = jax.random.normal(jax.random.key(4), (B, T, H * D))
+    apply = lambda x: layer.init_with_output(jax.random.key(5), x, None, False)[0]
+    program = jax.make_jaxpr(apply)(x)
+    assert f"{T},{T}" not in str(program)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_single_heads_change_nothing(dropout):
     arrays, _ = inputs()
     padding = jnp.arange(T)[None] >= jnp.array([[T], [7]])
-    if not dropout:
-        whole = attention.attend(*arrays, padding, None, 0.0, 0.0)
-        for block in (1, 4, T, 20):
-            monkeypatch.setattr(attention, "BLOCK", block)
-            found = attention.attend_in_blocks(*arrays, padding, 0.0)
-            np.testing.assert_allclose(found, whole, atol=1e-6)
     words = random_words(jax.random.key(1), (B, H, T, T)) if dropout else None
     weighted = lambda *arrays: attention._weighted(*arrays, rate=RATE, relax=0.0)
     together = weighted(padding, words, *arrays)

@@ -26,7 +26,7 @@ CASES = {
     f"student_{size}_{what}_b{clips}": (size, what == "backward", clips)
     for size, what, clips in (
         *(("95m", "forward", 1), ("95m", "forward", 4), ("95m", "backward", 4)),
-        *(("330m", "forward", 1), ("330m", "forward", 4)),
+        *(("330m", "forward", 1), ("330m", "forward", 4), ("330m", "backward", 1)),
     )
 }
 MODES = ("eager", "compiled")
