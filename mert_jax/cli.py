@@ -1,96 +1,47 @@
-"""How every command starts and fails: absl flags, one clear line, exit code 2."""
+"""The start and the end of every command: flags, one line for an error, an exit code."""
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags, logging
 
-RESTART = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, run it again
+from mert_jax.errors import USER_ERROR, UserError, print_error
 
 
-class UserError(ValueError):
-    """A mistake of the caller, in the caller's words: what was given, needed, and to change."""
-
-    code = 2  # that the process exits with
-
-
-class Again(UserError):
-    """Not the caller's mistake: the same command will go on."""
-
-    code = RESTART
-
-
-class Stop:
-    """Notes SIGINT and SIGTERM, so that the loop can save before it ends."""
-
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        del frame
-        if self.signal:  # asked twice: go at once
-            raise KeyboardInterrupt
-        self.signal = number
-
-
-def complain(message: object) -> None:
-    """Print one line on standard error, in one piece: other threads may be writing there."""
-    sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
-    sys.stderr.flush()
-
-
-def fail(message: object, code: int = UserError.code) -> None:
+def fail(message: object, code: int = USER_ERROR) -> None:
     """Print one line on standard error and exit."""
-    complain(message)
+    print_error(message)
     sys.exit(code)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except (AttributeError, KeyError) as e:  # what config_flags raises for a key that is not there
-        key = str(e).strip("\"'")
-        return fail(f"unknown config key {key!r}; the config file lists its keys, --help the flags")
-    except (flags.Error, TypeError, ValueError, OSError) as e:
-        # a config file's own mistake comes with its traceback: the flag and the last line say it
-        flag, traceback, _ = str(e).partition(": Error whilst parsing config file")
-        said = f"{flag}: {str(e).splitlines()[-1]}" if traceback else flag
-        return fail(f"{said} (see --help)")
-
-
-def paths(given: Sequence[str]) -> list[str]:
-    """The paths of a repeated flag, whose values may also be lists with commas: a value is divided
-    unless the whole of it is a path."""
-    parts = [[value] if os.path.exists(value) else value.split(",") for value in given]
+def paths(values: Sequence[str]) -> list[str]:
+    """Return the paths of a repeated flag, splitting at commas each value that is not a path."""
+    parts = [[value] if os.path.exists(value) else value.split(",") for value in values]
     return [part for value in parts for part in value if part]
 
 
 def config_of(flag: flags.FlagHolder) -> Any:
-    """The config a flag names, None where it is not given; UserError where the file is missing."""
+    """Return the config that a flag names, None if not given. Raises UserError if it is missing."""
     try:
         if flag.value is not None:
             flag.value.keys()
-    except OSError as e:  # config_flags keeps a missing file to itself until a value is read
+    except OSError as e:  # config_flags reports a missing file only when a value is read
         raise UserError(str(e)) from e
     return flag.value
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parse the flags, call `main` and exit with the code it returns.
+def run(main: Callable[[], int | None], command_flags: flags.FlagValues = flags.FLAGS) -> None:
+    """Parse the command's flags and absl's, call `main`, and exit with the code that it returns.
 
-    A `UserError` ends in one line and exit code 2; any other exception is our fault and keeps its
-    traceback.
+    A UserError ends in one line and its exit code; any other exception keeps its traceback.
     """
 
     def guarded(argv: list[str]) -> int | None:
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; options are written --name=value (see --help)")
-        # the libraries' progress would drown ours; --verbosity=0 brings it back
+        # the libraries log a lot at INFO; --verbosity=0 shows it
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:
@@ -98,4 +49,26 @@ def run(main: Callable[[], int | None]) -> None:
         except UserError as e:
             return fail(e, e.code)
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, command_flags))
+
+
+def _parse(argv: Sequence[str], command_flags: flags.FlagValues) -> list[str]:
+    # each command has flags of its own, so that all commands can be imported side by side
+    if command_flags is not flags.FLAGS:
+        own = {name: command_flags[name] for name in command_flags}
+        command_flags.append_flag_values(flags.FLAGS)
+        for name, flag in own.items():  # for --help
+            flags.FLAGS[name] = flag
+            flags.FLAGS.register_flag_by_module(argv[0], flag)
+    try:
+        rest = command_flags(argv)
+        flags.FLAGS.mark_as_parsed()
+        return rest
+    except (AttributeError, KeyError) as e:  # what config_flags raises for an unknown key
+        key = str(e).strip("\"'")
+        return fail(f"unknown config key {key!r}; the config file lists its keys, --help the flags")
+    except (flags.Error, TypeError, ValueError, OSError) as e:
+        # a mistake inside a config file comes with its traceback: keep the flag and the last line
+        flag, traceback, _ = str(e).partition(": Error whilst parsing config file")
+        message = f"{flag}: {str(e).splitlines()[-1]}" if traceback else flag
+        return fail(f"{message} (see --help)")

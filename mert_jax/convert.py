@@ -10,9 +10,32 @@ import os
 
 from absl import flags
 
-from mert_jax import atomic, cli, formats, storage
-from mert_jax.checkpoint import steps
-from mert_jax.formats import fairseq, huggingface, stablehlo, workdir
+from mert_jax import cli, object_storage
+from mert_jax import files as atomic
+from mert_jax.checkpoints import fairseq, huggingface, in_memory, stablehlo, workdir
+from mert_jax.checkpoints.manager import steps
+from mert_jax.checkpoints.reading import kind_of, read_checkpoint
+from mert_jax.errors import UserError
+
+FLAGS = flags.FlagValues()
+_INPUT = flags.DEFINE_string("input", None, "Checkpoint to read.", required=True, flag_values=FLAGS)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "What to write; must not exist.", required=True, flag_values=FLAGS
+)
+_TO = flags.DEFINE_enum(
+    "to",
+    None,
+    ["hf", "fairseq", "orbax", "stablehlo"],
+    "Format to write.",
+    required=True,
+    flag_values=FLAGS,
+)
+_LICENSE = flags.DEFINE_string(
+    "license", "", "Licence of the weights, for the model card.", flag_values=FLAGS
+)
+_MOMENTS = flags.DEFINE_bool(
+    "moments", True, "Keep Adam's moments where there are any.", flag_values=FLAGS
+)
 
 DIRECTORIES = {"hf": huggingface.write, "orbax": workdir.write, "stablehlo": stablehlo.write}
 
@@ -23,17 +46,17 @@ def convert(source: str, output: str, to: str, licence: str = "", moments: bool 
     Raises UserError for what is wrong with either; `output` is whole or not there.
     """
     if os.path.exists(output):
-        raise cli.UserError(f"{output} exists already; choose another output, or remove it first")
-    if storage.is_remote(output):
-        raise cli.UserError(
+        raise UserError(f"{output} exists already; choose another output, or remove it first")
+    if object_storage.is_remote(output):
+        raise UserError(
             f"--output={output}: checkpoints are converted on a local disk; copy the result there"
         )
-    with storage.fetched(source, steps) as local:
-        checkpoint = formats.read(local, moments)
-        print(f"read {source} ({formats.kind_of(local)}): {summary(checkpoint)}", flush=True)
+    with object_storage.fetched(source, steps) as local:
+        checkpoint = read_checkpoint(local, moments)
+        print(f"read {source} ({kind_of(local)}): {summary(checkpoint)}", flush=True)
     if licence:
         checkpoint = checkpoint._replace(about=checkpoint.about._replace(licence=licence))
-    with atomic.staged(output) as path:
+    with atomic.atomic_write(output) as path:
         if to == "fairseq":
             fairseq.write(path, checkpoint)
         else:
@@ -45,14 +68,14 @@ def convert(source: str, output: str, to: str, licence: str = "", moments: bool 
     print(f"wrote {output} ({size(output) / 2**20:,.0f} MiB)")
 
 
-def summary(checkpoint: formats.Checkpoint) -> str:
+def summary(checkpoint: in_memory.Checkpoint) -> str:
     """What was read, in a line or two."""
     student, about = checkpoint.student, checkpoint.about
     heads = ", ".join(head.name for head in student.heads) or "none"
     norm = "pre-norm" if student.pre_norm else "post-norm"
     return (
         f"{student.num_layers} {norm} layers of {student.hidden_size}, "
-        f"{formats.count(checkpoint):,} parameters in {about.dtype}, heads: "
+        f"{in_memory.count(checkpoint):,} parameters in {about.dtype}, heads: "
         f"{heads}; {checkpoint.step:,} updates, "
         f"{'with' if checkpoint.moments else 'without'} Adam's moments\n"
         f"  {about.sample_rate} Hz, waves {'normalised' if about.do_normalize else 'as they are'}; "
@@ -71,12 +94,10 @@ def size(path: str) -> int:
     )
 
 
+def main() -> int | None:
+    """Run the command and return its exit code."""
+    return convert(_INPUT.value, _OUTPUT.value, _TO.value, _LICENSE.value, _MOMENTS.value)
+
+
 if __name__ == "__main__":
-    _INPUT = flags.DEFINE_string("input", None, "Checkpoint to read.", required=True)
-    _OUTPUT = flags.DEFINE_string("output", None, "What to write; must not exist.", required=True)
-    _TO = flags.DEFINE_enum(
-        "to", None, ["hf", "fairseq", "orbax", "stablehlo"], "Format to write.", required=True
-    )
-    _LICENSE = flags.DEFINE_string("license", "", "Licence of the weights, for the model card.")
-    _MOMENTS = flags.DEFINE_bool("moments", True, "Keep Adam's moments where there are any.")
-    cli.run(lambda: convert(_INPUT.value, _OUTPUT.value, _TO.value, _LICENSE.value, _MOMENTS.value))
+    cli.run(main, FLAGS)

@@ -22,14 +22,71 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from mert_jax import atomic, cli, embedding, ledger, progress
-from mert_jax.cli import UserError
-from mert_jax.decode import LeftOut
-from mert_jax.embedding import Settings
+from mert_jax import cli, files, progress
+from mert_jax.data.decoding import SkippedFile
+from mert_jax.data.preparation import sources
+from mert_jax.data.preparation.sources import Source
+from mert_jax.errors import UserError
+from mert_jax.extraction import embedder as embedding
 from mert_jax.extraction import table
+from mert_jax.extraction.embedder import Settings
 from mert_jax.extraction.run import Run
-from mert_jax.preparation import sources
-from mert_jax.preparation.sources import Source
+from mert_jax.files import JsonlFile, read_jsonl
+
+FLAGS = flags.FlagValues()
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "Workdir, Hugging Face directory or fairseq file.",
+    required=True,
+    flag_values=FLAGS,
+)
+_INPUT = flags.DEFINE_multi_string(
+    "input",
+    None,
+    "Directories and audio files; repeat it or use commas.",
+    required=True,
+    flag_values=FLAGS,
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Directory of the results.", required=True, flag_values=FLAGS
+)
+_LAYERS = flags.DEFINE_string(
+    "layers",
+    "all",
+    "Which hidden states: all, 7 or 0,7,12; 0 is the encoder's input.",
+    flag_values=FLAGS,
+)
+_POOL = flags.DEFINE_enum(
+    "pool", "none", ["none", "mean"], "Mean over time, or every frame.", flag_values=FLAGS
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "float16"], "Of what is written.", flag_values=FLAGS
+)
+_CHUNK_SECONDS = flags.DEFINE_float(
+    "chunk_seconds",
+    60.0,
+    "Longer files are embedded in overlapping chunks of as many.",
+    1,
+    flag_values=FLAGS,
+)
+_CONTEXT_SECONDS = flags.DEFINE_float(
+    "context_seconds",
+    2.0,
+    "What each frame of a chunk hears on both sides, at least.",
+    0,
+    flag_values=FLAGS,
+)
+_WINDOW_SECONDS = flags.DEFINE_float(
+    "window_seconds",
+    0.0,
+    "Embed clips of so many as if each were a file; 0: do not.",
+    0,
+    flag_values=FLAGS,
+)
+_BATCH_SECONDS = flags.DEFINE_float(
+    "batch_seconds", 60.0, "Audio on a device at a time; more may be faster.", 1, flag_values=FLAGS
+)
 
 SETTINGS, FILES, REPORT, TABLE = "settings.json", "files.jsonl", "report.json", "features.parquet"
 
@@ -50,7 +107,7 @@ def extract(
         raise UserError(f"no audio in the {len(found.left_out)} files of {','.join(inputs)}")
     model = embedding.load(checkpoint)
     try:
-        with atomic.alone(output):
+        with files.directory_lock(output):
             return _extract(model, found, output, settings, np.dtype(dtype))
     except OSError as e:
         raise UserError(
@@ -72,21 +129,21 @@ def _extract(
     del said["batch"]  # changes nothing but rounding
     _check_settings(output, said)
     names = dict(zip(found.sources, outputs([s.name for s in found.sources]), strict=True))
-    done = {row["path"]: row for row in ledger.read(os.path.join(output, FILES))}
+    done = {row["path"]: row for row in read_jsonl(os.path.join(output, FILES))}
     todo = [s for s in found.sources if not _is_done(s, names[s], done, output)]
     rows = [done[s.path] for s in found.sources if s not in set(todo)]
     if rows:
         progress.note(f"{len(rows)} of {len(found.sources)} files are done already")
     # LeftOut of every file that could not be used, by its source
-    failed: dict[Source, LeftOut] = {}
+    failed: dict[Source, SkippedFile] = {}
     staging = os.path.join(output, ".staging")
     shutil.rmtree(staging, ignore_errors=True)
     os.makedirs(staging)
-    written = ledger.Ledger(os.path.join(output, FILES), lambda row: True)
+    written = JsonlFile(os.path.join(output, FILES), lambda row: True)
     with progress.bar("embedding", sum(source.size for source in todo), "B") as bar:
         advance = _Advance(bar)
         for source, outcome in Run(embedder, output, staging, names, dtype, advance)(todo):
-            if isinstance(outcome, LeftOut):
+            if isinstance(outcome, SkippedFile):
                 failed[source] = outcome
             else:
                 written.write(outcome)
@@ -96,7 +153,7 @@ def _extract(
     shutil.rmtree(staging)
     if settings.pool == "mean" and rows:
         rows.sort(key=lambda row: row["name"])
-        with atomic.staged(os.path.join(output, TABLE), replace=True) as path:
+        with files.atomic_write(os.path.join(output, TABLE), replace=True) as path:
             table.write(path, _means(rows, output), embedder.layers)
     other = [name for name, reason, _ in found.left_out if reason == NOT_AUDIO]
     bad = [x for x in found.left_out if x[1] != NOT_AUDIO]
@@ -111,7 +168,7 @@ def _extract(
         "settings": said,
     }
     with (
-        atomic.staged(os.path.join(output, REPORT), replace=True) as path,
+        files.atomic_write(os.path.join(output, REPORT), replace=True) as path,
         open(path, "w") as file,
     ):
         json.dump(report, file, indent=1)
@@ -160,7 +217,7 @@ def _check_settings(output: str, said: dict[str, Any]) -> None:
                 f"another --output, or remove {output}"
             )
         return
-    with atomic.staged(path) as temporary, open(temporary, "w") as f:
+    with files.atomic_write(path) as temporary, open(temporary, "w") as f:
         json.dump(said, f, indent=1)
 
 
@@ -223,28 +280,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = flags.DEFINE_string(
-        "checkpoint", None, "Workdir, Hugging Face directory or fairseq file.", required=True
-    )
-    _INPUT = flags.DEFINE_multi_string(
-        "input", None, "Directories and audio files; repeat it or use commas.", required=True
-    )
-    _OUTPUT = flags.DEFINE_string("output", None, "Directory of the results.", required=True)
-    _LAYERS = flags.DEFINE_string(
-        "layers", "all", "Which hidden states: all, 7 or 0,7,12; 0 is the encoder's input."
-    )
-    _POOL = flags.DEFINE_enum("pool", "none", ["none", "mean"], "Mean over time, or every frame.")
-    _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "Of what is written.")
-    _CHUNK_SECONDS = flags.DEFINE_float(
-        "chunk_seconds", 60.0, "Longer files are embedded in overlapping chunks of as many.", 1
-    )
-    _CONTEXT_SECONDS = flags.DEFINE_float(
-        "context_seconds", 2.0, "What each frame of a chunk hears on both sides, at least.", 0
-    )
-    _WINDOW_SECONDS = flags.DEFINE_float(
-        "window_seconds", 0.0, "Embed clips of so many as if each were a file; 0: do not.", 0
-    )
-    _BATCH_SECONDS = flags.DEFINE_float(
-        "batch_seconds", 60.0, "Audio on a device at a time; more may be faster.", 1
-    )
-    cli.run(main)
+    cli.run(main, FLAGS)

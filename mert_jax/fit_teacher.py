@@ -21,27 +21,42 @@ from absl import flags
 from ml_collections import config_flags
 
 from mert_jax import cli, progress
-from mert_jax.cli import UserError
-from mert_jax.fitting import cluster_run, codec_run, table
+from mert_jax.errors import UserError
+from mert_jax.fitting import cluster_run, codec_run
+from mert_jax.fitting.registry import table
 from mert_jax.fitting.sampling import Sampler
-from mert_jax.teachers import fitted
+from mert_jax.teachers import fitted_file
 
-_TEACHER = flags.DEFINE_string("teacher", None, "Which teacher: kmeans, mel_rvq, ...")
-_DATA = flags.DEFINE_string("data", None, "Directory of a prepared dataset.")
-_OUTPUT = flags.DEFINE_string("output", None, "Directory of the fitted teacher.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the frames drawn and of the first centres.", 0)
-_FRAMES = flags.DEFINE_integer(
-    "frames", 100_000, "Frames drawn at most (75 a second); more take more memory and time.", 1
+FLAGS = flags.FlagValues()
+
+_TEACHER = flags.DEFINE_string(
+    "teacher", None, "Which teacher: kmeans, mel_rvq, ...", flag_values=FLAGS
 )
-_ITERATIONS = flags.DEFINE_integer("iterations", 50, "Steps of k-means a codebook at most.", 1)
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Of rvq_vae: such as configs/codec.py.")
+_DATA = flags.DEFINE_string("data", None, "Directory of a prepared dataset.", flag_values=FLAGS)
+_OUTPUT = flags.DEFINE_string("output", None, "Directory of the fitted teacher.", flag_values=FLAGS)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Of the frames drawn and of the first centres.", 0, flag_values=FLAGS
+)
+_FRAMES = flags.DEFINE_integer(
+    "frames",
+    100_000,
+    "Frames drawn at most (75 a second); more take more memory and time.",
+    1,
+    flag_values=FLAGS,
+)
+_ITERATIONS = flags.DEFINE_integer(
+    "iterations", 50, "Steps of k-means a codebook at most.", 1, flag_values=FLAGS
+)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Of rvq_vae: such as configs/codec.py.", flag_values=FLAGS
+)
 CODEC = "rvq_vae"  # trained by gradient descent; the others are clusters or statistics
 
 
 def _check_flags(teacher: str) -> None:
     """Raise UserError for a flag that would do nothing."""
-    of_clusters = [f"--{name}" for name in ("frames", "iterations") if flags.FLAGS[name].present]
-    of_codec = ["--config"] if flags.FLAGS["config"].present else []
+    of_clusters = [f"--{name}" for name in ("frames", "iterations") if FLAGS[name].present]
+    of_codec = ["--config"] if FLAGS["config"].present else []
     if idle := of_clusters if teacher == CODEC else of_codec:
         other = "of clusters, not of" if teacher == CODEC else f"of {CODEC} alone, not of"
         raise UserError(
@@ -72,9 +87,9 @@ def main() -> int:
     except KeyboardInterrupt:
         progress.note(f"stopped; nothing was written to {_OUTPUT.value}")
         return 130
-    progress.note(f"{os.path.join(_OUTPUT.value, fitted.FILE)} in {report['seconds']:.0f} s")
+    progress.note(f"{os.path.join(_OUTPUT.value, fitted_file.FILE)} in {report['seconds']:.0f} s")
     return 0
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

@@ -21,8 +21,9 @@ from collections.abc import Callable, Sequence
 from absl import flags
 
 from mert_jax import cli, progress
-from mert_jax.cli import UserError
-from mert_jax.making import Recipe, beats, clips, drums, fonts, keys, mixes, notes, techniques
+from mert_jax.errors import UserError, print_error
+from mert_jax.synthetic import beats, clips, drums, fonts, keys, mixes, notes, techniques
+from mert_jax.synthetic.recipe import Recipe
 
 RENDERED = {
     "made_pitch": notes.pitch,
@@ -33,6 +34,27 @@ RENDERED = {
     "made_technique": techniques.technique,
 }
 TASKS = (*RENDERED, "made_drums")
+
+FLAGS = flags.FlagValues()
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Directory of the tasks.", required=True, flag_values=FLAGS
+)
+_ONLY = flags.DEFINE_list("only", list(TASKS), "Tasks to make.", flag_values=FLAGS)
+_SMALL = flags.DEFINE_bool(
+    "small", False, "A handful of clips a task, to try things out.", flag_values=FLAGS
+)
+_TRAIN_FONT = flags.DEFINE_string(
+    "train_font", "", f"Soundfont (.sf2) of train and val. [{fonts.TRAIN_FONT}]", flag_values=FLAGS
+)
+_TEST_FONT = flags.DEFINE_string(
+    "test_font",
+    "",
+    "Soundfont (.sf2) of the test. [TimGM6mb, which pretty_midi brings]",
+    flag_values=FLAGS,
+)
+_DRUMKITS = flags.DEFINE_string(
+    "drumkits", "", f"Hydrogen's drum kits. [{drums.FOLDER}]", flag_values=FLAGS
+)
 
 
 def make_tasks(
@@ -87,35 +109,26 @@ def report(missing: dict[str, str], asked: int) -> int:
     if missing and len(missing) == asked:
         raise UserError("; ".join(lines))
     for line in lines:
-        cli.complain(line)
+        print_error(line)
     return 1 if missing else 0
 
 
+def main() -> int:
+    """Run the command and return its exit code."""
+    started = time.monotonic()
+    asked = list(dict.fromkeys(_ONLY.value))
+    missing = make_tasks(
+        _OUTPUT.value,
+        asked,
+        _SMALL.value,
+        _TRAIN_FONT.value,
+        _TEST_FONT.value,
+        _DRUMKITS.value,
+    )
+    code = report(missing, len(asked))
+    print(f"done in {time.monotonic() - started:.0f} s")
+    return code
+
+
 if __name__ == "__main__":
-    _OUTPUT = flags.DEFINE_string("output", None, "Directory of the tasks.", required=True)
-    _ONLY = flags.DEFINE_list("only", list(TASKS), "Tasks to make.")
-    _SMALL = flags.DEFINE_bool("small", False, "A handful of clips a task, to try things out.")
-    _TRAIN_FONT = flags.DEFINE_string(
-        "train_font", "", f"Soundfont (.sf2) of train and val. [{fonts.TRAIN_FONT}]"
-    )
-    _TEST_FONT = flags.DEFINE_string(
-        "test_font", "", "Soundfont (.sf2) of the test. [TimGM6mb, which pretty_midi brings]"
-    )
-    _DRUMKITS = flags.DEFINE_string("drumkits", "", f"Hydrogen's drum kits. [{drums.FOLDER}]")
-
-    def main() -> int:
-        started = time.monotonic()
-        asked = list(dict.fromkeys(_ONLY.value))
-        missing = make_tasks(
-            _OUTPUT.value,
-            asked,
-            _SMALL.value,
-            _TRAIN_FONT.value,
-            _TEST_FONT.value,
-            _DRUMKITS.value,
-        )
-        code = report(missing, len(asked))
-        print(f"done in {time.monotonic() - started:.0f} s")
-        return code
-
-    cli.run(main)
+    cli.run(main, FLAGS)

@@ -13,22 +13,36 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from mert_jax import cli, recipe, sharding
+from mert_jax import cli, sharding
+from mert_jax.errors import UserError
 from mert_jax.planning import compile as compiling
 from mert_jax.planning import estimate, search
+from mert_jax.pretraining import build
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/large.py.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Devices, such as v5e:4x4, v4:2x2x4 or cpu:8.")
+FLAGS = flags.FlagValues()
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Recipe, such as configs/large.py.", flag_values=FLAGS
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Devices, such as v5e:4x4, v4:2x2x4 or cpu:8.", flag_values=FLAGS
+)
 _CODES = flags.DEFINE_enum(
     "codes",
     None,
     ["stored", "computed"],
     "Where an RVQ-VAE's codes come from; left out, as the dataset (data.dir) has them.",
+    flag_values=FLAGS,
 )
 _SEARCH = flags.DEFINE_bool(
-    "search", False, "Try meshes, micro-batches, remat policies and unrolling; rank what fits."
+    "search",
+    False,
+    "Try meshes, micro-batches, remat policies and unrolling; rank what fits.",
+    flag_values=FLAGS,
 )
-_HLO = flags.DEFINE_string("hlo", None, "A file to write the optimised program's text to.")
+_HLO = flags.DEFINE_string(
+    "hlo", None, "A file to write the optimised program's text to.", flag_values=FLAGS
+)
 
 
 def main() -> None:
@@ -40,14 +54,14 @@ def main() -> None:
 
 def make() -> dict[str, Any]:
     """The plan that the flags ask for; UserError for settings that do not go together."""
-    config = recipe.check(cli.config_of(_CONFIG))
+    config = build.check(cli.config_of(_CONFIG))
     if not _TOPOLOGY.value:
-        raise cli.UserError("--topology=NAME is needed, such as --topology=v5e:4x4 or cpu:8")
+        raise UserError("--topology=NAME is needed, such as --topology=v5e:4x4 or cpu:8")
     if _HLO.value:
         try:
             open(_HLO.value, "w").close()  # rather now than after minutes of compiling
         except OSError as e:
-            raise cli.UserError(f"--hlo={_HLO.value} cannot be written: {e.strerror}") from e
+            raise UserError(f"--hlo={_HLO.value} cannot be written: {e.strerror}") from e
     where = compiling.topology(_TOPOLOGY.value)
 
     def one(config: Any) -> dict[str, Any]:
@@ -84,4 +98,4 @@ def rounded(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

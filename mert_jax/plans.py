@@ -13,11 +13,18 @@ from typing import Any
 from absl import flags
 from matplotlib import figure, ticker
 
-from mert_jax import atomic, cli
-from mert_jax.planning.chips import GIB
+from mert_jax import cli, files
+from mert_jax.errors import UserError
+from mert_jax.hardware import GIB
 
-_PLANS = flags.DEFINE_list("plans", None, "Files that plan printed; patterns such as plans/*.json.")
-_PICTURE = flags.DEFINE_string("picture", None, "A .png to draw, of several numbers of chips.")
+FLAGS = flags.FlagValues()
+
+_PLANS = flags.DEFINE_list(
+    "plans", None, "Files that plan printed; patterns such as plans/*.json.", flag_values=FLAGS
+)
+_PICTURE = flags.DEFINE_string(
+    "picture", None, "A .png to draw, of several numbers of chips.", flag_values=FLAGS
+)
 HEADINGS = (
     "plan",
     "chips",
@@ -40,7 +47,7 @@ def main() -> None:
     named = [read(path) for path in paths(_PLANS.value or [])]
     print("\n".join(table(named)), flush=True)
     if _PICTURE.value:
-        with atomic.staged(_PICTURE.value, replace=True) as path:
+        with files.atomic_write(_PICTURE.value, replace=True) as path:
             picture([plan for _, plan in named]).savefig(path, format="png", dpi=130)
 
 
@@ -49,7 +56,7 @@ def paths(patterns: Sequence[str]) -> list[str]:
     found = [sorted(glob.glob(pattern)) for pattern in patterns]
     if not patterns or not all(found):
         missing = next((p for p, f in zip(patterns, found, strict=True) if not f), "")
-        raise cli.UserError(f"--plans={missing} is no file; give what mert_jax.plan has printed")
+        raise UserError(f"--plans={missing} is no file; give what mert_jax.plan has printed")
     return [path for some in found for path in some]
 
 
@@ -60,7 +67,7 @@ def read(path: str) -> tuple[str, Plan]:
             plan = json.load(file)
         shares(plan)
     except (OSError, ValueError, TypeError, KeyError) as e:
-        raise cli.UserError(
+        raise UserError(
             f"{path} is no plan of a TPU ({e!r}); write one by python -m mert_jax.plan "
             f"--topology=v5e:2x4 ... > {path}"
         ) from e
@@ -155,4 +162,4 @@ def picture(plans: Sequence[Plan]) -> figure.Figure:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

@@ -31,32 +31,59 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from mert_jax import atomic, cli, progress, records
-from mert_jax.cli import UserError
-from mert_jax.decode import SAMPLE_RATE
-from mert_jax.preparation import assemble, sources, staging
-from mert_jax.preparation.selection import Settings, describe, select
-from mert_jax.preparation.sources import Outcome, Source
-from mert_jax.preparation.summary import REPORT, make_report, print_summary
-from mert_jax.preparation.workers import cpus, run_jobs
+from mert_jax import cli, progress
+from mert_jax import files as atomic
+from mert_jax.constants import SAMPLE_RATE
+from mert_jax.data import records
+from mert_jax.data.preparation import assemble, sources, staging
+from mert_jax.data.preparation.selection import Settings, describe, select
+from mert_jax.data.preparation.sources import Outcome, Source
+from mert_jax.data.preparation.summary import REPORT, make_report, print_summary
+from mert_jax.data.preparation.workers import cpus, run_jobs
+from mert_jax.errors import UserError
+
+FLAGS = flags.FlagValues()
 
 _INPUT = flags.DEFINE_multi_string(
-    "input", None, "Directories and audio files; repeat the flag or separate them by commas."
+    "input",
+    None,
+    "Directories and audio files; repeat the flag or separate them by commas.",
+    flag_values=FLAGS,
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Directory of the dataset.")
-_CHUNK_SECONDS = flags.DEFINE_float("chunk_seconds", 30.0, "Length of a record.", lower_bound=0)
+_OUTPUT = flags.DEFINE_string("output", None, "Directory of the dataset.", flag_values=FLAGS)
+_CHUNK_SECONDS = flags.DEFINE_float(
+    "chunk_seconds", 30.0, "Length of a record.", lower_bound=0, flag_values=FLAGS
+)
 _CROP_SECONDS = flags.DEFINE_float(
-    "crop_seconds", 5.12, "Longest crop training draws; neighbouring records share it.", 0
+    "crop_seconds",
+    5.12,
+    "Longest crop training draws; neighbouring records share it.",
+    0,
+    flag_values=FLAGS,
 )
-_MIN_SECONDS = flags.DEFINE_float("min_seconds", 1.0, "Leave out shorter files.", lower_bound=0)
+_MIN_SECONDS = flags.DEFINE_float(
+    "min_seconds", 1.0, "Leave out shorter files.", lower_bound=0, flag_values=FLAGS
+)
 _VALIDATION_FRACTION = flags.DEFINE_float(
-    "validation_fraction", 0.05, "Part of the tracks held out of training; 0 for none.", 0, 0.5
+    "validation_fraction",
+    0.05,
+    "Part of the tracks held out of training; 0 for none.",
+    0,
+    0.5,
+    flag_values=FLAGS,
 )
 _WORKERS = flags.DEFINE_integer(
-    "workers", None, "Decoding processes (default: one for each CPU).", lower_bound=1
+    "workers",
+    None,
+    "Decoding processes (default: one for each CPU).",
+    lower_bound=1,
+    flag_values=FLAGS,
 )
 _CODES = flags.DEFINE_string(
-    "codes", None, "Checkpoint of an RVQ-VAE, whose codes of the tracks to store beside the audio."
+    "codes",
+    None,
+    "Checkpoint of an RVQ-VAE, whose codes of the tracks to store beside the audio.",
+    flag_values=FLAGS,
 )
 
 _SOURCES = "sources.jsonl"
@@ -80,7 +107,7 @@ def prepare(inputs: Sequence[str], output: str, settings: Settings, workers: int
         )
     found = sources.find(inputs, exclude=output)
     try:
-        with atomic.alone(output):
+        with atomic.directory_lock(output):
             return _prepare(found, output, settings, workers)
     except OSError as e:
         raise UserError(
@@ -157,7 +184,7 @@ def _is_known(source: Source, known: dict[str, tuple[Source, Outcome]]) -> bool:
         return False
     before, outcome = known[source.path]
     unchanged = (before.size, before.mtime_ns) == (source.size, source.mtime_ns)
-    passing = outcome.reason in staging.PASSING
+    passing = outcome.reason in staging.TRANSIENT_REASONS
     ffmpeg_came = outcome.reason == "needs ffmpeg" and shutil.which("ffmpeg")
     return bool(unchanged and not passing and not ffmpeg_came)
 
@@ -244,13 +271,13 @@ def store_codes(output: str, checkpoint: str) -> None:
     Raises `UserError` as `encode.encode` does, for a degenerate codebook (the codes stay, training
     would refuse them too), and for a disk that cannot be written.
     """
-    from mert_jax import labels
-    from mert_jax.preparation import encode  # jax, which decoding has no need of
+    from mert_jax.data import code_checks
+    from mert_jax.data.preparation import encode  # jax, which decoding has no need of
 
     records.metadata(output)
     try:
         # the bar's rate is the real-time factor
-        with atomic.alone(output), progress.bar("encoding", 0, "s") as bar:
+        with atomic.directory_lock(output), progress.bar("encoding", 0, "s") as bar:
             made = encode.encode(output, checkpoint, bar)
     except OSError as e:
         raise UserError(
@@ -259,7 +286,8 @@ def store_codes(output: str, checkpoint: str) -> None:
         ) from e
     for split, counts in made.counts.items():
         frames = sum(counts[0])
-        print(f"  {labels.check(f'codes of {split}', np.array(counts), frames)} of {frames} frames")
+        line = code_checks.check(f"codes of {split}", np.array(counts), frames)
+        print(f"  {line} of {frames} frames")
 
 
 def main() -> int:
@@ -291,4 +319,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

@@ -14,9 +14,67 @@ from typing import Any
 
 from absl import flags
 
-from mert_jax import atomic, cli, progress, tasks
-from mert_jax.cli import UserError
-from mert_jax.tasks import Task
+from mert_jax import cli, files, progress
+from mert_jax.errors import UserError
+from mert_jax.tasks import task as tasks
+from mert_jax.tasks.registry import get_task
+from mert_jax.tasks.task import Task
+
+FLAGS = flags.FlagValues()
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "", "Student to probe: whatever mert_jax.convert reads.", flag_values=FLAGS
+)
+_TASK = flags.DEFINE_string(
+    "task", None, "Name of a task of mert_jax/tasks.", required=True, flag_values=FLAGS
+)
+_DATA = flags.DEFINE_string(
+    "data", None, "Folder of the task's data.", required=True, flag_values=FLAGS
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Folder of the results.", required=True, flag_values=FLAGS
+)
+_CACHE = flags.DEFINE_string(
+    "cache", "", "Folder of features; default OUTPUT/features.", flag_values=FLAGS
+)
+_BASELINES = flags.DEFINE_list(
+    "baselines",
+    [],
+    "Other features in the same table: log_mel, cqt, random, musicnn.",
+    flag_values=FLAGS,
+)
+_MUSICNN = flags.DEFINE_string(
+    "musicnn",
+    "",
+    "Weights of that baseline: the .whl of `pip download --no-deps musicnn`.",
+    flag_values=FLAGS,
+)
+_LAYERS = flags.DEFINE_string(
+    "layers",
+    "all",
+    "all: each layer and their weighted sum; sum; or numbers, 7 or 3,7.",
+    flag_values=FLAGS,
+)
+_HEAD = flags.DEFINE_enum(
+    "head", "linear", ["linear", "mlp"], "mlp: one hidden layer.", flag_values=FLAGS
+)
+_HIDDEN = flags.DEFINE_integer(
+    "hidden", 512, "Width of the hidden layer.", lower_bound=1, flag_values=FLAGS
+)
+_EPOCHS = flags.DEFINE_integer(
+    "epochs", 50, "Passes over the clips.", lower_bound=1, flag_values=FLAGS
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 64, "Clips of a step.", lower_bound=1, flag_values=FLAGS
+)
+_RATES = flags.DEFINE_list(
+    "learning_rates",
+    ["1e-4", "3e-4", "1e-3", "3e-3", "1e-2"],
+    "Tried; validation chooses.",
+    flag_values=FLAGS,
+)
+_SEEDS = flags.DEFINE_integer(
+    "seeds", 3, "Heads trained of each kind.", lower_bound=1, flag_values=FLAGS
+)
 
 FRAMEWISE = ("beats", "separation")  # kinds whose heads see frames, not their mean
 
@@ -52,7 +110,7 @@ def probe(
         raise UserError(f"--output={output} cannot be written: {e}") from e
     rows, left_out, guess = [], {}, {}
     root = cache_folder or os.path.join(output, "features")
-    with atomic.alone(output):
+    with files.directory_lock(output):
         for features in made:
             held = _held(task, features, splits, root)
             for split, table in held.items():
@@ -142,7 +200,7 @@ def main() -> int:
     """Run the command and return its exit code."""
     from mert_jax.probing import features, head
 
-    task = tasks.get(_TASK.value)
+    task = get_task(_TASK.value)
     layers, single, mixed = parse_layers(_LAYERS.value)
     try:
         rates = tuple(float(rate) for rate in _RATES.value)
@@ -172,28 +230,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = flags.DEFINE_string(
-        "checkpoint", "", "Student to probe: whatever mert_jax.convert reads."
-    )
-    _TASK = flags.DEFINE_string("task", None, "Name of a task of mert_jax/tasks.", required=True)
-    _DATA = flags.DEFINE_string("data", None, "Folder of the task's data.", required=True)
-    _OUTPUT = flags.DEFINE_string("output", None, "Folder of the results.", required=True)
-    _CACHE = flags.DEFINE_string("cache", "", "Folder of features; default OUTPUT/features.")
-    _BASELINES = flags.DEFINE_list(
-        "baselines", [], "Other features in the same table: log_mel, cqt, random, musicnn."
-    )
-    _MUSICNN = flags.DEFINE_string(
-        "musicnn", "", "Weights of that baseline: the .whl of `pip download --no-deps musicnn`."
-    )
-    _LAYERS = flags.DEFINE_string(
-        "layers", "all", "all: each layer and their weighted sum; sum; or numbers, 7 or 3,7."
-    )
-    _HEAD = flags.DEFINE_enum("head", "linear", ["linear", "mlp"], "mlp: one hidden layer.")
-    _HIDDEN = flags.DEFINE_integer("hidden", 512, "Width of the hidden layer.", lower_bound=1)
-    _EPOCHS = flags.DEFINE_integer("epochs", 50, "Passes over the clips.", lower_bound=1)
-    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Clips of a step.", lower_bound=1)
-    _RATES = flags.DEFINE_list(
-        "learning_rates", ["1e-4", "3e-4", "1e-3", "3e-3", "1e-2"], "Tried; validation chooses."
-    )
-    _SEEDS = flags.DEFINE_integer("seeds", 3, "Heads trained of each kind.", lower_bound=1)
-    cli.run(main)
+    cli.run(main, FLAGS)

@@ -15,9 +15,20 @@ import jax
 import numpy as np
 from absl import flags
 
-from mert_jax import atomic, cli, goodput, ledger, metrics, storage
-from mert_jax.curves import SPEED, Panel, panels, png, series
-from mert_jax.decode import SAMPLE_RATE
+from mert_jax import cli, object_storage
+from mert_jax import files as atomic
+from mert_jax.constants import SAMPLE_RATE
+from mert_jax.errors import UserError
+from mert_jax.files import read_jsonl
+from mert_jax.pretraining import metrics
+from mert_jax.reporting.plots import SPEED, Panel, panels, png, series
+from mert_jax.runtime import goodput
+from mert_jax.runtime.remote_workdir import RemoteWorkdir
+
+FLAGS = flags.FlagValues()
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run, as given to train.", flag_values=FLAGS
+)
 
 PER_BOOK = {
     "masked_accuracy": "accuracy",
@@ -33,24 +44,24 @@ def load(workdir: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     Raises UserError when there are no rows or a file cannot be read.
     """
     if not os.path.isdir(workdir):
-        raise cli.UserError(f"--workdir={workdir} is not a directory")
+        raise UserError(f"--workdir={workdir} is not a directory")
     path, config_path = (os.path.join(workdir, name) for name in ("metrics.jsonl", "config.json"))
     if not os.path.exists(path):
-        raise cli.UserError(f"{path} is not there: has mert_jax.train run in this workdir?")
+        raise UserError(f"{path} is not there: has mert_jax.train run in this workdir?")
     try:
-        rows, config = ledger.read(path), {}
+        rows, config = read_jsonl(path), {}
         if os.path.exists(config_path):
             with open(config_path) as f:
                 config = json.load(f)
     except (OSError, ValueError) as e:
-        raise cli.UserError(f"--workdir={workdir} cannot be read: {e}") from e
+        raise UserError(f"--workdir={workdir} cannot be read: {e}") from e
     if not rows:
-        raise cli.UserError(f"{path} is empty: no step has been logged yet")
+        raise UserError(f"{path} is empty: no step has been logged yet")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise cli.UserError(f"{path}: line {number} is not the metrics of a step")
+            raise UserError(f"{path}: line {number} is not the metrics of a step")
     if not isinstance(config, dict):
-        raise cli.UserError(f"{config_path} is not the config of a run")
+        raise UserError(f"{config_path} is not the config of a run")
     return rows, config
 
 
@@ -201,12 +212,12 @@ def page(
     )
 
 
-def main(workdir: str | None) -> None:
+def report(workdir: str | None) -> None:
     """Write the report of `workdir` and print where it is and what it says."""
     if not workdir:
-        raise cli.UserError("--workdir=DIR is needed: the folder a run was trained in")
-    with storage.Mirror(workdir, writes=True) as files:
-        write(files.folder, storage.absolute(workdir))
+        raise UserError("--workdir=DIR is needed: the folder a run was trained in")
+    with RemoteWorkdir(workdir, writes=True) as files:
+        write(files.folder, object_storage.absolute(workdir))
 
 
 def write(folder: str, workdir: str) -> None:
@@ -214,7 +225,7 @@ def write(folder: str, workdir: str) -> None:
     rows, config = load(folder)
     made, s = panels(rows), summarize(rows, config)
     if not made:
-        raise cli.UserError(f"{workdir}/metrics.jsonl holds nothing to plot")
+        raise UserError(f"{workdir}/metrics.jsonl holds nothing to plot")
     said = warnings(rows, s)
     spent = goodput.line(goodput.read(folder))
     written = {
@@ -223,7 +234,7 @@ def write(folder: str, workdir: str) -> None:
     }
     for name, content in written.items():
         path = os.path.join(folder, name)
-        with atomic.staged(path, replace=True) as temporary, open(temporary, "wb") as f:
+        with atomic.atomic_write(path, replace=True) as temporary, open(temporary, "wb") as f:
             f.write(content)
     print("wrote", " and ".join(os.path.join(workdir, name) for name in written))
     for what, much in headline(s):
@@ -233,7 +244,10 @@ def write(folder: str, workdir: str) -> None:
         print(f"warning: {line}")
 
 
+def main() -> int | None:
+    """Run the command and return its exit code."""
+    return report(_WORKDIR.value)
+
+
 if __name__ == "__main__":
-    # here and not above: other commands have a --workdir too, and absl allows one in a process
-    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, as given to train.")
-    cli.run(lambda: main(_WORKDIR.value))
+    cli.run(main, FLAGS)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mert_jax.cli import UserError
+from mert_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 # logical axis of a parameter -> mesh axis; everything else is whole on every device

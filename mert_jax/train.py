@@ -16,74 +16,80 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mert_jax import (
-    bad_steps,
-    checkpoint,
-    claim,
-    cli,
-    datasets,
-    feed,
-    goodput,
-    hosts,
-    journal,
-    metrics,
-    program,
-    recipe,
-    records,
-    sharding,
-    step,
-    storage,
-    validation,
-    warm_start,
-    watchdog,
-)
-from mert_jax.formats import workdir as workdirs
-from mert_jax.model import Student
-from mert_jax.teachers import Teacher
+from mert_jax import cli, sharding
+from mert_jax.checkpoints import init_from, manager
+from mert_jax.checkpoints import workdir as workdirs
+from mert_jax.checkpoints.train_state import TrainState
+from mert_jax.constants import SAMPLE_RATE
+from mert_jax.data import loader, mix
+from mert_jax.errors import RESTART, UserError
+from mert_jax.models.mert_v1 import Student
+from mert_jax.pretraining import bad_steps, build, metrics, program, run_log, step, validation
+from mert_jax.runtime import distributed, goodput, watchdog, workdir_lock
+from mert_jax.runtime.remote_workdir import RemoteWorkdir
+from mert_jax.runtime.signals import StopSignal
+from mert_jax.teachers.teacher import Teacher
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/base.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.")
-_DESCRIBE = flags.DEFINE_bool("describe", False, "Print every parameter and exit.")
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, where neither TPU nor Slurm says it."
+FLAGS = flags.FlagValues()
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Recipe, such as configs/base.py.", flag_values=FLAGS
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes, with --coordinator.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
-_CONNECT_SECONDS = flags.DEFINE_float("connect_seconds", 300.0, "How long to wait for the others.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where checkpoints and metrics go.", flag_values=FLAGS
+)
+_DESCRIBE = flags.DEFINE_bool(
+    "describe", False, "Print every parameter and exit.", flag_values=FLAGS
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of process 0, where neither TPU nor Slurm says it.",
+    flag_values=FLAGS,
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Processes, with --coordinator.", flag_values=FLAGS
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0 on.", flag_values=FLAGS
+)
+_CONNECT_SECONDS = flags.DEFINE_float(
+    "connect_seconds", 300.0, "How long to wait for the others.", flag_values=FLAGS
+)
 
 
 def main() -> int:
     """Train to `total_steps`; returns the exit code."""
-    config = recipe.check(cli.config_of(_CONFIG))
+    config = build.check(cli.config_of(_CONFIG))
     named = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     patience = _CONNECT_SECONDS.value
-    with hosts.connected(hosts.found(*named, patience), patience):
+    with distributed.connected(distributed.found(*named, patience), patience):
         return prepare_and_train(config, _WORKDIR.value)
 
 
 def prepare_and_train(config: ConfigDict, workdir: str | None) -> int:
     """What can go wrong before anything is written, then the run."""
-    stored = datasets.stored_codes(config)
-    teachers = recipe.make_teachers(config, stored)
-    student = recipe.student(config, teachers, stored)
-    print(recipe.describe(config, student, table=_DESCRIBE.value), flush=True)
+    stored = mix.stored_codes(config)
+    teachers = build.make_teachers(config, stored)
+    student = build.student(config, teachers, stored)
+    print(build.describe(config, student, table=_DESCRIBE.value), flush=True)
     if _DESCRIBE.value:
         return 0
     if not workdir:
-        raise cli.UserError("--workdir=DIR is needed: where checkpoints and metrics go")
+        raise UserError("--workdir=DIR is needed: where checkpoints and metrics go")
     splits = ("train", "validation")
-    sources = {split: datasets.open_datasets(config, split, stored) for split in splits}
+    sources = {split: mix.open_datasets(config, split, stored) for split in splits}
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(config.batch_size // config.accumulation, mesh)
-    with storage.Mirror(workdir, jax.process_index() == 0) as files:
-        begun = bool(checkpoint.steps(workdir))
-        fingerprints = recipe.fingerprints(config, teachers, stored)
-        warm = None if begun else recipe.read_start(config, student, fingerprints)
-        about = recipe.about(config, fingerprints, warm)
-        held = claim.claim(files.folder, json.loads(config.to_json()), begun)
+    with RemoteWorkdir(workdir, jax.process_index() == 0) as files:
+        begun = bool(manager.steps(workdir))
+        fingerprints = build.fingerprints(config, teachers, stored)
+        warm = None if begun else build.read_start(config, student, fingerprints)
+        about = build.about(config, fingerprints, warm)
+        held = workdir_lock.claim(files.folder, json.loads(config.to_json()), begun)
         if begun:
             before = workdirs.about(files.folder)
-            datasets.check_unchanged(before.data, about.data, config.data.accept_changes)
+            mix.check_unchanged(before.data, about.data, config.data.accept_changes)
             about = before._replace(data=about.data)
         if jax.process_index() == 0:
             workdirs.describe(files.folder, student, about)
@@ -91,7 +97,7 @@ def prepare_and_train(config: ConfigDict, workdir: str | None) -> int:
         patience = 60 * config.watchdog_minutes
         bark = functools.partial(watchdog.end, files.folder, jax.process_index(), patience)
         saves = config.checkpoint
-        kept = checkpoint.Checkpoints(workdir, saves.keep, saves.keep_every, saves.every_steps)
+        kept = manager.Checkpoints(workdir, saves.keep, saves.keep_every, saves.every_steps)
         with (
             held,
             jax.set_mesh(mesh),
@@ -103,13 +109,13 @@ def prepare_and_train(config: ConfigDict, workdir: str | None) -> int:
 
 def train(
     config: ConfigDict,
-    files: storage.Mirror,
+    files: RemoteWorkdir,
     student: Student,
     teachers: Mapping[str, Teacher],
     mesh: jax.sharding.Mesh,
     sources: Mapping[str, Any],
-    warm: warm_start.Start | None,
-    checkpoints: checkpoint.Checkpoints,
+    warm: init_from.Start | None,
+    checkpoints: manager.Checkpoints,
     dog: watchdog.Watchdog,
 ) -> int:
     """The run itself: state, compiled steps, and the loop over batches."""
@@ -118,7 +124,7 @@ def train(
     made = program.make(config, student, teachers, mesh)
     if (start := checkpoints.latest_step) is None:
         state = made.init()
-        state = warm_start.begin(state, warm) if warm else state
+        state = init_from.begin(state, warm) if warm else state
     elif start >= config.total_steps:
         print(f"{workdir} is finished: {start} of {config.total_steps} steps; nothing to do")
         return 0
@@ -131,7 +137,7 @@ def train(
     key = jax.random.key(config.seed)
     whole = sharding.replicated(mesh)
     teacher_params = sharding.placed({name: t.params for name, t in teachers.items()}, whole)
-    batches = feed.Feed(config, sources, mesh, made.context)
+    batches = loader.Loader(config, sources, mesh, made.context)
     held_out = validation.Validation(
         batches.validation,
         lambda params, batch: made.eval_step(params, teacher_params, batch, key),
@@ -139,23 +145,23 @@ def train(
     )
     try:
         with clock.time_of("compile"):
-            firsts = zip(datasets.directories(config), held_out.first(state.params), strict=True)
+            firsts = zip(mix.directories(config), held_out.first(state.params), strict=True)
             for directory, sums in firsts:
-                print(*recipe.check_labels(config, sums, directory), sep="\n", flush=True)
-    except cli.UserError:
-        claim.release(files.folder)
+                print(*build.check_labels(config, sums, directory), sep="\n", flush=True)
+    except UserError:
+        workdir_lock.release(files.folder)
         raise
     saves = config.checkpoint
-    policy = checkpoint.SavePolicy(saves.every_steps, saves.every_minutes, time.monotonic)
-    learning_rate = recipe.schedule(config)
+    policy = manager.SavePolicy(saves.every_steps, saves.every_minutes, time.monotonic)
+    learning_rate = build.schedule(config)
     speed = metrics.Speed(
         number,
         config.total_steps,
-        audio_seconds=config.batch_size * config.data.num_samples / records.SAMPLE_RATE,
+        audio_seconds=config.batch_size * config.data.num_samples / SAMPLE_RATE,
         flops=3 * config.batch_size * student.flops(config.data.num_samples),
     )
     first = jax.process_index() == 0
-    log = journal.Journal(
+    log = run_log.RunLog(
         files.folder,
         sources["train"],
         streak=config.guard.streak,
@@ -187,11 +193,11 @@ def train(
             speed.pause()
         return row
 
-    def go_back(course: bad_steps.Course) -> step.TrainState:
+    def go_back(course: bad_steps.BadStreak) -> TrainState:
         """The state of the newest checkpoint before a course of bad steps, past its batches."""
         rollbacks = int(state.guard.rollbacks)
         if rollbacks >= config.guard.rollbacks:
-            raise cli.UserError(
+            raise UserError(
                 f"{config.guard.streak} updates in a row could not be made, the first at step "
                 f"{course.first_step}, after going back {rollbacks} times (guard.rollbacks): see "
                 f"{workdir}/{bad_steps.FILE}. Lower optimizer.peak_learning_rate or "
@@ -208,7 +214,7 @@ def train(
         clock.went_back()
         return step.redirected(earlier, course.next_batch, rollbacks + 1)
 
-    stop, kind = cli.Stop(), "compile"
+    stop, kind = StopSignal(), "compile"
     stream = batches.train(position)
     clock.begin(number)
     if start is None:  # so that there is always one to go back to
@@ -219,7 +225,7 @@ def train(
         checkpoints.check()
         with clock.time_of("data_wait"):
             batch = next(stream)
-        wish = stop.signal or journal.SAVE * policy.overdue
+        wish = stop.signal or run_log.SAVE * policy.overdue
         batch["wishes"] = sharding.each_host(wish, mesh)
         with clock.time_of(kind):
             state, result = made.train_step(state, teacher_params, batch, key)
@@ -234,7 +240,7 @@ def train(
             log.back_to(number)
             speed.pause()
             continue
-        stopping = verdict.wish > journal.SAVE
+        stopping = verdict.wish > run_log.SAVE
         evaluate = number % config.eval_every == 0 or last
         if number % config.log_every == 0 or evaluate:
             row = row_of(number, result, evaluate)
@@ -243,7 +249,7 @@ def train(
                 clock.write(number)
             files.push()
             print(metrics.console_line(row, config.total_steps, speed.eta(number)), flush=True)
-        due = policy.due(number, verdict.wish == journal.SAVE)
+        due = policy.due(number, verdict.wish == run_log.SAVE)
         # a course of bad steps must not push out the checkpoints to go back to
         if last or stopping or (due and not int(result["guard"].streak)):
             save(number)
@@ -256,11 +262,11 @@ def train(
         print(goodput.line(goodput.read(files.folder)), flush=True)
     if number < config.total_steps:
         print(f"stopped and saved at step {number}; run the same command to go on", flush=True)
-        return cli.RESTART if verdict.wish == signal.SIGTERM else 128 + verdict.wish
+        return RESTART if verdict.wish == signal.SIGTERM else 128 + verdict.wish
     print(f"finished {number} steps: checkpoints, metrics.jsonl and config.json in {workdir}")
     print(f"curves: python -m mert_jax.report --workdir={workdir}", flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

@@ -9,13 +9,14 @@ import pytest
 COMMAND = """
 from absl import flags
 from mert_jax import cli
+from mert_jax.errors import UserError
 
 KIND = flags.DEFINE_string("kind", "fine", "What main does.")
 
 def main():
     print("main ran")
     if KIND.value == "user":
-        raise cli.UserError("batch_size 7\\n  is odd")
+        raise UserError("batch_size 7\\n  is odd")
     if KIND.value == "bug":
         raise ValueError("not the caller's fault")
     return {"fine": None, "stopped": 143}[KIND.value]

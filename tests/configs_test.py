@@ -8,8 +8,9 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from mert_jax import codec, encodec, recipe
-from mert_jax.teachers import fitted, kmeans, mel_rvq
+from mert_jax.models import encodec as codec
+from mert_jax.pretraining import build
+from mert_jax.teachers import encodec_checkpoint, fitted_file, kmeans, mel_rvq
 
 SIZES = ("base", "large", "tiny")
 # name, classes and codebooks (0: regression) of each head; fairseq adds 4 classes in MERT alone
@@ -37,7 +38,7 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
     paths = {name: str(tmp_path_factory.mktemp(name)) for name in ("rvq_vae", "kmeans", "mel_rvq")}
     for module in (kmeans, mel_rvq):
         tensors = {key: normal(*shape) for key, shape in module.shapes(module.SETTINGS).items()}
-        fitted.save(paths[module.NAME], module.NAME, tensors, module.SETTINGS)
+        fitted_file.save(paths[module.NAME], module.NAME, tensors, module.SETTINGS)
     networks = {
         "encoder": (codec.Encoder(2, 8), np.zeros((1, 640), np.float32)),
         "decoder": (codec.Decoder(2), np.zeros((1, 8, 8), np.float32)),
@@ -46,18 +47,18 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
     for part, (network, x) in networks.items():
         shapes = jax.eval_shape(network.init, jax.random.key(0), x)["params"]
         params[part] = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
-    encodec.write(paths["rvq_vae"], params)
+    encodec_checkpoint.write(paths["rvq_vae"], params)
     return paths
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", HEADS)
 def test_every_size_has_the_heads_of_its_teachers(name, size, checkpoints):
-    config = recipe.check(load(name)(size))
+    config = build.check(load(name)(size))
     for teacher in set(config.teachers) & set(checkpoints):
         config.teacher[teacher].checkpoint = checkpoints[teacher]
-    made = recipe.make_teachers(config)
-    student = recipe.student(config, made)
+    made = build.make_teachers(config)
+    student = build.student(config, made)
     expected = HEADS[name]
     if (name, size) == ("musicfm", "tiny"):
         expected = [("random_projection", 256, 1)]

@@ -24,22 +24,16 @@ import pytest
 from flax import linen as nn
 from safetensors.numpy import save_file
 
-from mert_jax import (
-    cli,
-    encodec,
-    losses,
-    masking,
-    mixture,
-    optimizer,
-    quantize,
-    step,
-    teachers,
-)
-from mert_jax.formats import fairseq, huggingface
-from mert_jax.formats import names as official
-from mert_jax.teachers import cqt
+from mert_jax import teachers
+from mert_jax.checkpoints import fairseq, huggingface
+from mert_jax.checkpoints import tensor_names as official
+from mert_jax.errors import UserError
+from mert_jax.models import quantize
+from mert_jax.pretraining import losses, masking, mixture, optimizer, step
+from mert_jax.teachers import cqt, encodec_checkpoint
 from mert_jax.teachers import rvq_vae as acoustic
-from mert_jax.weights import read as read_weights
+from mert_jax.teachers.teacher import Teacher
+from mert_jax.tensors.state_dict import read as read_weights
 from tests import cqt_definition
 
 FOLDER = Path(os.environ.get("MERT_JAX_GOLDEN") or Path(__file__).parent / "golden").resolve()
@@ -612,7 +606,7 @@ ENCODEC_TIE = 1e-4  # of the distance to a decision boundary: closer, and roundi
 
 
 @functools.cache
-def rvq_vae() -> teachers.Teacher:
+def rvq_vae() -> Teacher:
     """The teacher, made of a file with the official names."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "encodec.safetensors")
@@ -716,17 +710,17 @@ def test_encodec_summary(clip):
 def test_names_and_shapes_of_the_full_size_encodec(names_of):
     listed = read_json("shapes_encodec_24khz.json")
     state = {name: np.broadcast_to(np.float32(1), shape) for name, shape, *_ in listed[names_of]}
-    params = encodec.from_state(state)
+    params = encodec_checkpoint.from_state(state)
     assert params["codebooks"].shape == (listed["n_q"], 1024, 128)
     needed = dict.fromkeys(listed["needed_for_encoding_at_6kbps"])
     if names_of == "official":
         assert listed["needed_parameter_count"] == sum(state[name].size for name in needed)
         without = {name: x for name, x in state.items() if name in needed}
-        assert encodec.from_state(without)["codebooks"].shape == (8, 1024, 128)
+        assert encodec_checkpoint.from_state(without)["codebooks"].shape == (8, 1024, 128)
         for name in needed:
             if "codebook.embed" not in name:
-                with pytest.raises(cli.UserError, match="1 tensors missing"):
-                    encodec.from_state({k: x for k, x in without.items() if k != name})
+                with pytest.raises(UserError, match="1 tensors missing"):
+                    encodec_checkpoint.from_state({k: x for k, x in without.items() if k != name})
                 break
 
 

@@ -115,9 +115,9 @@ def _make_bucket(url: str) -> None:
 
 def upload(folder: str | os.PathLike, to: str) -> None:
     """Copy a folder there."""
-    from mert_jax import storage
+    from mert_jax import object_storage
 
-    bucket = storage.bucket()
+    bucket = object_storage.bucket()
     for path in Path(folder).rglob("*"):
         if path.is_file():
             bucket.put_file(str(path), f"{to}/{path.relative_to(folder)}")

@@ -14,7 +14,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from mert_jax import checkpoint, cli, data, hosts, sharding
+from mert_jax import cli, sharding
+from mert_jax.checkpoints import manager
+from mert_jax.data import pipeline
+from mert_jax.errors import UserError
+from mert_jax.runtime import distributed
 
 WHAT = flags.DEFINE_string("what", "read", "read, or how process 1 ends: kill, mistake, bug, stop")
 MESH = flags.DEFINE_list("mesh", ["-1", "1", "1"], "Over data, fsdp, tensor.")
@@ -40,13 +44,13 @@ class Source(list):
 
 def main():
     named = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    with hosts.connected(hosts.found(*named, SECONDS.value), SECONDS.value):
+    with distributed.connected(distributed.found(*named, SECONDS.value), SECONDS.value):
         mesh = sharding.make_mesh(*map(int, MESH.value))
         rows = sharding.rows_of_host(BATCH, mesh)
         source = Source(40)
         options = dict(num_samples=SAMPLES, hop=320, batch_size=BATCH, seed=3, threads=0)
-        own = next(data.train_stream([source], rows=rows, **options))
-        whole = next(data.train_stream([Source(40)], **options))
+        own = next(pipeline.train_stream([source], rows=rows, **options))
+        whole = next(pipeline.train_stream([Source(40)], **options))
         with jax.set_mesh(mesh):
             batch = sharding.global_batch(own["audio"], BATCH, mesh)
             wish = sharding.each_host(10 + PROCESS_ID.value, mesh)
@@ -69,7 +73,7 @@ def main():
 
 def save_and_restore(mesh) -> bool:
     """Whether a sharded state that all processes save comes back, and is written once."""
-    kept = checkpoint.Checkpoints(WORKDIR.value, keep=2)
+    kept = manager.Checkpoints(WORKDIR.value, keep=2)
     layout = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
     state = {"step": sharding.placed(np.int32(5), sharding.replicated(mesh))}
     state |= {"x": sharding.placed(np.arange(64.0, dtype=np.float32), layout)}
@@ -89,7 +93,7 @@ def end_while_the_others_wait(everywhere, mesh):
             if WHAT.value == "stop":
                 time.sleep(600)
             if WHAT.value == "mistake":
-                raise cli.UserError("there is no such folder on this host")
+                raise UserError("there is no such folder on this host")
             raise ZeroDivisionError("a bug")
         np.asarray(everywhere(sharding.each_host(step, mesh))[0])
 

@@ -14,8 +14,14 @@ import pytest
 from flax import traverse_util
 
 import mert_jax
-from mert_jax import codec, decode, encodec, formats, masking, quantize, teachers
-from mert_jax.formats import fairseq, huggingface, names
+from mert_jax import teachers
+from mert_jax.checkpoints import fairseq, huggingface, in_memory
+from mert_jax.checkpoints import tensor_names as names
+from mert_jax.data import decoding
+from mert_jax.models import encodec as codec
+from mert_jax.models import quantize
+from mert_jax.pretraining import masking
+from mert_jax.teachers import encodec_checkpoint as encodec
 from mert_jax.teachers import rvq_vae
 
 pytestmark = pytest.mark.peers
@@ -96,8 +102,8 @@ def exported(request, tmp_path_factory):
     }
     params = traverse_util.unflatten_dict(flat, sep="/")
     folder = tmp_path_factory.mktemp("exported")
-    about = formats.About(do_normalize=large)
-    huggingface.write(str(folder), formats.Checkpoint(student, params, None, 0, about))
+    about = in_memory.About(do_normalize=large)
+    huggingface.write(str(folder), in_memory.Checkpoint(student, params, None, 0, about))
     wave = 0.1 * rng.normal(size=(2, 24_000)).astype(np.float32)
     valid = np.array([24_000, 17_000])
     wave[1, valid[1] :] = 0
@@ -131,7 +137,7 @@ def test_embeddings_of_real_music(exported, seconds):
     folder, *_ = exported
     found = []
     for path in sorted(MUSIC.glob("*.ogg")):
-        with decode.decode(str(path)) as (_, blocks):
+        with decoding.decode(str(path)) as (_, blocks):
             found += blocks
     wave = np.concatenate(found)[: seconds * 24_000]
     model = mert_jax.load(str(folder))

@@ -5,7 +5,7 @@ import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 
-from tests.train_test import ENVIRONMENT
+from tests.end_to_end.train_test import ENVIRONMENT
 
 
 def free_port() -> int:

@@ -10,10 +10,11 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from mert_jax import recipe, sharding, step
-from mert_jax.cli import UserError
+from mert_jax import sharding
+from mert_jax.errors import UserError
+from mert_jax.pretraining import build, step
 from tests import small
-from tests.step_test import music
+from tests.pretraining.step_test import music
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -23,12 +24,12 @@ def run(mesh, **overrides):
     the initial parameters, and the last state."""
     # a low rate: Adam turns the rounding of a gradient near 0 into the sign of a whole step
     few = {"optimizer__peak_learning_rate": 1e-4, "batch_size": 16, "accumulation": 2}
-    config = recipe.check(small.config(**few | overrides))
-    made = recipe.make_teachers(config)
-    student = recipe.student(config, made)
-    objective = recipe.objective(config, student, made)
-    optimizer = recipe.make_optimizer(config)
-    init = functools.partial(recipe.init, config, student, optimizer)
+    config = build.check(small.config(**few | overrides))
+    made = build.make_teachers(config)
+    student = build.student(config, made)
+    objective = build.objective(config, student, made)
+    optimizer = build.make_optimizer(config)
+    init = functools.partial(build.init, config, student, optimizer)
     mesh = sharding.make_mesh(*mesh, devices=jax.devices()[: math.prod(mesh)])
     sharding.check_batch(config.batch_size // config.accumulation, mesh)
     with jax.set_mesh(mesh):
@@ -80,8 +81,8 @@ def test_neighbours_of_a_group_share_their_noise_and_nobody_else():
     mesh = sharding.make_mesh(8, 1, 1)
     keys = jax.random.split(jax.random.key(0), 32)
     config = small.config(group=4)
-    made = recipe.make_teachers(config)
-    objective = recipe.objective(config, recipe.student(config, made), made)
+    made = build.make_teachers(config)
+    objective = build.objective(config, build.student(config, made), made)
     layout = jax.NamedSharding(mesh, sharding.BATCH)
     wave = jax.ShapeDtypeStruct((32, 16_000), np.float32, sharding=layout)
     both = jax.jit(lambda wave: (objective.mixture(keys, wave), objective.mask(keys, 50)))
@@ -92,8 +93,8 @@ def test_neighbours_of_a_group_share_their_noise_and_nobody_else():
 
 def test_optimiser_state_is_sharded_like_its_parameter():
     config = small.config()
-    student = recipe.student(config, recipe.make_teachers(config))
-    init = functools.partial(recipe.init, config, student, recipe.make_optimizer(config))
+    student = build.student(config, build.make_teachers(config))
+    init = functools.partial(build.init, config, student, build.make_optimizer(config))
     shardings = sharding.state_shardings(init, sharding.make_mesh(1, 8, 1))
     adam = shardings.opt_state[1]
     specs = lambda tree: [s.spec for s in jax.tree.leaves(tree)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mert_jax.probing.tf_checkpoint import DTYPES, MAGIC
+from mert_jax.tensors.tf_checkpoint import DTYPES, MAGIC
 
 NUMBER_OF = {np.dtype(dtype): number for number, dtype in DTYPES.items()}
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mert_jax.decode import Header, LeftOut, decode
-from mert_jax.group_norm import Moments
-from mert_jax.pieces import Cutter, Row
-from mert_jax.preparation.sources import Source
+from mert_jax.data.decoding import Header, SkippedFile, decode
+from mert_jax.data.preparation.sources import Source
+from mert_jax.extraction.chunking import Chunker, Segment
+from mert_jax.extraction.group_norm import Moments
 
 
 class Recording(NamedTuple):
@@ -40,7 +40,7 @@ def ahead(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def read(source: Source, cutter: Cutter, sample_rate: int) -> Recording:
+def read(source: Source, cutter: Chunker, sample_rate: int) -> Recording:
     """Decode a file and take its moments; LeftOut for one that cannot be used."""
     longest = cutter.window or (cutter.chunk - 1) * cutter.hop + cutter.field
     moments, held = cutter.moments(), []
@@ -50,12 +50,12 @@ def read(source: Source, cutter: Cutter, sample_rate: int) -> Recording:
             if moments.samples <= longest:
                 held.append(block)
     if moments.samples < cutter.field:
-        raise LeftOut("too short", f"{moments.samples} samples; {cutter.field} make a frame")
+        raise SkippedFile("too short", f"{moments.samples} samples; {cutter.field} make a frame")
     whole = np.concatenate(held) if moments.samples <= longest else None
     return Recording(source, header, moments, whole)
 
 
-def rows(recording: Recording, cutter: Cutter, sample_rate: int) -> Iterator[Row]:
+def rows(recording: Recording, cutter: Chunker, sample_rate: int) -> Iterator[Segment]:
     """The pieces of a recording, owned by its name; LeftOut for a file that has changed."""
     source = recording.source
     if recording.wave is not None:
@@ -67,5 +67,5 @@ def rows(recording: Recording, cutter: Cutter, sample_rate: int) -> Iterator[Row
 
 
 def _ended() -> Iterator[np.ndarray]:
-    raise LeftOut("changed", "shorter when it was read again")
+    raise SkippedFile("changed", "shorter when it was read again")
     yield

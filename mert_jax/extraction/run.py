@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from mert_jax.decode import LeftOut
-from mert_jax.embedding import Embedder
+from mert_jax.data.decoding import SkippedFile
+from mert_jax.data.preparation.sources import Source
+from mert_jax.data.preparation.workers import cpus
 from mert_jax.extraction import reading
+from mert_jax.extraction.chunking import Segment
+from mert_jax.extraction.embedder import Embedder
 from mert_jax.extraction.states_file import StatesFile
-from mert_jax.pieces import Row
-from mert_jax.preparation.sources import Source
-from mert_jax.preparation.workers import cpus
 
 WORKERS = 4  # threads that decode, at most
 
@@ -37,9 +37,9 @@ class Run:
         self._embedder, self._output, self._staging = embedder, output, staging
         self._names, self._dtype, self._tick = names, dtype, tick
         self._open: dict[str, tuple[reading.Recording, StatesFile]] = {}
-        self._failed: list[tuple[Source, LeftOut]] = []
+        self._failed: list[tuple[Source, SkippedFile]] = []
 
-    def __call__(self, todo: list[Source]) -> Iterator[tuple[Source, dict[str, Any] | LeftOut]]:
+    def __call__(self, todo: list[Source]) -> Iterator[tuple[Source, dict[str, Any] | SkippedFile]]:
         """OSError where the disk does not take the results."""
         for row, states in self._embedder.run(self._rows(todo)):
             if row.owner in self._open:  # its file may have failed after this piece
@@ -52,12 +52,12 @@ class Run:
                     if not file.missing:
                         del self._open[row.owner]
                         yield recording.source, self._finish(recording, file)
-                except LeftOut as e:
+                except SkippedFile as e:
                     self._fail(recording.source, e)
             yield from self._failures()
         yield from self._failures()
 
-    def _rows(self, todo: list[Source]) -> Iterator[Row]:
+    def _rows(self, todo: list[Source]) -> Iterator[Segment]:
         cutter, rate = self._embedder.cutter, self._embedder.model.sample_rate
         read = functools.partial(reading.read, cutter=cutter, sample_rate=rate)
         # the largest first: none of them is left for the end alone
@@ -71,15 +71,15 @@ class Run:
                 file = StatesFile(path, frames, self._embedder.settings.pool, self._dtype)
                 self._open[source.path] = recording._replace(wave=None), file
                 yield from reading.rows(recording, cutter, rate)
-            except LeftOut as e:
+            except SkippedFile as e:
                 self._fail(source, e)
 
-    def _fail(self, source: Source, error: LeftOut) -> None:
+    def _fail(self, source: Source, error: SkippedFile) -> None:
         if source.path in self._open:
             self._open.pop(source.path)[1].discard()
         self._failed.append((source, error))
 
-    def _failures(self) -> Iterator[tuple[Source, LeftOut]]:
+    def _failures(self) -> Iterator[tuple[Source, SkippedFile]]:
         while self._failed:
             yield self._failed.pop()
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mert_jax.decode import LeftOut
-from mert_jax.pieces import Row
+from mert_jax.data.decoding import SkippedFile
+from mert_jax.extraction.chunking import Segment
 
 
 class StatesFile:
@@ -19,7 +19,7 @@ class StatesFile:
         self.frames, self.missing = frames, frames
         self._file, self._start, self._sum = None, 0, 0.0
 
-    def add(self, row: Row, states: np.ndarray) -> None:
+    def add(self, row: Segment, states: np.ndarray) -> None:
         """Take what `Embedder.run` gave for a piece; LeftOut for values that `dtype` has not."""
         kept = row.last - row.first
         self.missing -= kept
@@ -49,7 +49,7 @@ class StatesFile:
             cast = states.astype(self._dtype)
         if not np.isfinite(cast).all():
             largest = np.abs(states).max()
-            raise LeftOut("overflow", f"a value of {largest:.4g} is none of {self._dtype.name}")
+            raise SkippedFile("overflow", f"a value of {largest:.4g} is none of {self._dtype.name}")
         return cast
 
     def finish(self, path: str, **arrays: Any) -> None:

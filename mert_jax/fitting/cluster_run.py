@@ -5,10 +5,12 @@ import os
 import time
 from typing import Any
 
-from mert_jax.cli import UserError
-from mert_jax.fitting import Fitted, Task, figures, table
+from mert_jax.errors import UserError
+from mert_jax.fitting import figures
+from mert_jax.fitting.fitted import Fitted, Task
+from mert_jax.fitting.registry import table
 from mert_jax.fitting.sampling import Sampler
-from mert_jax.teachers import fitted
+from mert_jax.teachers import fitted_file
 
 
 def fit(teacher: str, sampler: Sampler, output: str, seed: int, iterations: int) -> dict[str, Any]:
@@ -18,8 +20,8 @@ def fit(teacher: str, sampler: Sampler, output: str, seed: int, iterations: int)
     little music.
     """
     check_writable(output)
-    file = os.path.join(output, fitted.FILE)
-    if os.path.exists(file) and (held := fitted.describe(file)["teacher"]) != teacher:
+    file = os.path.join(output, fitted_file.FILE)
+    if os.path.exists(file) and (held := fitted_file.describe(file)["teacher"]) != teacher:
         raise UserError(
             f"{file} holds teacher {held!r}; give another --output for {teacher!r}, or remove it"
         )
@@ -59,8 +61,8 @@ def check_writable(output: str) -> None:
 def _write(
     output: str, found: Fitted, teacher: str, settings: dict[str, Any], report: dict[str, Any]
 ) -> None:
-    fitted.save(output, teacher, found.tensors, settings)
+    fitted_file.save(output, teacher, found.tensors, settings)
     text = json.dumps(report, indent=1) + "\n"
-    fitted.write(os.path.join(output, "report.json"), text.encode())
+    fitted_file.write(os.path.join(output, "report.json"), text.encode())
     picture = figures.png(found.figures, f"{teacher}, {report['frames']['train']} frames")
-    fitted.write(os.path.join(output, "report.png"), picture)
+    fitted_file.write(os.path.join(output, "report.png"), picture)

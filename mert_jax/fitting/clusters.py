@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mert_jax import progress, quantize
+from mert_jax import progress
+from mert_jax.models import quantize
 
 CHUNK = 4096  # vectors whose distances to all centres are held at a time
 SAMPLE = 16  # vectors for each centre that the first centres are drawn from

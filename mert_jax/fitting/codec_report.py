@@ -12,9 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import soundfile
 
-from mert_jax import curves, ledger, metrics, quantize, records
+from mert_jax.constants import SAMPLE_RATE
+from mert_jax.data.code_checks import perplexity
+from mert_jax.files import read_jsonl
 from mert_jax.fitting import codec_step
 from mert_jax.fitting.codec_step import Codec, CodecState
+from mert_jax.models import quantize
+from mert_jax.reporting import plots
 
 EVALUATED = 32  # clips of the validation split at most
 LISTENED = 4  # of them written as wav
@@ -65,8 +69,8 @@ def evaluate(
         if book is not None:
             by_book = codes.reshape(-1, codes.shape[-1]).T
             counts = np.stack([np.bincount(x, minlength=book.shape[1]) for x in by_book])
-            perplexity = metrics.perplexity(counts)
-            figures[kind]["code_perplexity"] = [round(float(x), 2) for x in perplexity]
+            used = perplexity(counts)
+            figures[kind]["code_perplexity"] = [round(float(x), 2) for x in used]
         if every:
             figures[kind]["waves"] = waves
     return figures
@@ -96,13 +100,13 @@ def report(output: str, training: str, c: Codec, state: CodecState, held_out: np
     for kind, clips in waves.items():
         for i, wave in enumerate(clips[:: max(1, len(clips) // LISTENED)][:LISTENED]):
             path = os.path.join(output, "listen", f"{i}_{kind}.wav")
-            soundfile.write(path, wave, records.SAMPLE_RATE, subtype="PCM_16")
+            soundfile.write(path, wave, SAMPLE_RATE, subtype="PCM_16")
     found = {"steps": int(state.step), "clips": len(held_out), "codebooks": figures}
     with open(os.path.join(output, "report.json"), "w") as f:
         json.dump(found, f, indent=1)
-    rows = ledger.read(os.path.join(training, "metrics.jsonl"))
+    rows = read_jsonl(os.path.join(training, "metrics.jsonl"))
     with open(os.path.join(output, "report.png"), "wb") as f:
-        f.write(curves.png(panels(rows), rows[-1]["step"], columns=2))
+        f.write(plots.png(panels(rows), rows[-1]["step"], columns=2))
     print(f"validation, {len(held_out)} clips, by codebooks:")
     for kind, x in figures.items():
         print(f"  {kind}: log-mel distance {x['mel_distance']:.3f}, SI-SDR {x['si_sdr']:.2f} dB")
@@ -111,21 +115,21 @@ def report(output: str, training: str, c: Codec, state: CodecState, held_out: np
     print(f"codec in {output}; before and after in {os.path.join(output, 'listen')}", flush=True)
 
 
-def panels(rows: list[dict[str, Any]]) -> list[curves.Panel]:
+def panels(rows: list[dict[str, Any]]) -> list[plots.Panel]:
     """The curves of a fit."""
 
-    def lines(name: str) -> list[curves.Line]:
-        steps, values = curves.series(rows, name)
-        return [curves.curve(steps, values[:, 0], "training", curves.TRAIN)] if len(steps) else []
+    def lines(name: str) -> list[plots.Line]:
+        steps, values = plots.series(rows, name)
+        return [plots.curve(steps, values[:, 0], "training", plots.TRAIN)] if len(steps) else []
 
-    def held_out(name: str) -> list[curves.Line]:
-        steps, values = curves.series(rows, f"validation_{name}")
-        style = ("validation", curves.VALIDATION, 2.2)
-        return [curves.curve(steps, values[:, 0], *style)] if len(steps) else []
+    def held_out(name: str) -> list[plots.Line]:
+        steps, values = plots.series(rows, f"validation_{name}")
+        style = ("validation", plots.VALIDATION, 2.2)
+        return [plots.curve(steps, values[:, 0], *style)] if len(steps) else []
 
     return [
-        curves.Panel("Log-mel distance", "nats", lines("mel_distance") + held_out("mel_distance")),
-        curves.Panel("SI-SDR", "dB", held_out("si_sdr")),
-        curves.Panel("Waveform distance", "mean absolute", lines("wave_distance")),
-        curves.Panel("Commitment", "mean square", lines("commitment"), "log"),
+        plots.Panel("Log-mel distance", "nats", lines("mel_distance") + held_out("mel_distance")),
+        plots.Panel("SI-SDR", "dB", held_out("si_sdr")),
+        plots.Panel("Waveform distance", "mean absolute", lines("wave_distance")),
+        plots.Panel("Commitment", "mean square", lines("commitment"), "log"),
     ]

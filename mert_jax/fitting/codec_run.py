@@ -10,9 +10,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mert_jax import checkpoint, claim, cli, data, encodec, faults, metrics, records, sharding
+from mert_jax import sharding
+from mert_jax.checkpoints import manager
+from mert_jax.constants import HOP_LENGTH, SAMPLE_RATE
+from mert_jax.data import bad_records, pipeline, records
+from mert_jax.errors import UserError
 from mert_jax.fitting import codec_report, codec_step
 from mert_jax.fitting.codec_step import Codec, CodecState
+from mert_jax.pretraining import metrics
+from mert_jax.runtime import workdir_lock
+from mert_jax.runtime.signals import StopSignal
+from mert_jax.teachers import encodec_checkpoint
 
 
 def get_config() -> ConfigDict:
@@ -49,15 +57,15 @@ def run(config: ConfigDict, data_dir: str, output: str, seed: int) -> int:
     """
     for name in ("total_steps", "batch_size", "log_every", "eval_every", "filters", "books"):
         if config[name] < 1:
-            raise cli.UserError(f"--config.{name}={config[name]}; it must be at least 1")
-    if config.num_samples < 4096 or config.num_samples % records.HOP_LENGTH:
-        raise cli.UserError(
+            raise UserError(f"--config.{name}={config[name]}; it must be at least 1")
+    if config.num_samples < 4096 or config.num_samples % HOP_LENGTH:
+        raise UserError(
             f"--config.num_samples={config.num_samples}; it must be a multiple of "
-            f"{records.HOP_LENGTH} and at least 4160"
+            f"{HOP_LENGTH} and at least 4160"
         )
     overlap = records.metadata(data_dir)["overlap_samples"]
     if config.num_samples > overlap:
-        raise cli.UserError(
+        raise UserError(
             f"--config.num_samples={config.num_samples}, and {data_dir} was prepared for clips of "
             f"{overlap} at most"
         )
@@ -68,17 +76,17 @@ def run(config: ConfigDict, data_dir: str, output: str, seed: int) -> int:
     training = os.path.join(output, "training")
     fingerprint = records.metadata(data_dir)["fingerprint"]
     settings = config.to_dict() | {"seed": seed, "fingerprint": fingerprint}
-    held = claim.claim(training, settings, begun=bool(checkpoint.steps(training)))
+    held = workdir_lock.claim(training, settings, begun=bool(manager.steps(training)))
     options = inspect.signature(codec_step.make).parameters
     c = codec_step.make(**{name: config[name] for name in options})
-    clips = dict(num_samples=overlap // records.HOP_LENGTH * records.HOP_LENGTH)
+    clips = dict(num_samples=overlap // HOP_LENGTH * HOP_LENGTH)
     held_out = codec_report.held_out_clips(validation, **clips)
     with held, jax.set_mesh(mesh):
         state, code = train(config, training, c, source, held_out, mesh, seed)
         if code:
             return code
         params = jax.device_get(state.params | {"codebooks": codec_step.codebooks(state.quantizer)})
-        encodec.write(output, params)
+        encodec_checkpoint.write(output, params)
         codec_report.report(output, training, c, state, held_out)
     return 0
 
@@ -95,7 +103,7 @@ def train(
     """The loop over batches; the last state and the exit code, 0 when `total_steps` are done."""
     init = functools.partial(codec_step.init, c, jax.random.key(seed))
     shardings = sharding.state_shardings(init, mesh)
-    checkpoints = checkpoint.Checkpoints(training, config.checkpoint.keep)
+    checkpoints = manager.Checkpoints(training, config.checkpoint.keep)
     start = checkpoints.latest_step or 0
     if start:
         state = checkpoints.restore(jax.eval_shape(init), shardings)
@@ -110,26 +118,26 @@ def train(
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
-    stream = data.train_stream(
+    stream = pipeline.train_stream(
         [source],
         num_samples=config.num_samples,
-        hop=records.HOP_LENGTH,
+        hop=HOP_LENGTH,
         batch_size=config.batch_size,
         seed=seed,
         start=start,
         threads=config.threads,
     )
-    stream = faults.noted(stream, faults.Faults(None, [source], start=start), start)
+    stream = bad_records.noted(stream, bad_records.BadRecords(None, [source], start=start), start)
     put = lambda batch: sharding.global_batch(batch["audio"], config.batch_size, mesh)
     key = jax.random.key(seed + 1)
-    policy = checkpoint.SavePolicy(
+    policy = manager.SavePolicy(
         config.checkpoint.every_steps, config.checkpoint.every_minutes, time.monotonic
     )
-    seconds = config.batch_size * config.num_samples / records.SAMPLE_RATE
+    seconds = config.batch_size * config.num_samples / SAMPLE_RATE
     speed = metrics.Speed(start, config.total_steps, audio_seconds=seconds, flops=0)
     writer = metrics.Writer(training, start, tensorboard=False)
-    stop = cli.Stop()
-    for number, audio in enumerate(data.prefetch(stream, put), start + 1):
+    stop = StopSignal()
+    for number, audio in enumerate(pipeline.prefetch(stream, put), start + 1):
         state, found = step(state, audio, key)
         last = number == config.total_steps or stop.signal
         evaluate_now = number % config.eval_every == 0 or number == config.total_steps
@@ -137,7 +145,7 @@ def train(
             row = {"step": number, **{k: np.asarray(v).tolist() for k, v in found.items()}}
             if not np.isfinite(row["loss"] + row["grad_norm"]):
                 checkpoints.close()
-                raise cli.UserError(
+                raise UserError(
                     f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {number}: "
                     f"stopped; the last checkpoint is of step {checkpoints.latest_step}. Lower "
                     "--config.learning_rate, in a new --output"

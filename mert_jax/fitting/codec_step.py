@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mert_jax import audio, codec
+from mert_jax.models import encodec, spectrograms
 
 Array = jax.Array
 MEL_SCALES = (512, 1024, 2048)  # transform lengths, 21 to 85 ms, hop a quarter
@@ -33,8 +33,8 @@ class CodecState(NamedTuple):
 class Codec(NamedTuple):
     """What is trained, fixed for a run: networks, quantiser, optimiser and the loss's weights."""
 
-    encoder: codec.Encoder
-    decoder: codec.Decoder
+    encoder: encodec.Encoder
+    decoder: encodec.Decoder
     quantizer: hk.TransformedWithState
     optimizer: optax.GradientTransformation
     wave_weight: float
@@ -77,8 +77,8 @@ def make(
         optax.adam(schedule, 0.5, 0.9),  # EnCodec's, section 4.5
     )
     return Codec(
-        codec.Encoder(filters, dim),
-        codec.Decoder(filters),
+        encodec.Encoder(filters, dim),
+        encodec.Decoder(filters),
         hk.transform_with_state(quantize),
         optimizer,
         wave_weight,
@@ -106,14 +106,16 @@ def codebooks(quantizer: Mapping[str, Any]) -> Array:
 
 @functools.cache
 def _mel_filters() -> tuple[np.ndarray, ...]:
-    return tuple(audio.mel_filters(24_000, n_fft, MEL_BANDS) for n_fft in MEL_SCALES)
+    return tuple(spectrograms.mel_filters(24_000, n_fft, MEL_BANDS) for n_fft in MEL_SCALES)
 
 
 def mel_distance(wave: Array, other: Array) -> Array:
     """Mean difference of the log-mel spectra of two waves [B, N] over three scales, nats [B]."""
     distances = []
     for n_fft, filters in zip(MEL_SCALES, _mel_filters(), strict=True):
-        ours, theirs = (audio.log_mel(x, jnp.asarray(filters), n_fft // 4) for x in (wave, other))
+        ours, theirs = (
+            spectrograms.log_mel(x, jnp.asarray(filters), n_fft // 4) for x in (wave, other)
+        )
         distances.append(jnp.abs(ours - theirs).mean((1, 2)))
     return sum(distances) / len(distances)
 

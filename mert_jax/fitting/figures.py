@@ -85,7 +85,7 @@ def png(figures: Mapping[str, list[Book]], title: str) -> bytes:
     """Variance left and perplexity by codebook, and how evenly the train split uses the codes."""
     from matplotlib import colormaps, figure
 
-    from mert_jax.curves import TRAIN, VALIDATION
+    from mert_jax.reporting.plots import TRAIN, VALIDATION
 
     picture = figure.Figure((15, 4.4), layout="constrained")
     left, middle, right = picture.subplots(1, 3)

@@ -4,7 +4,8 @@ import functools
 
 import numpy as np
 
-from mert_jax.fitting import Fitted, Task, clusters, figures
+from mert_jax.fitting import clusters, figures
+from mert_jax.fitting.fitted import Fitted, Task
 from mert_jax.teachers import kmeans
 
 BOOKS = ("log_mel", "chroma")

@@ -8,9 +8,10 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from mert_jax import audio
-from mert_jax.cli import UserError
-from mert_jax.fitting import Fitted, Task, clusters, figures
+from mert_jax.errors import UserError
+from mert_jax.fitting import clusters, figures
+from mert_jax.fitting.fitted import Fitted, Task
+from mert_jax.models import spectrograms
 from mert_jax.teachers import mel_rvq
 
 
@@ -38,7 +39,9 @@ def statistics(x: np.ndarray) -> dict[str, np.ndarray]:
 
 def standardised(x: np.ndarray, found: dict[str, np.ndarray]) -> np.ndarray:
     """`x` [n, F] as the teacher will see it."""
-    return np.asarray(audio.standardise(jnp.asarray(x), found["mean"][None], found["std"][None]))
+    return np.asarray(
+        spectrograms.standardise(jnp.asarray(x), found["mean"][None], found["std"][None])
+    )
 
 
 def fit(task: Task, **sizes) -> Fitted:
@@ -49,7 +52,7 @@ def fit(task: Task, **sizes) -> Fitted:
         raise UserError(f"dim {dim} is more than the {settings['n_mels']} mel bands; lower it")
     task.sampler.check(size)
     filters = mel_rvq.filters(settings)
-    features = lambda wave: audio.log_mel(wave, filters["mel_filters"], settings["hop"])
+    features = lambda wave: spectrograms.log_mel(wave, filters["mel_filters"], settings["hop"])
     frames = task.sampler.draw("train", features)
     tensors = statistics(frames)
     frames = standardised(frames, tensors)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mert_jax import audio, quantize
-from mert_jax.fitting import Fitted, Task, figures
+from mert_jax.fitting import figures
+from mert_jax.fitting.fitted import Fitted, Task
 from mert_jax.fitting.mel_rvq import standardised, statistics
+from mert_jax.models import quantize, spectrograms
 from mert_jax.teachers import random_projection
 
 SETTINGS = dict(n_mels=128, n_fft=2048, hop=320)
@@ -24,7 +25,7 @@ def fit(task: Task, **sizes) -> Fitted:
     settings = SETTINGS | sizes
     task.sampler.check(1)
     params = random_projection.make(**settings).params
-    features = lambda wave: audio.log_mel(wave, params["mel_filters"], settings["hop"])
+    features = lambda wave: spectrograms.log_mel(wave, params["mel_filters"], settings["hop"])
     frames = task.sampler.draw("train", features)
     tensors = statistics(frames)
     books, size = params["codebooks"].shape[:2]

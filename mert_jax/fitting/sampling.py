@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from mert_jax import data, faults, progress, records
-from mert_jax.cli import UserError
-from mert_jax.decode import FULL_SCALE
+from mert_jax import progress
+from mert_jax.constants import FULL_SCALE
+from mert_jax.data import bad_records, pipeline, records
+from mert_jax.errors import UserError
 
 CLIPS = 8  # read and transformed at a time
 # of a clip: its frames are much alike, more clips tell more
@@ -60,14 +61,14 @@ class Sampler:
         `features` makes of waves [B, N]."""
         total = self.available(split)
         source = records.open_source(self._directory, split)
-        stream = data.train_stream(
+        stream = pipeline.train_stream(
             [source],
             num_samples=self._num_samples,
             hop=self.metadata["hop_length"],
             batch_size=CLIPS,
             seed=self._seed,
         )
-        stream = faults.noted(stream, faults.Faults(None, [source]))
+        stream = bad_records.noted(stream, bad_records.BadRecords(None, [source]))
         rng = np.random.default_rng([self._seed, split == "train"])
         made, drawn, held = jax.jit(features), 0, None
         with progress.bar(f"reading {split}", total, "frame") as bar:

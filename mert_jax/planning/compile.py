@@ -16,10 +16,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from mert_jax import codes, model, program, recipe, records, sharding
-from mert_jax.cli import UserError
-from mert_jax.planning import stand_ins
-from mert_jax.planning.chips import TPUS, Chip
+from mert_jax import sharding
+from mert_jax.constants import HOP_LENGTH
+from mert_jax.data import stored_codes
+from mert_jax.errors import UserError
+from mert_jax.hardware import TPUS, Chip
+from mert_jax.models import mert_v1
+from mert_jax.planning import abstract_teachers
+from mert_jax.pretraining import build, program
 
 
 class Topology(NamedTuple):
@@ -42,7 +46,7 @@ class Compiled(NamedTuple):
     used: float
     seconds: float
     mesh: Mesh
-    student: model.Student
+    student: mert_v1.Student
     batch: Mapping[str, Any]
 
 
@@ -114,11 +118,11 @@ def compiled(config: ConfigDict, devices: Sequence[Any], choice: str = "") -> Co
     choice: whether an RVQ-VAE's codes are "stored" or "computed"; "": as the dataset has them,
     computed where none is given. Raises UserError for settings that do not go together.
     """
-    recipe.check(config)
+    build.check(config)
     mesh = make_mesh(config, devices)
-    stored = stand_ins.stored_codes(config, choice)
-    teachers = stand_ins.make(config, stored)
-    student = recipe.student(config, teachers, stored)
+    stored = abstract_teachers.stored_codes(config, choice)
+    teachers = abstract_teachers.make(config, stored)
+    student = build.student(config, teachers, stored)
     made = program.make(config, student, teachers, mesh)
     state = jax.tree.map(_placed, made.abstract, made.shardings)
     whole = functools.partial(_placed, sharding=sharding.replicated(mesh))
@@ -160,14 +164,14 @@ def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def batch(
-    config: ConfigDict, context: int, stored: Mapping[str, codes.Info], mesh: Mesh
+    config: ConfigDict, context: int, stored: Mapping[str, stored_codes.Info], mesh: Mesh
 ) -> dict[str, Any]:
     """The shapes of a global batch, as `train` makes it, and how it lies on the mesh."""
     rows, samples = config.batch_size, config.data.num_samples
     shape = lambda dims, dtype, axes=sharding.BATCH: jax.ShapeDtypeStruct(
         dims, dtype, sharding=NamedSharding(mesh, axes)
     )
-    frames = -(-samples // records.HOP_LENGTH)
+    frames = -(-samples // HOP_LENGTH)
     return {
         "audio": shape((rows, context + samples), jnp.int16),
         "looped": shape((rows,), jnp.bool_),

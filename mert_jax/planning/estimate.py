@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mert_jax import records
-from mert_jax.planning import hlo
-from mert_jax.planning.chips import GIB
+from mert_jax.constants import SAMPLE_RATE
+from mert_jax.hardware import GIB
+from mert_jax.planning import hlo_cost
 from mert_jax.planning.compile import Compiled, Topology
 
 NOTE = (
@@ -35,7 +35,7 @@ def numbers(config: ConfigDict, where: Topology, compiled: Compiled) -> dict[str
         "num_hosts": where.hosts,
         "mesh": dict(mesh.shape),
         "batch_size": batch,
-        "batch_hours": batch * config.data.num_samples / records.SAMPLE_RATE / 3600,
+        "batch_hours": batch * config.data.num_samples / SAMPLE_RATE / 3600,
         "accumulation": config.accumulation,
         "clips_per_device": batch / shards,
         "micro_batch_per_device": batch / shards / config.accumulation,
@@ -57,7 +57,7 @@ def summary(config: ConfigDict, compiled: Compiled) -> dict[str, Any] | None:
     if not compiled.text:
         return None
     frames = compiled.student.num_frames(config.data.num_samples)
-    return hlo.summary(compiled.text, frames, inside=ROOT)
+    return hlo_cost.summary(compiled.text, frames, inside=ROOT)
 
 
 def _memory(compiled: Compiled, chip: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from mert_jax.cli import UserError
+from mert_jax.errors import UserError
 
 
 class Setting(NamedTuple):

@@ -11,7 +11,7 @@ import scipy.signal
 
 from mert_jax.probing import head, objectives, sampling, scores, selection
 from mert_jax.probing.cache import Frames
-from mert_jax.tasks import Task
+from mert_jax.tasks.task import Task
 
 # around a beat, as MARBLE v2 widens them (`num_neighbors: 2`): annotations are not frame-exact
 WIDTHS = (0.25, 0.5, 1.0, 0.5, 0.25)

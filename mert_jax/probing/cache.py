@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mert_jax import atomic
-from mert_jax.cli import UserError
-from mert_jax.decode import FULL_SCALE, LeftOut
+from mert_jax import files
+from mert_jax.constants import FULL_SCALE
+from mert_jax.data.decoding import SkippedFile
+from mert_jax.errors import UserError
 from mert_jax.probing import waves
 from mert_jax.probing.features import Features
-from mert_jax.tasks import Clip
+from mert_jax.tasks.task import Clip
 
 SHARD = 64  # clips a file of pooled features: what a stopped run may have to compute again
 Said = dict[str, str]  # a clip that was left out: path, start, reason, detail
@@ -82,7 +83,7 @@ def _state(path: str) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _said(clip: Clip, e: LeftOut) -> Said:
+def _said(clip: Clip, e: SkippedFile) -> Said:
     return dict(path=clip.path, start=clip.start, reason=e.reason, detail=e.detail)
 
 
@@ -111,7 +112,7 @@ def _write_shard(path: str, features: Features, clips: Sequence[Clip]) -> None:
 
     def sound() -> Iterator[np.ndarray]:
         for i, wave in waves.read(clips, features.sample_rate):
-            if isinstance(wave, LeftOut):
+            if isinstance(wave, SkippedFile):
                 left_out.append(_said(clips[i], wave))
             else:
                 index.append(i)
@@ -120,7 +121,7 @@ def _write_shard(path: str, features: Features, clips: Sequence[Clip]) -> None:
     x = [np.asarray(row, np.float32) for row in features.pooled(sound())]
     if any(not np.isfinite(row).all() for row in x):
         raise UserError(f"{features.name} has features that are not finite: is the model sound?")
-    with atomic.staged(path) as temporary, open(temporary, "wb") as file:
+    with files.atomic_write(path) as temporary, open(temporary, "wb") as file:
         x = np.stack(x) if x else np.zeros((0, features.layers, 1), np.float32)
         np.savez(file, x=x, index=np.array(index, int), left_out=json.dumps(left_out))
 
@@ -144,8 +145,8 @@ def frames(
 
     def sound() -> Iterator[np.ndarray]:
         for i, found in _together([clips[i] for i in todo], features.sample_rate):
-            if isinstance(found, LeftOut):
-                with atomic.staged(at(todo[i], ".json")) as path, open(path, "w") as file:
+            if isinstance(found, SkippedFile):
+                with files.atomic_write(at(todo[i], ".json")) as path, open(path, "w") as file:
                     json.dump(_said(clips[todo[i]], found), file)
                 tick(1)
             else:
@@ -177,7 +178,7 @@ def frames(
 
 def _together(
     clips: Sequence[Clip], sample_rate: int
-) -> Iterator[tuple[int, np.ndarray | LeftOut]]:
+) -> Iterator[tuple[int, np.ndarray | SkippedFile]]:
     """Each clip's wave and those of its sources, f32[1 + sources, N], as long as the shortest."""
     tracks = [list(clips)]
     if clips and isinstance(clips[0].label, dict):
@@ -185,7 +186,7 @@ def _together(
         tracks += [[clip._replace(path=clip.label[stem]) for clip in clips] for stem in stems]
     for rows in zip(*(waves.read(track, sample_rate) for track in tracks), strict=True):
         found = [wave for _, wave in rows]
-        if wrong := [wave for wave in found if isinstance(wave, LeftOut)]:
+        if wrong := [wave for wave in found if isinstance(wave, SkippedFile)]:
             yield rows[0][0], wrong[0]
         else:
             size = min(len(wave) for wave in found)
@@ -197,7 +198,7 @@ def _int16(found: np.ndarray) -> np.ndarray:
 
 
 def _save(path: str, x: np.ndarray) -> None:
-    with atomic.staged(path) as temporary, open(temporary, "wb") as file:
+    with files.atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.save(file, x)
 
 

@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mert_jax import audio, embedding, teachers, weights
-from mert_jax.cli import UserError
-from mert_jax.decode import SAMPLE_RATE
+from mert_jax import teachers
+from mert_jax.constants import SAMPLE_RATE
+from mert_jax.errors import UserError
+from mert_jax.extraction import embedder
+from mert_jax.models import spectrograms
 from mert_jax.probing import musicnn
+from mert_jax.tensors import state_dict
 
 HOP = 320  # of the baselines, 75 frames a second as the student
 BASELINES = ("log_mel", "cqt", "random", "musicnn")
@@ -68,8 +71,8 @@ def student(model: Any, name: str = "student", layers: Sequence[int] = ()) -> Fe
 def log_mel(n_mels: int = 128, n_fft: int = 2048) -> Features:
     """One layer: mean and standard deviation over time of log-mel frames; of single frames, each
     with its difference to the one before, without which none could tell an onset."""
-    filters = jnp.asarray(audio.mel_filters(SAMPLE_RATE, n_fft, n_mels))
-    compute = jax.jit(lambda filters, wave: audio.log_mel(wave[None], filters, HOP)[0])
+    filters = jnp.asarray(spectrograms.mel_filters(SAMPLE_RATE, n_fft, n_mels))
+    compute = jax.jit(lambda filters, wave: spectrograms.log_mel(wave[None], filters, HOP)[0])
     return _baseline("log_mel", f"{n_mels} {n_fft} {HOP}", lambda wave: compute(filters, wave))
 
 
@@ -87,7 +90,7 @@ def tagger(path: str) -> Features:
     params = musicnn.load(path)
     return Features(
         name="musicnn",
-        fingerprint=weights.fingerprint(params),
+        fingerprint=state_dict.fingerprint(params),
         layers=1,
         sample_rate=musicnn.SAMPLE_RATE,
         frame_rate=musicnn.SAMPLE_RATE / musicnn.HOP,
@@ -148,7 +151,7 @@ def make(
     others = [simple[name]() for name in baselines if name in simple]
     found = []
     if checkpoint:
-        model = embedding.load(checkpoint)
+        model = embedder.load(checkpoint)
         found.append(student(model, layers=layers))
         if "random" in baselines:
             found.append(student(model.reinitialised(seed), "random", layers))

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mert_jax import audio
-from mert_jax.cli import UserError
-from mert_jax.probing import tf_checkpoint
+from mert_jax.errors import UserError
+from mert_jax.models import spectrograms
+from mert_jax.tensors import tf_checkpoint
 
 Array = jax.Array
 SAMPLE_RATE = 16_000
@@ -61,7 +61,7 @@ def load(path: str) -> dict[str, Any]:
         raise UserError(f"--musicnn={path} is another model, without {e}; {WAY_OUT}") from e
     except UserError as e:
         raise UserError(f"--musicnn={path}: {e}; {WAY_OUT}") from e
-    params["filters"] = audio.mel_filters(SAMPLE_RATE, N_FFT, N_MELS)
+    params["filters"] = spectrograms.mel_filters(SAMPLE_RATE, N_FFT, N_MELS)
     return jax.tree.map(jnp.asarray, params)
 
 
@@ -79,7 +79,7 @@ def _norm(tensors: dict[str, np.ndarray], i: int) -> tuple[np.ndarray, np.ndarra
 
 @jax.jit
 def _log_mel(filters: Array, wave: Array) -> Array:
-    power = audio.power_spectrum(wave, N_FFT, HOP)
+    power = spectrograms.power_spectrum(wave, N_FFT, HOP)
     mel = jnp.einsum("btf,fm->btm", power, filters, precision="highest")
     return jnp.log10(10_000 * mel + 1)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mert_jax.probing import head, objectives, scores, selection
 from mert_jax.probing.cache import Pooled
-from mert_jax.tasks import Task
+from mert_jax.tasks.task import Task
 
 
 def probe(

@@ -6,8 +6,8 @@ from typing import Any
 
 from matplotlib import figure
 
-from mert_jax import atomic
-from mert_jax.ledger import finite
+from mert_jax import files
+from mert_jax.files import finite_or_none
 
 # Okabe and Ito's colours, which can be told apart by the colour-blind
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -17,16 +17,16 @@ def write(folder: str, results: dict[str, Any]) -> None:
     """DIR/results.json and DIR/layers.png."""
     text = json.dumps(_finite(results), indent=1) + "\n"
     target = os.path.join(folder, "results.json")
-    with atomic.staged(target, replace=True) as path, open(path, "w") as file:
+    with files.atomic_write(target, replace=True) as path, open(path, "w") as file:
         file.write(text)
-    with atomic.staged(os.path.join(folder, "layers.png"), replace=True) as path:
+    with files.atomic_write(os.path.join(folder, "layers.png"), replace=True) as path:
         picture(results).savefig(path, format="png", dpi=130)
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(x) for key, x in value.items()}
-    return [_finite(x) for x in value] if isinstance(value, list | tuple) else finite(value)
+    return [_finite(x) for x in value] if isinstance(value, list | tuple) else finite_or_none(value)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mert_jax.cli import UserError
-from mert_jax.tasks import Clip, Task
+from mert_jax.errors import UserError
+from mert_jax.tasks.task import Clip, Task
 
 NEEDS = {"key": "mir_eval.key", "beats": "mir_eval.util", "separation": "museval.metrics"}
 

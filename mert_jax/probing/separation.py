@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mert_jax import atomic
+from mert_jax import files
 from mert_jax.probing import head, objectives, sampling, scores, selection
 from mert_jax.probing.cache import Frames
-from mert_jax.tasks import Task
+from mert_jax.tasks.task import Task
 
 N_FFT, BANDS = 2048, 64
 SILENT = 1e-6  # energy of a source that a song does not have: it has no SDR there
@@ -199,7 +199,7 @@ def _store_shares(held: Frames, bands: np.ndarray, hop: int) -> None:
         path = _shares_path(held, i)
         if not os.path.exists(path):
             found = shares(held.waves(i), bands, hop).astype(np.float16)
-            with atomic.staged(path) as temporary, open(temporary, "wb") as file:
+            with files.atomic_write(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, found)
 
 

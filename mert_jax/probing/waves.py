@@ -5,32 +5,32 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mert_jax import decode
-from mert_jax.decode import LeftOut
-from mert_jax.tasks import Clip
+from mert_jax.data import decoding
+from mert_jax.data.decoding import SkippedFile
+from mert_jax.tasks.task import Clip
 
 SHORTEST = 0.05  # seconds; the student hears 17 ms at once
 
 
-def read(clips: Sequence[Clip], sample_rate: int) -> Iterator[tuple[int, np.ndarray | LeftOut]]:
+def read(clips: Sequence[Clip], sample_rate: int) -> Iterator[tuple[int, np.ndarray | SkippedFile]]:
     """Each clip's index and its mono wave f32[N], or why it has none; clips of one file that follow
     one another come in the order of their starts."""
     for path, group in itertools.groupby(enumerate(clips), key=lambda item: item[1].path):
         members = sorted(group, key=lambda item: item[1].start)
         done = 0
         try:
-            with decode.decode(path, sample_rate) as (_, blocks):
+            with decoding.decode(path, sample_rate) as (_, blocks):
                 for index, wave in _cut(blocks, members, sample_rate):
                     yield index, wave
                     done += 1
-        except LeftOut as e:
+        except SkippedFile as e:
             for index, _ in members[done:]:
                 yield index, e
 
 
 def _cut(
     blocks: Iterator[np.ndarray], members: list[tuple[int, Clip]], sample_rate: int
-) -> Iterator[tuple[int, np.ndarray | LeftOut]]:
+) -> Iterator[tuple[int, np.ndarray | SkippedFile]]:
     held, first = np.zeros(0, np.float32), 0  # the wave from sample `first` on
     for index, clip in members:
         start = round(clip.start * sample_rate)
@@ -48,6 +48,6 @@ def _cut(
         wave = held[: None if stop is None else stop - start]
         if len(wave) < SHORTEST * sample_rate:
             seconds = len(wave) / sample_rate
-            yield index, LeftOut("too short", f"{seconds:.2f} s from {clip.start:.1f} s on")
+            yield index, SkippedFile("too short", f"{seconds:.2f} s from {clip.start:.1f} s on")
         else:
             yield index, wave.copy()

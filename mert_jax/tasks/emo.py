@@ -2,7 +2,7 @@
 
 import functools
 
-from mert_jax.tasks import Task, from_jsonl
+from mert_jax.tasks.task import Task, from_jsonl
 
 LABELS = ("arousal", "valence")
 SOURCE = (

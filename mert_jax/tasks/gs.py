@@ -5,7 +5,7 @@ Training and validation are the MTG keys' set, the test the 604 tracks of Knees 
 
 import functools
 
-from mert_jax.tasks import Task, class_of, from_jsonl
+from mert_jax.tasks.task import Task, class_of, from_jsonl
 
 TONICS = "C Db D Eb E F Gb G Ab A Bb B".split()
 LABELS = tuple(f"{tonic} {mode}" for mode in ("major", "minor") for tonic in TONICS)

@@ -2,7 +2,7 @@
 
 import functools
 
-from mert_jax.tasks import Task, class_of, from_jsonl
+from mert_jax.tasks.task import Task, class_of, from_jsonl
 
 LABELS = tuple("blues classical country disco hiphop jazz metal pop reggae rock".split())
 LICENCE = "none stated; the recordings are in copyright: research use"

@@ -2,9 +2,9 @@
 
 import functools
 
-from mert_jax.making import beats, drums, keys, mixes, notes, techniques
-from mert_jax.tasks import Task, class_of, from_jsonl, tags_of
+from mert_jax.synthetic import beats, drums, keys, mixes, notes, techniques
 from mert_jax.tasks.gtzan import beats as beats_of
+from mert_jax.tasks.task import Task, class_of, from_jsonl, tags_of
 
 RENDERED = (
     "the audio is rendered with the soundfonts that about.json names (FluidR3_GM: MIT, TimGM6mb: "

@@ -3,7 +3,7 @@ moods and themes."""
 
 import functools
 
-from mert_jax.tasks import Task, from_jsonl, tags_of
+from mert_jax.tasks.task import Task, from_jsonl, tags_of
 
 SOURCE = (
     "Download the data set m-a-p/MTG from Hugging Face (huggingface-cli download --repo-type="

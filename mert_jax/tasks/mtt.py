@@ -2,7 +2,7 @@
 
 import functools
 
-from mert_jax.tasks import Task, from_jsonl, tags_of
+from mert_jax.tasks.task import Task, from_jsonl, tags_of
 
 LABELS = (
     *"guitar classical slow techno strings drums electronic rock fast piano ambient beat".split(),

@@ -9,8 +9,8 @@ import os
 
 import soundfile
 
-from mert_jax.cli import UserError
-from mert_jax.tasks import Clip, Task, cut, folder
+from mert_jax.errors import UserError
+from mert_jax.tasks.task import Clip, Task, cut, folder
 
 STEMS = ("vocals", "drums", "bass", "other")
 SECONDS = 10.0

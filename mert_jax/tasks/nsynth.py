@@ -10,8 +10,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from mert_jax.cli import UserError
-from mert_jax.tasks import SPLITS, Clip, Task, class_of
+from mert_jax.errors import UserError
+from mert_jax.tasks.task import SPLITS, Clip, Task, class_of
 
 FAMILIES = tuple(
     "bass brass flute guitar keyboard mallet organ reed string synth_lead vocal".split()

@@ -9,8 +9,8 @@ import functools
 import os
 from collections.abc import Callable
 
-from mert_jax.cli import UserError
-from mert_jax.tasks import SPLITS, Clip, Task, class_of, lines
+from mert_jax.errors import UserError
+from mert_jax.tasks.task import SPLITS, Clip, Task, class_of, lines
 
 TECHNIQUES = tuple(
     "belt breathy inhaled lip_trill spoken straight trill trillo vibrato vocal_fry".split()

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mert_jax.cli import UserError
-from mert_jax.teachers import Teacher
+from mert_jax.errors import UserError
+from mert_jax.teachers.teacher import Teacher
 
 Array = jax.Array
 Complex = tuple[Array, Array]  # real and imaginary parts, each float32

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mert_jax import audio, quantize
-from mert_jax.teachers import Teacher, fitted
+from mert_jax.models import quantize, spectrograms
+from mert_jax.teachers import fitted_file
+from mert_jax.teachers.teacher import Teacher
 
 Array = jax.Array
 NAME = "kmeans"
@@ -31,10 +32,10 @@ def features(params: Any, wave: Array, *, hop: int) -> tuple[Array, Array]:
 
     Without a clip's level, which the student's group norm takes away too.
     """
-    wave = audio.normalise(wave.astype(jnp.float32))
+    wave = spectrograms.normalise(wave.astype(jnp.float32))
     return (
-        audio.log_mel(wave, params["mel_filters"], hop),
-        audio.chroma(wave, params["chroma_filters"], hop),
+        spectrograms.log_mel(wave, params["mel_filters"], hop),
+        spectrograms.chroma(wave, params["chroma_filters"], hop),
     )
 
 
@@ -56,8 +57,8 @@ def filters(settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of `params` that follow from the settings alone."""
     n_fft = settings["n_fft"]
     return {
-        "mel_filters": audio.mel_filters(SAMPLE_RATE, n_fft, settings["n_mels"]),
-        "chroma_filters": audio.chroma_filters(SAMPLE_RATE, n_fft, settings["n_chroma"]),
+        "mel_filters": spectrograms.mel_filters(SAMPLE_RATE, n_fft, settings["n_mels"]),
+        "chroma_filters": spectrograms.chroma_filters(SAMPLE_RATE, n_fft, settings["n_chroma"]),
     }
 
 
@@ -74,7 +75,7 @@ def make(*, checkpoint: str | None = None) -> Teacher:
 
     Book 1 (chroma) uses the first 200 of the 300 classes only.
     """
-    tensors, settings = fitted.load(checkpoint, NAME, shapes)
+    tensors, settings = fitted_file.load(checkpoint, NAME, shapes)
     size = max(settings["mel_size"], settings["chroma_size"])
     bound = functools.partial(apply, hop=settings["hop"])
     return Teacher(bound, filters(settings) | tensors, size)

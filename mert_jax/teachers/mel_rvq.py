@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mert_jax import audio, quantize
-from mert_jax.cli import UserError
-from mert_jax.teachers import Teacher, fitted
+from mert_jax.errors import UserError
+from mert_jax.models import quantize, spectrograms
+from mert_jax.teachers import fitted_file
+from mert_jax.teachers.teacher import Teacher
 
 Array = jax.Array
 NAME = "mel_rvq"
@@ -29,8 +30,8 @@ def features(params: Any, wave: Array, *, hop: int) -> Array:
 
     MuQ has one mean and one deviation for all bands.
     """
-    log_mel = audio.log_mel(wave.astype(jnp.float32), params["mel_filters"], hop)
-    return audio.standardise(log_mel, params["mean"][None, None], params["std"][None, None])
+    log_mel = spectrograms.log_mel(wave.astype(jnp.float32), params["mel_filters"], hop)
+    return spectrograms.standardise(log_mel, params["mean"][None, None], params["std"][None, None])
 
 
 def encode(params: Any, features: Array) -> tuple[Array, Array]:
@@ -57,7 +58,9 @@ def apply(params: Any, wave: Array, *, hop: int) -> Array:
 
 def filters(settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of `params` that follow from the settings alone."""
-    return {"mel_filters": audio.mel_filters(SAMPLE_RATE, settings["n_fft"], settings["n_mels"])}
+    return {
+        "mel_filters": spectrograms.mel_filters(SAMPLE_RATE, settings["n_fft"], settings["n_mels"])
+    }
 
 
 def shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -76,7 +79,7 @@ def make(*, checkpoint: str | None = None, books: int | None = None) -> Teacher:
 
     Raises UserError when the file has fewer.
     """
-    tensors, settings = fitted.load(checkpoint, NAME, shapes)
+    tensors, settings = fitted_file.load(checkpoint, NAME, shapes)
     books = settings["books"] if books is None else books
     if not 1 <= books <= settings["books"]:
         raise UserError(

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mert_jax import audio, quantize
-from mert_jax.cli import UserError
-from mert_jax.teachers import Teacher, fitted
+from mert_jax.errors import UserError
+from mert_jax.models import quantize, spectrograms
+from mert_jax.teachers import fitted_file
+from mert_jax.teachers.teacher import Teacher
 
 NAME = "random_projection"
 SAMPLE_RATE = 24_000
@@ -35,11 +36,13 @@ def features(params: Any, wave: jax.Array, *, hop: int) -> jax.Array:
     else over the clip: the student's group norm takes the level of a clip and of its bands away, so
     that no code may depend on them.
     """
-    log_mel = audio.log_mel(wave.astype(jnp.float32), params["mel_filters"], hop)
+    log_mel = spectrograms.log_mel(wave.astype(jnp.float32), params["mel_filters"], hop)
     if "mean" in params:
-        return audio.standardise(log_mel, params["mean"][None, None], params["std"][None, None])
+        return spectrograms.standardise(
+            log_mel, params["mean"][None, None], params["std"][None, None]
+        )
     mean, std = log_mel.mean(1, keepdims=True), log_mel.std(1, keepdims=True)
-    return audio.standardise(log_mel, mean, std)
+    return spectrograms.standardise(log_mel, mean, std)
 
 
 def project(params: Any, features: jax.Array) -> jax.Array:
@@ -74,7 +77,7 @@ def make(
     """
     tensors = {}
     if checkpoint:
-        tensors, settings = fitted.load(checkpoint, NAME, shapes)
+        tensors, settings = fitted_file.load(checkpoint, NAME, shapes)
         for key, value in dict(n_mels=n_mels, n_fft=n_fft, hop=hop).items():
             if settings.get(key) != value:
                 raise UserError(
@@ -86,7 +89,7 @@ def make(
     codebooks = rng.normal(size=(books, size, dim))
     codebooks /= np.linalg.norm(codebooks, axis=-1, keepdims=True)
     params = {
-        "mel_filters": audio.mel_filters(SAMPLE_RATE, n_fft, n_mels),
+        "mel_filters": spectrograms.mel_filters(SAMPLE_RATE, n_fft, n_mels),
         "projections": projections.astype(np.float32),
         "codebooks": codebooks.astype(np.float32),
     }

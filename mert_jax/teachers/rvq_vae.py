@@ -5,13 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mert_jax import codec, encodec, quantize
-from mert_jax.cli import UserError
-from mert_jax.teachers import Teacher
+from mert_jax.constants import HOP_LENGTH
+from mert_jax.errors import UserError
+from mert_jax.models import encodec as codec
+from mert_jax.models import quantize
+from mert_jax.teachers import encodec_checkpoint
+from mert_jax.teachers.teacher import Teacher
 
 # 0.51 s. Measured with a fitted codec on two sets of music: of the codes in a crop's first 0.2 s,
 # about half are the whole track's if the crop is all that is heard, over 99 % with this before it.
-CONTEXT = 38 * codec.HOP_LENGTH
+CONTEXT = 38 * HOP_LENGTH
 
 
 def encoder(params: Any) -> codec.Encoder:
@@ -41,9 +44,9 @@ def make(*, checkpoint: str | None = None, books: int = 0, context: int = CONTEX
             "Hugging Face EnCodec directory, or your own of python -m mert_jax.fit_teacher "
             "--teacher=rvq_vae --data=DIR --output=DIR"
         )
-    if context < 0 or context % codec.HOP_LENGTH:
-        raise UserError(f"context={context}; it must be a multiple of {codec.HOP_LENGTH}")
-    params = encodec.read(checkpoint)
+    if context < 0 or context % HOP_LENGTH:
+        raise UserError(f"context={context}; it must be a multiple of {HOP_LENGTH}")
+    params = encodec_checkpoint.read(checkpoint)
     found = len(params["codebooks"])
     if not 0 <= books <= found:
         raise UserError(f"books={books}, and {checkpoint} has {found} codebooks")

@@ -10,7 +10,8 @@ import json
 
 from absl import flags
 
-from mert_jax import atomic, cli
+from mert_jax import cli, files
+from mert_jax.errors import UserError
 from tests.benchmarks import (
     cqt,
     extract,
@@ -47,14 +48,14 @@ def main() -> None:
     """Run the chosen benchmarks; raises UserError for a name that is not one."""
     names = _ONLY.value or list(BENCHMARKS)
     if unknown := sorted(set(names) - set(BENCHMARKS)):
-        raise cli.UserError(f"unknown benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+        raise UserError(f"unknown benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
     rows = []
     for name in names:
         for row in BENCHMARKS[name]():
             print(table.markdown([row]).splitlines()[-1], flush=True)
             rows.append(row)
             if _JSON.value:
-                with atomic.staged(_JSON.value, replace=True) as path, open(path, "w") as f:
+                with files.atomic_write(_JSON.value, replace=True) as path, open(path, "w") as f:
                     f.write(json.dumps(rows, indent=1) + "\n")
     print(table.markdown(rows))
 

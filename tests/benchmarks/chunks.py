@@ -8,14 +8,16 @@ import numpy as np
 from absl import flags
 
 import mert_jax
-from mert_jax import cli, embedding
-from mert_jax.decode import decode
+from mert_jax import cli
+from mert_jax.data.decoding import decode
+from mert_jax.errors import UserError
+from mert_jax.extraction import embedder
 
 EDGES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds from the edge, where columns begin
 
 
 def table(
-    model: embedding.Model, wave: np.ndarray, chunk: float
+    model: embedder.Model, wave: np.ndarray, chunk: float
 ) -> tuple[list[float], np.ndarray, np.ndarray]:
     """Where the columns begin, and RMS differences [layers, columns] by distance from the nearest
     edge between two chunks, relative to a layer's standard deviation over time; the same [layers]
@@ -25,9 +27,7 @@ def table(
     length, frames = round(chunk * model.frame_rate), whole.shape[1]
     inner = np.arange(length, frames - length, length)
     if not len(inner):
-        raise cli.UserError(
-            f"{len(wave) / model.sample_rate:.0f} s are not 3 chunks of {chunk:g} s"
-        )
+        raise UserError(f"{len(wave) / model.sample_rate:.0f} s are not 3 chunks of {chunk:g} s")
     # the last chunk begins earlier than the others end: no frames of it
     number = np.arange(inner[-1])
     distance = np.abs(number[:, None] + 0.5 - inner).min(1) / model.frame_rate

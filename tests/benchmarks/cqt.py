@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mert_jax.cli import UserError
+from mert_jax.errors import UserError
 from tests.benchmarks import measure
 
 CLIPS, SAMPLES = 8, 120_000

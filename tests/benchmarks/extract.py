@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from mert_jax.cli import UserError
+from mert_jax.errors import UserError
 from tests.benchmarks import measure
 from tests.benchmarks.rvq_vae import music
 
@@ -27,15 +27,14 @@ def write_inputs(folder: str) -> None:
     import jax.numpy as jnp
     from flax import linen as nn
 
-    from mert_jax import formats
-    from mert_jax.formats import huggingface
+    from mert_jax.checkpoints import huggingface, in_memory
 
     student = huggingface.student({})
     variables = jax.jit(student.init)(jax.random.key(0), jnp.zeros((1, 4_000)))
     params = jax.tree.map(np.asarray, nn.unbox(variables["params"]))
     path = os.path.join(folder, "model")
     os.mkdir(path)
-    checkpoint = formats.Checkpoint(student, params, None, 0, formats.About())
+    checkpoint = in_memory.Checkpoint(student, params, None, 0, in_memory.About())
     huggingface.write(path, checkpoint)
     for seconds in (5, 60):
         for i, wave in enumerate(music(8, seconds * RATE)):

@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from mert_jax.constants import SAMPLE_RATE
 from tests.benchmarks import measure
 
 
 # the libraries are imported where they are used: each side's process has its own only
 def ours(files: Sequence[str]) -> Callable[[], None]:
     """A call that decodes all files, in blocks, to bytes of int16."""
-    from mert_jax import decode
+    from mert_jax.data import decoding
 
     def run() -> None:
         for path in files:
-            with decode.decode(path) as (_, blocks):
+            with decoding.decode(path) as (_, blocks):
                 for block in blocks:
-                    decode.to_int16(block)[0].tobytes()
+                    decoding.to_int16(block)[0].tobytes()
 
     return run
 
@@ -42,10 +43,9 @@ def peer(files: Sequence[str]) -> Callable[[], None]:
 
 
 def _write(path: str) -> None:
-    from mert_jax import decode
     from tests.benchmarks import stream
 
-    rate = 2 * decode.SAMPLE_RATE
+    rate = 2 * SAMPLE_RATE
     mono = stream.synthetic(1_200)  # played twice as fast: ten minutes at 48 kHz
     with soundfile.SoundFile(path, "w", rate, 2, "VORBIS") as file:
         for start in range(0, len(mono), rate):  # libsndfile crashes on minutes at once
@@ -53,10 +53,10 @@ def _write(path: str) -> None:
 
 
 def _seconds(path: str) -> float:
-    from mert_jax import decode
+    from mert_jax.data import decoding
 
-    with decode.decode(path) as (_, blocks):
-        return sum(len(block) for block in blocks) / decode.SAMPLE_RATE
+    with decoding.decode(path) as (_, blocks):
+        return sum(len(block) for block in blocks) / SAMPLE_RATE
 
 
 def rows(files: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mert_jax.cli import UserError
+from mert_jax.errors import UserError
 from tests.benchmarks import measure
 
 SIZES = {"feed_forward": (4 * 374, 768, 3072), "square": (4096, 4096, 4096)}

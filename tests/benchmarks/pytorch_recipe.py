@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, mse_loss, normalize
 from transformers import EncodecModel, HubertConfig, HubertModel
 from transformers.models.hubert.modeling_hubert import _compute_mask_indices
 
-from mert_jax import codec
+from mert_jax.constants import HOP_LENGTH
 
 BOOKS, BINS = 8, 336
 
@@ -71,7 +71,7 @@ class Recipe(nn.Module):
         clips = wave[:, -self.config.data.num_samples :]
         if codes is None:
             found = self.encodec.encode(wave[:, None], bandwidth=6.0).audio_codes[0]
-            before = (wave.shape[1] - clips.shape[1]) // codec.HOP_LENGTH
+            before = (wave.shape[1] - clips.shape[1]) // HOP_LENGTH
             codes = found.transpose(1, 2)[:, before:]
         return codes, self.cqt(clips).transpose(1, 2), clips
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mert_jax.cli import UserError
+from mert_jax.errors import UserError
 from tests.benchmarks import measure
 
 CLIPS, SAMPLES, BOOKS = 8, 120_000, 8
@@ -28,7 +28,8 @@ def write_checkpoint(folder: str) -> None:
     import jax
     import jax.numpy as jnp
 
-    from mert_jax import codec, encodec
+    from mert_jax.models import encodec as codec
+    from mert_jax.teachers import encodec_checkpoint
 
     keys = jax.random.split(jax.random.key(0), 3)
     encoder, decoder = codec.Encoder(), codec.Decoder()
@@ -41,7 +42,7 @@ def write_checkpoint(folder: str) -> None:
         "decoder": jax.jit(decoder.init)(keys[1], jnp.zeros((1, 8, 128)))["params"],
         "codebooks": books.at[0].add(latents.mean(0)),
     }
-    encodec.write(folder, jax.tree.map(np.asarray, params))
+    encodec_checkpoint.write(folder, jax.tree.map(np.asarray, params))
 
 
 # the libraries are imported where they are used: each side's process has its own only

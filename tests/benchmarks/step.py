@@ -21,9 +21,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import mert_v1
-from mert_jax import codec
-from mert_jax.cli import UserError
-from mert_jax.planning import chips
+from mert_jax import hardware
+from mert_jax.constants import HOP_LENGTH
+from mert_jax.errors import UserError
 from tests.benchmarks import measure, rvq_vae
 
 SIZES = {"95m": "base", "330m": "large"}
@@ -53,7 +53,7 @@ def batch(config: ConfigDict) -> dict[str, Any]:
     audio = rvq_vae.music(config.batch_size, samples + (0 if stored else teacher.context))
     found = {"audio": np.int16(10_000 * audio), "looped": np.zeros(len(audio), bool)}
     if stored:
-        shape = len(audio), samples // codec.HOP_LENGTH, rvq_vae.BOOKS
+        shape = len(audio), samples // HOP_LENGTH, rvq_vae.BOOKS
         codes = np.random.default_rng(0).integers(1024, size=shape, dtype=np.uint16)
         found["codes"] = {"rvq_vae": codes}
     return found
@@ -66,11 +66,11 @@ class Ours:
     def __init__(self, config: ConfigDict):
         import jax
 
-        from mert_jax import recipe
-        from mert_jax.planning import stand_ins
+        from mert_jax.planning import abstract_teachers
+        from mert_jax.pretraining import build as recipe
 
         computed = config.teacher.rvq_vae.checkpoint
-        stored = stand_ins.stored_codes(config, "computed" if computed else "stored")
+        stored = abstract_teachers.stored_codes(config, "computed" if computed else "stored")
         made = recipe.make_teachers(recipe.check(config), stored)
         self.student = recipe.student(config, made, stored)
         self.optimizer = recipe.make_optimizer(config)
@@ -84,7 +84,8 @@ class Ours:
         import jax
         from flax import linen as nn
 
-        from mert_jax import recipe, step
+        from mert_jax.pretraining import build as recipe
+        from mert_jax.pretraining import step
 
         state = jax.jit(lambda: nn.unbox(recipe.init(self.config, self.student, self.optimizer)))()
         sizes = dict(accumulation=1, group=self.config.group)
@@ -106,7 +107,7 @@ class Ours:
         import jax.numpy as jnp
         import optax
 
-        from mert_jax import step
+        from mert_jax.pretraining import step
 
         objective, audio = self.objective, self.batch["audio"]
         key, rows = jax.random.key(0), jnp.arange(len(audio))
@@ -125,7 +126,7 @@ class Ours:
 
 def _weights(peer: Any, student: Any) -> Any:
     """The peer's weights as our parameters."""
-    from mert_jax.formats import names
+    from mert_jax.checkpoints import tensor_names as names
 
     array = lambda x: x.detach().cpu().numpy()
     dense = lambda x: {"kernel": array(x.weight).T, "bias": array(x.bias)}
@@ -192,7 +193,7 @@ def row(name: str, clips: int, checkpoint: str, device: str) -> dict[str, Any]:
     found = measure.row(f"step_{name}", label, times["ours"], times[best])
     flops = 3 * clips * Ours(settings).student.flops(settings.data.num_samples)
     found = measure.with_flops(found, flops)
-    if peak := chips.peak_flops(jax.devices()[0].device_kind):
+    if peak := hardware.peak_flops(jax.devices()[0].device_kind):
         found["mfu"] = [rate / peak for rate in found["flops_per_s"]]
     return found
 

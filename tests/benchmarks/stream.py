@@ -17,7 +17,8 @@ import numpy as np
 import soundfile
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from mert_jax import data, decode, records
+from mert_jax.constants import HOP_LENGTH, SAMPLE_RATE
+from mert_jax.data import decoding, pipeline, records
 from tests.benchmarks import measure
 
 SAMPLES, BATCH, BATCHES = 120_000, 50, 10
@@ -26,10 +27,10 @@ SAMPLES, BATCH, BATCHES = 120_000, 50, 10
 def synthetic(seconds: int) -> np.ndarray:
     """Chords with a little noise, int16 [n]: FLAC makes about half of it, as of music."""
     rng = np.random.default_rng(0)
-    t = np.arange(seconds * decode.SAMPLE_RATE) / decode.SAMPLE_RATE
+    t = np.arange(seconds * SAMPLE_RATE) / SAMPLE_RATE
     pitches = 110 * 2 ** (rng.integers(0, 36, 6) / 12)
     wave = sum(np.sin(2 * np.pi * f * t) for f in pitches) * 0.05 + rng.normal(0, 0.003, len(t))
-    return decode.to_int16(wave.astype(np.float32))[0]
+    return decoding.to_int16(wave.astype(np.float32))[0]
 
 
 class _Flac:
@@ -64,7 +65,7 @@ def _write(folder: str, files: Sequence[str]) -> list[float]:
     for i, path in enumerate(files):
         os.symlink(os.path.abspath(path), os.path.join(music, f"{i}_{os.path.basename(path)}"))
     if not files:
-        soundfile.write(os.path.join(music, "a.wav"), synthetic(600), decode.SAMPLE_RATE)
+        soundfile.write(os.path.join(music, "a.wav"), synthetic(600), SAMPLE_RATE)
     flags = f"--input={music}", f"--output={raw}", "--validation_fraction=0"
     command = [sys.executable, "-m", "mert_jax.prepare", *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -76,7 +77,7 @@ def _write(folder: str, files: Sequence[str]) -> list[float]:
 def _encoded(record: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     options = dict(format="FLAC", subtype="PCM_16")
-    soundfile.write(buffer, record["audio"], decode.SAMPLE_RATE, **options)
+    soundfile.write(buffer, record["audio"], SAMPLE_RATE, **options)
     return buffer.getvalue()
 
 
@@ -91,8 +92,8 @@ def peer(folder: str) -> Callable[[], Any]:
 
 
 def _read(source: Any) -> Callable[[], Any]:
-    sizes = dict(num_samples=SAMPLES, hop=records.HOP_LENGTH, batch_size=BATCH)
-    stream = data.train_stream([source], seed=0, **sizes)
+    sizes = dict(num_samples=SAMPLES, hop=HOP_LENGTH, batch_size=BATCH)
+    stream = pipeline.train_stream([source], seed=0, **sizes)
     return lambda: [next(stream) for _ in range(BATCHES)]
 
 

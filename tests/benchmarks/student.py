@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mert_jax.cli import UserError
+from mert_jax.errors import UserError
 from tests.benchmarks import measure
 from tests.benchmarks.rvq_vae import music
 
@@ -58,7 +58,7 @@ def _peer(size: str) -> Any:
 
 
 def _student(case: str) -> Any:
-    from mert_jax.formats import huggingface
+    from mert_jax.checkpoints import huggingface
 
     size, _, _ = CASES[case]
     options = dict(SIZES[size], intermediate_size=4 * SIZES[size]["hidden_size"])
@@ -72,7 +72,7 @@ def ours(case: str, state: dict[str, np.ndarray] | None = None) -> Callable[[], 
     import jax.numpy as jnp
     from flax import linen as nn
 
-    from mert_jax.formats.names import params_from_hf
+    from mert_jax.checkpoints.tensor_names import params_from_hf
 
     _, backward, clips = CASES[case]
     student = _student(case)
@@ -114,8 +114,8 @@ def _error(case: str, ours: Any, theirs: Any, model: Any) -> float:
         return float(np.abs(np.asarray(ours) - theirs).max())
     import jax
 
-    from mert_jax.formats import huggingface
-    from mert_jax.formats.names import params_from_hf
+    from mert_jax.checkpoints import huggingface
+    from mert_jax.checkpoints.tensor_names import params_from_hf
 
     student = huggingface.student(model.config.to_dict())
     zero = lambda p: p.detach() * 0  # of what no loss reaches: the mask's embedding

@@ -20,8 +20,8 @@ import numpy as np
 from flax import linen as nn
 
 from configs import base, tiny
-from mert_jax import recipe, step
-from mert_jax.teachers import fitted, kmeans, mel_rvq
+from mert_jax.pretraining import build, step
+from mert_jax.teachers import fitted_file, kmeans, mel_rvq
 from tests.benchmarks import measure, rvq_vae
 
 # base.py's batch of 1024 clips does not fit; what a clip costs hardly depends on the batch
@@ -40,7 +40,7 @@ def write_checkpoints(folder: str) -> dict[str, str]:
     for module in (kmeans, mel_rvq):
         shapes = module.shapes(module.SETTINGS)
         tensors = {name: abs(rng.normal(size=shape)) + 0.1 for name, shape in shapes.items()}
-        fitted.save(paths[module.NAME], module.NAME, tensors, module.SETTINGS)
+        fitted_file.save(paths[module.NAME], module.NAME, tensors, module.SETTINGS)
     return paths
 
 
@@ -53,11 +53,11 @@ def functions(size: str, names: Sequence[str], paths: dict[str, str]) -> dict[st
     config.teachers = tuple(names)
     for name in set(names) & set(paths):
         config.teacher[name] = {"checkpoint": paths[name]}
-    made = recipe.make_teachers(recipe.check(config))
-    student = recipe.student(config, made)
-    optimizer = recipe.make_optimizer(config)
-    objective = recipe.objective(config, student, made)
-    state = jax.jit(lambda: nn.unbox(recipe.init(config, student, optimizer)))()
+    made = build.make_teachers(build.check(config))
+    student = build.student(config, made)
+    optimizer = build.make_optimizer(config)
+    objective = build.objective(config, student, made)
+    state = jax.jit(lambda: nn.unbox(build.init(config, student, optimizer)))()
     params = jax.device_put({name: teacher.params for name, teacher in made.items()})
     before = max(objective.context.values(), default=0)  # samples that only teachers hear
     wave = rvq_vae.music(config.batch_size, before + config.data.num_samples)

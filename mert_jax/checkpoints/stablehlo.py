@@ -1,0 +1,78 @@
+"""The student as a program: StableHLO for CPU, GPU and TPU, with its weights beside it.
+
+A directory holds `model.stablehlo`, jax.export's serialised function of (params, wave [B, N]) for
+any B and any N, `params.safetensors` by our names, and `signature.json`.
+"""
+
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax import export
+
+from mert_jax.checkpoints import in_memory
+from mert_jax.checkpoints.in_memory import Checkpoint, architecture
+from mert_jax.errors import UserError
+from mert_jax.models.mert_v1 import hidden_states
+from mert_jax.tensors import state_dict
+
+PROGRAM, PARAMS, SIGNATURE = "model.stablehlo", "params.safetensors", "signature.json"
+PLATFORMS = ("cpu", "cuda", "tpu")
+TOLERANCE = 1e-4
+
+
+def write(path: str, checkpoint: Checkpoint) -> None:
+    """Fill the directory `path`; OSError where the disk does not take it."""
+    student, params = in_memory.without_heads(checkpoint)[:2]
+    flat = traverse_util.flatten_dict(params, sep="/")
+    symbols = export.symbolic_shape("b, n", constraints=(f"n >= {student.receptive_field}",))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    function = jax.jit(lambda params, wave: hidden_states(student, params, wave))
+    wave = jax.ShapeDtypeStruct(symbols, jnp.float32)
+    program = export.export(function, platforms=PLATFORMS)(params, wave)
+    with open(os.path.join(path, PROGRAM), "wb") as f:
+        f.write(program.serialize())
+    state_dict.write(os.path.join(path, PARAMS), flat)
+    signature = dict(
+        call="(params, wave) -> hidden_states",
+        params=f"{PARAMS}, nested at each slash",
+        wave=f"float32 [B, N], N >= {student.receptive_field}",
+        hidden_states=f"float32 [{student.num_layers + 1}, B, T, {student.hidden_size}]",
+        sample_rate=checkpoint.about.sample_rate,
+        do_normalize=checkpoint.about.do_normalize,
+        platforms=PLATFORMS,
+        student=architecture(student),
+    )
+    with open(os.path.join(path, SIGNATURE), "w") as f:
+        json.dump(signature, f, indent=1)
+
+
+def load(path: str) -> tuple[Any, Any]:
+    """The program in a directory, as a function of (params, wave), and its params."""
+    with open(os.path.join(path, PROGRAM), "rb") as f:
+        program = export.deserialize(bytearray(f.read()))
+    params = state_dict.read(os.path.join(path, PARAMS))
+    return program.call, traverse_util.unflatten_dict(params, sep="/")
+
+
+def check(path: str, checkpoint: Checkpoint) -> float:
+    """The largest difference between the program in `path` and the student itself, over two batches
+    of different sizes, relative to the largest value where that is above 1; UserError where it is
+    above `TOLERANCE`."""
+    call, params = load(path)
+    student, body = in_memory.without_heads(checkpoint)[:2]
+    rng, shortest, differences = np.random.default_rng(0), student.receptive_field, []
+    forward = jax.jit(hidden_states, static_argnums=0)
+    for shape in ((1, 3 * shortest), (2, 5 * shortest + 123)):
+        wave = rng.normal(0, 0.1, shape).astype(np.float32)
+        expected = np.asarray(forward(student, body, wave))
+        difference = np.abs(np.asarray(call(params, wave)) - expected).max()
+        differences.append(difference / max(1, np.abs(expected).max()))
+    largest = float(np.max(differences))  # not max(): it passes over NaN
+    if not largest <= TOLERANCE:
+        raise UserError(f"the program differs from the student by {largest:.1e}: not written")
+    return largest

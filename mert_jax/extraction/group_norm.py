@@ -1,0 +1,73 @@
+"""What the student's first group norm comes to on a file of any length, from one pass over it.
+
+The norm's input is a convolution of k taps: the mean and variance of each of its C channels follow
+from the mean and covariance of the k samples under it, which take a few operations a sample and no
+memory. So a file may be embedded piece by piece, and clips of different lengths side by side, as if
+each were alone and whole.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mert_jax.models.layers import EPSILON
+
+FLOOR = 1e-7  # added to the variance of a wave that is normalised, as transformers does
+
+
+class Norm(NamedTuple):
+    """How a file's samples and first convolution are normed.
+
+    mean, scale: (sample - mean) * scale is what the student hears; factor, shift: f32 [C], what the
+    group norm multiplies the convolution's result by and adds.
+    """
+
+    mean: float
+    scale: float
+    factor: np.ndarray
+    shift: np.ndarray
+
+
+class Moments:
+    """Sums over the patches of `taps` samples, every `stride` of them, of a wave that comes in
+    blocks f32 [n]; in float64, whose rounding nobody sees."""
+
+    def __init__(self, taps: int, stride: int):
+        self.taps, self.stride, self.samples, self.patches = taps, stride, 0, 0
+        self._rest = np.empty(0, np.float32)
+        self._sum, self._squares = 0.0, 0.0
+        self._first, self._second = np.zeros(taps), np.zeros((taps, taps))
+
+    def add(self, block: np.ndarray) -> None:
+        """Take the next samples."""
+        self.samples += len(block)
+        exact = block.astype(np.float64)
+        self._sum += exact.sum()
+        self._squares += exact @ exact
+        wave = np.concatenate([self._rest, block])
+        number = max((len(wave) - self.taps) // self.stride + 1, 0)
+        if number:
+            windows = np.lib.stride_tricks.sliding_window_view(wave, self.taps)
+            patches = windows[:: self.stride][:number].astype(np.float64)
+            self._first += patches.sum(0)
+            self._second += patches.T @ patches
+            self.patches += number
+        self._rest = wave[number * self.stride :]
+
+    def norm(
+        self, kernel: np.ndarray, scale: np.ndarray, bias: np.ndarray, normalised: bool
+    ) -> Norm:
+        """The norm of the wave so far, for a `kernel` [k, C] and the group norm's `scale` and
+        `bias` [C]; the wave is brought to mean 0 and variance 1 before where it is `normalised`."""
+        offset, gain = 0.0, 1.0
+        if normalised:
+            offset = self._sum / self.samples
+            gain = (self._squares / self.samples - offset**2 + FLOOR) ** -0.5
+        mean = self._first / self.patches
+        covariance = self._second / self.patches - np.outer(mean, mean)
+        mean, covariance = (mean - offset) * gain, covariance * gain**2
+        weight = kernel.astype(np.float64)
+        variance = np.einsum("kl,kc,lc->c", covariance, weight, weight)
+        factor = scale / np.sqrt(np.maximum(variance, 0) + EPSILON)
+        shift = bias - mean @ weight * factor
+        return Norm(offset, gain, factor.astype(np.float32), shift.astype(np.float32))

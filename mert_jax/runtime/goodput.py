@@ -1,0 +1,95 @@
+"""Where a run's time went, in this process and in all that worked on the same workdir."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mert_jax import files
+
+FILE = "goodput.json"
+KINDS = ("compile", "step", "data_wait", "validation", "save", "restore", "other", "lost")
+
+
+class Goodput:
+    """Seconds by kind: those inside `with time_of(kind)` are that kind's, all others "step" once
+    `begin` was called and "other" before; "lost" is what was computed, not saved, and done again.
+
+    WORKDIR/goodput.json holds the sums over all processes that worked there.
+    """
+
+    def __init__(self, workdir: str, clock: Callable[[], float] = time.monotonic):
+        self._path, self._clock, self._last = os.path.join(workdir, FILE), clock, clock()
+        self._kind, self._seconds = "other", read(workdir)
+        self._saved, self._since = 0, 0.0
+
+    def begin(self, step: int) -> None:
+        """Stepping begins, after so many steps: what the process before did beyond is lost."""
+        self._advance()
+        unsaved = self._seconds.pop("unsaved", {})
+        if unsaved.get("step", 0) > step:
+            share = (unsaved["step"] - step) / max(unsaved["step"] - unsaved["saved"], 1)
+            lost = min(share, 1.0) * unsaved["seconds"]
+            self._seconds["step"] -= lost
+            self._seconds["lost"] += lost
+        self._kind, self._saved, self._since = "step", step, 0.0
+
+    def _advance(self) -> None:
+        now = self._clock()
+        self._seconds[self._kind] += now - self._last
+        self._since += now - self._last if self._kind == "step" else 0.0
+        self._last = now
+
+    @contextlib.contextmanager
+    def time_of(self, kind: str) -> Iterator[None]:
+        """What passes inside is `kind`'s."""
+        self._advance()
+        outside, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._advance()
+            self._kind = outside
+
+    def went_back(self) -> None:
+        """The steps since the last save were given up."""
+        self._advance()
+        self._seconds["step"] -= self._since
+        self._seconds["lost"] += self._since
+        self._since = 0.0
+
+    def saved(self, step: int) -> None:
+        """What was done until `step` is safe."""
+        self._advance()
+        self._saved, self._since = step, 0.0
+
+    def write(self, step: int) -> None:
+        """Bring the file up to date."""
+        self._advance()
+        content = {kind: round(seconds, 3) for kind, seconds in self._seconds.items()}
+        content["unsaved"] = dict(step=step, saved=self._saved, seconds=round(self._since, 3))
+        with files.atomic_write(self._path, replace=True) as path, open(path, "w") as f:
+            json.dump(content, f, indent=1)
+
+
+def read(workdir: str) -> dict[str, Any]:
+    """Seconds by kind, and what was not saved, of a workdir; zeros where there are none."""
+    path = os.path.join(workdir, FILE)
+    found = {}
+    if os.path.exists(path):
+        with open(path) as f:
+            found = json.load(f)
+    return dict.fromkeys(KINDS, 0.0) | found
+
+
+def line(seconds: dict[str, Any]) -> str:
+    """The shares in words, largest first."""
+    kinds = {kind: seconds[kind] for kind in KINDS if seconds[kind] > 0}
+    total = sum(kinds.values())
+    if not total:
+        return "no time has been spent yet"
+    shares = sorted(kinds.items(), key=lambda item: -item[1])
+    said = ", ".join(f"{kind.replace('_', ' ')} {100 * s / total:.1f} %" for kind, s in shares)
+    return f"time: {total / 3600:.2f} h, of which {said}"

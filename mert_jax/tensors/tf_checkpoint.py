@@ -1,0 +1,156 @@
+"""Tensors of a TensorFlow checkpoint, read without TensorFlow.
+
+A checkpoint is two files: `.index`, a sorted table from names to entries that say dtype, shape and
+place of a tensor, and `.data-00000-of-00001`, their bytes one after the other (tensorflow,
+`tensorflow/core/protobuf/tensor_bundle.proto`). The table is LevelDB's (google/leveldb,
+`doc/table_format.md`). Checksums are not looked at: sizes have to agree.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mert_jax.errors import UserError
+
+MAGIC = 0xDB4775248B80FB57  # the last eight bytes of a table
+FOOTER = 48
+DATA = ".data-00000-of-00001"
+DTYPES = {  # tensorflow/core/framework/types.proto
+    1: np.float32,
+    2: np.float64,
+    3: np.int32,
+    4: np.uint8,
+    5: np.int16,
+    6: np.int8,
+    9: np.int64,
+    10: np.bool_,
+    14: ml_dtypes.bfloat16,
+    17: np.uint16,
+    19: np.float16,
+    22: np.uint32,
+    23: np.uint64,
+}
+
+
+def read(folder: Any, prefix: str = "") -> dict[str, np.ndarray]:
+    """Every tensor of the checkpoint `prefix` in `folder`, by name.
+
+    folder: a pathlib.Path, or a zipfile.Path inside an archive. Raises UserError for files that are
+    missing, cut short, something else, compressed, of several shards, big-endian, or with tensors
+    that are no numbers.
+    """
+    try:
+        index, data = ((folder / (prefix + end)).read_bytes() for end in (".index", DATA))
+    except (OSError, KeyError) as e:
+        raise UserError(
+            f"{folder} has no TensorFlow checkpoint ({prefix}.index, {prefix}{DATA}): {e}"
+        ) from e
+    try:
+        return _tensors(index, data)
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as e:
+        # UserError is a ValueError; garbled bytes give any of the others
+        raise UserError(f"{folder}/{prefix}.index is no readable TensorFlow index: {e}") from e
+
+
+def _tensors(index: bytes, data: bytes) -> dict[str, np.ndarray]:
+    if len(index) < FOOTER or int.from_bytes(index[-8:], "little") != MAGIC:
+        raise ValueError("it does not end as one")
+    _, _, at = _handle(index, len(index) - FOOTER)  # of a block of statistics
+    start, size, _ = _handle(index, at)
+    found = {}
+    for _, handle in _entries(_block(index, start, size)):
+        for key, value in _entries(_block(index, *_handle(handle, 0)[:2])):
+            fields = dict(_fields(value))
+            if key:
+                name = key.decode(errors="replace")  # keys of slices are not text
+                found[name] = _tensor(name, fields, _shape(fields.get(2, b"")), data)
+            elif fields.get(1, 0) != 1:  # the header is the entry without a name
+                raise ValueError(f"its tensors are in {fields.get(1, 0)} shards, not in one")
+            elif fields.get(2, 0):
+                raise ValueError("its tensors are big-endian")
+    return found
+
+
+def _tensor(name: str, fields: dict[int, Any], shape: list[int], data: bytes) -> np.ndarray:
+    """The array of one entry, its dtype in field 1, its offset in 4, its size in bytes in 5."""
+    if fields.get(1) not in DTYPES:
+        raise ValueError(f"{name} is of dtype {fields.get(1)}, not of numbers")
+    if 7 in fields:
+        raise ValueError(f"{name} is in slices")
+    dtype, start, size = np.dtype(DTYPES[fields[1]]), fields.get(4, 0), fields.get(5, 0)
+    if size != dtype.itemsize * int(np.prod(shape, dtype=object)):
+        raise ValueError(f"{name} is {dtype}{shape} in {size} bytes")
+    if start + size > len(data):
+        raise ValueError(f"{name} ends at byte {start + size}, its file at {len(data)}")
+    return np.frombuffer(data, dtype, size // dtype.itemsize, start).reshape(shape)
+
+
+def _shape(message: bytes) -> list[int]:
+    sizes = [dict(_fields(dim)).get(1, 0) for number, dim in _fields(message) if number == 2]
+    if any(size >= 1 << 63 for size in sizes):  # negative: not known
+        raise ValueError("a tensor has no shape")
+    return sizes
+
+
+def _block(index: bytes, start: int, size: int) -> bytes:
+    if start + size >= len(index) - FOOTER:
+        raise ValueError("it is cut short")
+    if index[start + size]:
+        raise ValueError("it is compressed")
+    return index[start : start + size]
+
+
+def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values; a key begins with so many bytes of the one before."""
+    restarts = int.from_bytes(block[-4:], "little")
+    end, at, key = len(block) - 4 * (restarts + 1), 0, b""
+    if end < 0:
+        raise ValueError("a block is shorter than it says")
+    while at < end:
+        shared, at = _varint(block, at)
+        length, at = _varint(block, at)
+        value, at = _varint(block, at)
+        if shared > len(key) or at + length + value > end:
+            raise ValueError("an entry is longer than its block")
+        key = key[:shared] + block[at : at + length]
+        yield key, block[at + length : at + length + value]
+        at += length + value
+
+
+def _handle(message: bytes, at: int) -> tuple[int, int, int]:
+    """Offset and size of a block, and where the handle ends."""
+    start, at = _varint(message, at)
+    size, at = _varint(message, at)
+    return start, size, at
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Numbers and values of a protobuf message: int, or bytes of what is inside."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        if tag & 7 == 0:
+            value, at = _varint(message, at)
+        else:
+            if tag & 7 == 2:
+                size, at = _varint(message, at)
+            else:
+                size = {1: 8, 5: 4}[tag & 7]
+            if at + size > len(message):
+                raise ValueError("a field is longer than its message")
+            value, at = message[at : at + size], at + size
+        yield tag >> 3, value
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """A number in sevens of bits, and where it ends."""
+    value = shift = 0
+    while True:
+        value |= (message[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if message[at - 1] < 128:
+            return value, at
+        if shift > 63:
+            raise ValueError("a number is too long")

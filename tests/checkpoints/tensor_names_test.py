@@ -1,0 +1,111 @@
+"""The mapping of names: there and back, every spelling, and what is said of a wrong checkpoint."""
+
+import jax
+import numpy as np
+import pytest
+
+from mert_jax.checkpoints import tensor_names
+from mert_jax.errors import UserError
+from mert_jax.models.mert_v1 import Head
+from tests.checkpoint_samples import assert_same, params_of, student
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+
+def test_fairseq_there_and_back():
+    params = params_of(student())
+    state = tensor_names.params_to_fairseq(params)
+    assert state["label_embs_concat"].shape == (2 * 68, 4)
+    assert state["encoder.pos_conv.0.weight_g"].shape == (1, 1, 8)
+    assert state["feature_extractor.conv_layers.1.0.weight"].shape == (8, 8, 3)
+    np.testing.assert_array_equal(
+        state["encoder.layers.1.fc1.weight"],
+        params["encoder"]["layers"]["intermediate_dense"]["kernel"][1].T,
+    )
+    np.testing.assert_array_equal(
+        state["label_embs_concat"][68 + 5], params["rvq_vae_codebooks"][1, 5]
+    )
+    assert_same(tensor_names.params_from_fairseq(state, student()), params)
+
+
+def test_hugging_face_there_and_back_without_heads():
+    params = params_of(student(heads=()))
+    state = tensor_names.params_to_hf(params)
+    assert_same(tensor_names.params_from_hf(state, student(heads=())), params)
+    with_heads = params_of(student())
+    assert tensor_names.params_to_hf(with_heads).keys() == state.keys()
+
+
+def test_three_spellings_of_weight_norm():
+    body = student(heads=())
+    state = tensor_names.params_to_hf(params_of(body))
+    conv = "encoder.pos_conv_embed.conv."
+    g, v = state.pop(conv + "weight_g"), state.pop(conv + "weight_v")
+    spelt = "parametrizations.weight.original0", "parametrizations.weight.original1"
+    new = state | {conv + spelt[0]: g, conv + spelt[1]: v}
+    folded = state | {conv + "weight": g * v / np.linalg.norm(v, axis=(0, 1), keepdims=True)}
+    old = state | {conv + "weight_g": np.abs(g), conv + "weight_v": v * np.sign(g)}
+    expected = tensor_names.params_from_hf(new, body)
+    positions = lambda params: params["encoder"]["pos_conv_embed"]
+    kernel = lambda p: (
+        p["weight_v"]
+        * (p["weight_g"] / np.linalg.norm(p["weight_v"], axis=(1, 2))).reshape(-1, 1, 1)
+    )
+    for spelling in (folded, old):
+        given = tensor_names.params_from_hf(spelling, body)
+        np.testing.assert_allclose(
+            kernel(positions(given)), kernel(positions(expected)), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_equal_widths():
+    plain, projected = student(conv_dim=16), student(conv_dim=16, project_equal_widths=True)
+    params = params_of(plain)
+    assert "post_extract_proj.weight" not in tensor_names.params_to_fairseq(params)
+    state = tensor_names.params_to_hf(params)
+    wave = np.random.default_rng(0).normal(size=(1, 400)).astype(np.float32)
+    hidden = tensor_names.params_from_hf(state, projected.clone(heads=()))
+    ours, theirs = (
+        jax.jit(plain.apply)({"params": params}, wave),
+        jax.jit(projected.clone(heads=()).apply)({"params": hidden}, wave),
+    )
+    np.testing.assert_allclose(ours.last_hidden_state, theirs.last_hidden_state, atol=1e-5)
+
+
+def test_tables_of_the_cqt_are_ignored():
+    state = tensor_names.params_to_fairseq(params_of(student()))
+    tables = ("lenghts", "cqt_kernels_real", "cqt_kernels_imag")
+    state |= {f"encoder_cqt_model.spec_layer.{name}": np.zeros(3) for name in tables}
+    tensor_names.params_from_fairseq(state, student())
+
+
+def test_everything_wrong_is_said_at_once():
+    state = tensor_names.params_to_fairseq(params_of(student()))
+    del state["mask_emb"], state["encoder.layers.1.fc2.bias"]
+    state["surprise"] = np.zeros(1)
+    state["layer_norm.weight"] = np.zeros(5)
+    state["final_proj.bias"] = np.float32([0, np.nan, -np.inf, 0, 0, 0, 0, 0])
+    with pytest.raises(UserError) as raised:
+        tensor_names.params_from_fairseq(state, student(), "its/path.pt")
+    for words in (
+        "its/path.pt: 5 of its tensors",
+        "missing mask_emb",
+        "missing encoder.layers.1.fc2.bias",
+        "unexpected surprise",
+        "layer_norm.weight is [5], not [8]",
+        "final_proj.bias has 2 values that are not finite",
+    ):
+        assert words in str(raised.value)
+
+
+def test_two_teachers_of_codes_do_not_fit_in_one_fairseq_checkpoint():
+    heads = (Head("rvq_vae", 68, 2), Head("kmeans", 36, 1))
+    with pytest.raises(UserError, match=r"one (final_proj|label_embs_concat)"):
+        tensor_names.params_to_fairseq(params_of(student(heads=heads)))
+
+
+def test_half_precision_tensors_become_float32():
+    state = tensor_names.params_to_fairseq(params_of(student()))
+    half = {name: x.astype(np.float16) for name, x in state.items()}
+    params = tensor_names.params_from_fairseq(half, student())
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}

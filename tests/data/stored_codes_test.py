@@ -1,0 +1,363 @@
+"""Stored codes: those of whole tracks, at the samples they belong to, and refused when they are not
+this codec's or this dataset's."""
+
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from mert_jax import teachers
+from mert_jax.data import mix, pipeline, records, stored_codes
+from mert_jax.data.preparation import encode
+from mert_jax.data.preparation.assemble import stored_tracks
+from mert_jax.errors import UserError
+from mert_jax.models import encodec as codec
+from mert_jax.models import mert_v1
+from mert_jax.pretraining import build, step
+from mert_jax.teachers import encodec_checkpoint
+from mert_jax.teachers.teacher import Teacher
+from tests import small
+from tests.teachers.encodec_checkpoint_test import params
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+RATE, HOP = 24_000, 320
+# longer than a piece of the encoder and than a record, and shorter than the codec's padding
+SECONDS = {"long": 23.3337, "short": 2.05, "shorter": 0.07}
+
+
+class Bar:
+    """What encode needs of a progress bar."""
+
+    total = done = 0.0
+
+    def update(self, seconds):
+        self.done += seconds
+
+
+def music(seconds: float, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    t = np.arange(int(seconds * RATE)) / RATE
+    notes = rng.uniform(80, 900, (int(seconds * 4) + 1, 4)).repeat(RATE // 4, 0)[: len(t)].T
+    return 0.1 * np.sin(2 * np.pi * notes * t).sum(0) + 0.02 * rng.normal(size=len(t))
+
+
+def prepare(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mert_jax.prepare", *flags]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def write_codec(folder: str) -> str:
+    """A small random codec whose codebooks are latents of music, so that codes vary."""
+    network = codec.Encoder(2, params()["codebooks"].shape[-1])
+    wave = music(4, 9)[None].astype(np.float32)
+    latents = np.asarray(jax.jit(network.apply)({"params": params()["encoder"]}, wave))[0]
+    rows = np.random.default_rng(0).choice(latents, (3, 16), replace=False)
+    spread = rows - latents.mean(0)
+    encodec_checkpoint.write(
+        folder, params() | {"codebooks": np.stack([rows[0], *(0.5 * spread[1:])])}
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return write_codec(str(tmp_path_factory.mktemp("codec")))
+
+
+@pytest.fixture(scope="module")
+def dataset(checkpoint, tmp_path_factory) -> str:
+    """Three tracks and their codes, by the command."""
+    folder = tmp_path_factory.mktemp("music")
+    for seed, (name, seconds) in enumerate(SECONDS.items()):
+        soundfile.write(folder / f"{name}.wav", music(seconds, seed), RATE)
+    output = str(tmp_path_factory.mktemp("data") / "prepared")
+    flags = ["--chunk_seconds=5", "--crop_seconds=2", "--min_seconds=0.01"]
+    done = prepare(f"--input={folder}", f"--output={output}", f"--codes={checkpoint}", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "codes of train: 3 codebooks of 16, perplexity" in done.stdout
+    return output
+
+
+@pytest.fixture(scope="module")
+def teacher(checkpoint) -> Teacher:
+    return teachers.make("rvq_vae", checkpoint=checkpoint)
+
+
+def whole_tracks(directory: str, teacher: Teacher) -> dict[str, np.ndarray]:
+    """Codes of every track encoded in one go, by its hash."""
+    found = {}
+    for track, stored in stored_tracks(directory).items():
+        source = records.open_source(directory, stored.split)
+        audio = np.concatenate(list(encode.track_audio(source, stored)))
+        assert len(audio) == stored.samples
+        wave = audio[None].astype(np.float32) / 32768
+        found[track] = np.asarray(jax.jit(teacher.apply)(teacher.params, wave))[0]
+    return found
+
+
+def stored(directory: str) -> dict[str, stored_codes.Info]:
+    return {"rvq_vae": stored_codes.info(directory, "rvq_vae")}
+
+
+def test_stored_codes_are_those_of_whole_tracks(dataset, teacher):
+    whole = whole_tracks(dataset, teacher)
+    seen = equal = total = 0
+    for split in ("train", "validation"):
+        source = records.open_source(dataset, split)
+        for item in stored_codes.attach(source, dataset, split, stored(dataset)):
+            ours = item["codes"]["rvq_vae"]
+            first = item["offset"] // HOP
+            expected = whole[item["track"]][first : first + len(ours)]
+            assert ours.shape == expected.shape
+            # piece by piece, the last bit may differ, and with it a nearly tied code
+            equal, total, seen = equal + (ours == expected).sum(), total + ours.size, seen + 1
+    assert seen > len(SECONDS)
+    assert equal / total > 0.999
+
+
+def test_codes_go_with_their_samples(dataset, teacher):
+    """A crop's codes are the track's at the crop's frames, in every batch and on every host."""
+    whole = whole_tracks(dataset, teacher)
+    source = records.open_source(dataset, "train")
+    joined = stored_codes.attach(source, dataset, "train", stored(dataset))
+    options = dict(num_samples=HOP * 50, hop=HOP, batch_size=8, seed=1, threads=2)
+    batches = list(itertools.islice(pipeline.train_stream([joined], **options), 3))
+    agree = []
+    for batch in batches:
+        assert batch["codes"]["rvq_vae"].shape == (8, 50, 3)
+        for row, looped in enumerate(batch["looped"]):
+            if not looped:
+                item = source[int(batch["record"][row])]
+                first = (item["offset"] + int(batch["start"][row])) // HOP
+                expected = whole[item["track"]][first : first + 50]
+                agree.append((batch["codes"]["rvq_vae"][row] == expected).mean())
+    assert len(agree) > 8
+    assert np.mean(agree) > 0.999
+    halves = [
+        list(itertools.islice(pipeline.train_stream([joined], **options, rows=rows), 3))
+        for rows in (range(4), range(4, 8))
+    ]
+    for k, batch in enumerate(batches):
+        both = jax.tree.map(lambda *x: np.concatenate(x), halves[0][k], halves[1][k])
+        jax.tree.map(np.testing.assert_array_equal, both, batch)
+
+
+def test_a_second_run_encodes_nothing_and_new_tracks_only(
+    dataset, checkpoint, tmp_path, monkeypatch
+):
+    encoded = []
+    real = encode._encode
+
+    def spy(teacher, todo, *rest):
+        encoded.extend(todo)
+        return real(teacher, todo, *rest)
+
+    monkeypatch.setattr(encode, "_encode", spy)
+    before = _files(dataset)
+    bar = Bar()
+    encode.encode(dataset, checkpoint, bar)
+    assert encoded == []
+    assert bar.done == pytest.approx(bar.total)
+    assert _files(dataset) == before
+
+    folder, output = tmp_path / "music", str(tmp_path / "data")
+    folder.mkdir()
+    soundfile.write(folder / "a.wav", music(3, 5), RATE)
+    flags = [f"--input={folder}", f"--output={output}", "--crop_seconds=2"]
+    assert prepare(*flags, f"--codes={checkpoint}").returncode == 0
+    (first,) = stored_tracks(output)
+    soundfile.write(folder / "b.wav", music(4, 6), RATE)
+    assert prepare(*flags).returncode == 0
+    with pytest.raises(UserError, match="held other tracks"):
+        stored_codes.info(output, "rvq_vae")
+    encode.encode(output, checkpoint, Bar())
+    assert set(encoded) == set(stored_tracks(output)) - {first}
+    assert stored_codes.info(output, "rvq_vae") is not None
+
+
+def _files(directory: str) -> dict[str, bytes]:
+    folder = pathlib.Path(stored_codes.folder(directory, "rvq_vae"))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_interrupted_run_goes_on(dataset, checkpoint, tmp_path, monkeypatch):
+    copy = str(tmp_path / "copy")
+    shutil.copytree(dataset, copy)
+    shutil.rmtree(os.path.join(copy, "codes"))
+    real = encode._encode
+
+    def cut(*given):
+        yield from itertools.islice(real(*given), 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encode, "_encode", cut)
+    with pytest.raises(KeyboardInterrupt):
+        encode.encode(copy, checkpoint, Bar())
+    assert stored_codes.info(copy, "rvq_vae") is None  # nothing that training would take for whole
+    todo = []
+    monkeypatch.setattr(
+        encode, "_encode", lambda t, left, *x: (todo.extend(left), real(t, left, *x))[1]
+    )
+    encode.encode(copy, checkpoint, Bar())
+    assert len(todo) == len(SECONDS) - 1
+    for split in ("train", "validation"):
+        ours, theirs = (
+            stored_codes.Source(d, split, stored(d)["rvq_vae"]) for d in (copy, dataset)
+        )
+        assert len(ours) == len(theirs)
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def config_of(dataset: str, **overrides):
+    sizes = {"data__dir": dataset, "data__num_samples": 16_000, "teachers": ("rvq_vae", "cqt")}
+    return build.check(small.config(**sizes | overrides))
+
+
+def test_training_takes_stored_codes_without_a_checkpoint(dataset, teacher):
+    config = config_of(dataset)
+    found = mix.stored_codes(config)
+    made = build.make_teachers(config, found)
+    student = build.student(config, made, found)
+    assert student.heads[0] == mert_v1.Head("rvq_vae", 16 + 4, 3)
+    objective = build.objective(config, student, made)
+    assert objective.context == {}
+    codes_ = np.random.default_rng(0).integers(0, 16, (2, 50, 3)).astype(np.uint16)
+    wave = np.zeros((2, 16_000), np.float32)
+    params_ = {name: t.params for name, t in made.items()}
+    target = step.targets(objective, params_, wave, 49, {"rvq_vae": codes_})
+    np.testing.assert_array_equal(target["rvq_vae"], codes_[:, :49])
+    assert target["rvq_vae"].dtype == np.int32
+    with pytest.raises(UserError, match=r"rvq_vae\.checkpoint"):
+        step.targets(objective, params_, wave, 49)
+
+
+def test_computed_codes_hear_what_is_before_the_clip(dataset, checkpoint, teacher):
+    """With the context, a crop's codes are nearly those of the track; without, they are not."""
+    config = config_of(dataset, teacher__rvq_vae__checkpoint=checkpoint)
+    made = build.make_teachers(config)
+    objective = build.objective(config, build.student(config, made), made)
+    assert objective.context == {"rvq_vae": 38 * HOP}
+    (track, held), *_ = [x for x in stored_tracks(dataset).items() if x[1].samples > 20 * RATE]
+    source = records.open_source(dataset, held.split)
+    audio = np.concatenate(list(encode.track_audio(source, held)))
+    start = 9 * RATE // HOP * HOP
+    wave = audio[None, start - 38 * HOP : start + 16_000].astype(np.float32) / 32768
+    params_ = {name: t.params for name, t in made.items()}
+    target = jax.jit(lambda p, w: step.targets(objective, p, w, 49))(params_, wave)
+    expected = whole_tracks(dataset, teacher)[track][start // HOP :][:49]
+    assert (target["rvq_vae"][0] == expected).mean() > 0.95
+    alone = jax.jit(teacher.apply)(teacher.params, wave[:, 38 * HOP :])[0, :8]
+    assert (alone == expected[:8]).mean() < 0.9
+    clip = wave[:, 38 * HOP :]  # the CQT hears the clip alone
+    exact = jax.jit(made["cqt"].apply)(made["cqt"].params, clip)[:, :49]
+    np.testing.assert_allclose(target["cqt"], exact, atol=1e-6)
+
+
+def test_codes_of_another_codec_are_refused(dataset, tmp_path):
+    encodec_checkpoint.write(str(tmp_path), params())
+    config = config_of(dataset, teacher__rvq_vae__checkpoint=str(tmp_path))
+    with pytest.raises(UserError, match="codes of another rvq_vae"):
+        build.make_teachers(config, mix.stored_codes(config))
+
+
+@pytest.fixture
+def another(dataset, tmp_path) -> str:
+    """A second dataset, of the same tracks."""
+    shutil.copytree(dataset, tmp_path / "another")
+    return str(tmp_path / "another")
+
+
+def rewrite(path: str, **changes) -> None:
+    """Change some values of a JSON file."""
+    held = json.loads(pathlib.Path(path).read_text())
+    pathlib.Path(path).write_text(json.dumps(held | changes))
+
+
+def test_two_datasets_that_store_the_same_codec_need_no_checkpoint(dataset, another):
+    config = config_of(f"{dataset},{another}")
+    found = mix.stored_codes(config)
+    assert found["rvq_vae"].codec == stored(dataset)["rvq_vae"].codec
+    # what the second one stores is read from its own files
+    folder = stored_codes.folder(another, "rvq_vae")
+    (shard,) = found["rvq_vae"].shards["train"]
+    os.rename(f"{folder}/{shard}", f"{folder}/other")
+    rewrite(f"{folder}/codes.json", shards=found["rvq_vae"].shards | {"train": ["other"]})
+    sources = mix.open_datasets(config, "train", found)
+    options = dict(num_samples=HOP * 50, hop=HOP, batch_size=8, seed=1, threads=2)
+    (batch,) = itertools.islice(pipeline.train_stream(sources, **options), 1)
+    assert (batch["record"] >= len(sources[0])).sum() == 4
+    assert not batch["looped"].all()
+    for row in np.flatnonzero(~batch["looped"]):
+        held = sources[0][int(batch["record"][row]) % len(sources[0])]["codes"]["rvq_vae"]
+        first = batch["start"][row] // HOP
+        np.testing.assert_array_equal(batch["codes"]["rvq_vae"][row], held[first : first + 50])
+
+
+@pytest.mark.parametrize("differs", ["none", "fingerprint", "books", "size"])
+def test_codes_that_not_all_datasets_store_are_computed_or_refused(
+    dataset, another, checkpoint, capsys, differs
+):
+    if differs == "none":
+        shutil.rmtree(os.path.join(another, "codes"))
+    else:
+        path = os.path.join(stored_codes.folder(another, "rvq_vae"), stored_codes.INFO)
+        rewrite(path, **{differs: "abc" if differs == "fingerprint" else 1})
+    # the first one that stores any says which codec it is
+    reverse = another if differs == "none" else dataset
+    for dirs, odd in (((dataset, another), another), ((another, dataset), reverse)):
+        said = f"{odd} does not store the codes of rvq_vae that"
+        config = config_of(",".join(dirs))
+        with pytest.raises(UserError, match=f"{said}.* --output={odd} --codes=CHECKPOINT"):
+            mix.stored_codes(config)
+        config.teacher.rvq_vae.checkpoint = checkpoint
+        assert mix.stored_codes(config) == {}
+        assert said in capsys.readouterr().out
+
+
+def test_clips_must_fit_every_dataset(dataset, another):
+    rewrite(os.path.join(another, records.METADATA), overlap_samples=15_000)
+    config = config_of(f"{dataset}, {another}")
+    with pytest.raises(UserError, match=f"longer than the 15000 that {another} was prepared"):
+        mix.open_datasets(config, "train", {})
+
+
+def test_codes_that_do_not_fit_the_audio_are_refused(dataset, tmp_path):
+    copy = str(tmp_path / "copy")
+    shutil.copytree(dataset, copy)
+    found = stored(copy)
+    source = records.open_source(copy, "train")
+    with pytest.raises(UserError, match=r"frames of codes for \d+ samples"):
+        stored_codes.attach(
+            source, copy, "train", {"rvq_vae": found["rvq_vae"]._replace(hop_length=300)}
+        )
+    with pytest.raises(UserError, match=r"8 of 8 .*record 0 .*: code 1\d of codebooks of 3"):
+        stored_codes.attach(source, copy, "train", {"rvq_vae": found["rvq_vae"]._replace(size=3)})
+    shard = os.path.join(stored_codes.folder(copy, "rvq_vae"), found["rvq_vae"].shards["train"][0])
+    os.unlink(shard)
+    with pytest.raises(UserError, match="1 of 1 files of codes are missing"):
+        stored_codes.attach(source, copy, "train", found)
+    path = os.path.join(stored_codes.folder(copy, "rvq_vae"), stored_codes.INFO)
+    with open(path, "w") as f:
+        json.dump({"teacher": "rvq_vae"}, f)
+    with pytest.raises(UserError, match="no description of codes"):
+        stored_codes.info(copy, "rvq_vae")
+
+
+def test_the_command_needs_a_dataset_and_a_codec(tmp_path, dataset):
+    for flags, words in (
+        ([f"--output={tmp_path / 'none'}", "--codes=x"], "no prepared dataset"),
+        ([f"--output={dataset}", f"--codes={tmp_path / 'x.th'}"], "x.th"),
+        ([f"--output={dataset}"], "--codes=CHECKPOINT"),
+    ):
+        done = prepare(*flags)
+        assert done.returncode == 2, done.stderr
+        assert words in done.stderr.splitlines()[-1]

@@ -1,0 +1,92 @@
+"""What a machine may do to a run: a disk that takes no more, a read that never comes back."""
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mert_jax.checkpoints import manager
+from mert_jax.errors import RESTART
+from tests.end_to_end.train_test import (  # noqa: F401 (fixtures)
+    ENVIRONMENT,
+    command,
+    dataset,
+    finished,
+    flags,
+    music,
+    rows,
+    run,
+)
+
+
+def test_a_disk_that_takes_no_more(dataset, finished, tmp_path):  # noqa: F811
+    """No file may grow beyond what the metrics need: the operating system refuses the next
+    checkpoint, as on a full disk. With room again, the run ends as one that had it all along."""
+    workdir = tmp_path / "full"
+    shutil.copytree(finished[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    limited = f"ulimit -f 20; exec {shlex.join(command('train', *flags(dataset, workdir)))}"
+    done = subprocess.run(
+        ["bash", "-c", limited],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": ""},
+    )
+    assert done.returncode == 2
+    (said,) = done.stderr.splitlines()  # without the tracebacks of orbax's threads
+    assert "a checkpoint could not be written" in said
+    assert "the last whole one is of step 3. Make room and run the same command again" in said
+    assert manager.steps(str(workdir)) == [0, 3]
+    done = run("train", *flags(dataset, workdir))
+    assert done.returncode == 0, done.stderr
+    assert rows(workdir) == rows(finished[0])
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found += map(int, (task / "children").read_text().split())
+    return found
+
+
+@pytest.mark.slow
+def test_a_read_that_never_comes_back(dataset, tmp_path):  # noqa: F811
+    """The processes that read are stopped: a minute later the watchdog ends the run, and the same
+    command goes on from its last checkpoint."""
+    steps = ("--config.total_steps=100000", "--config.checkpoint.every_steps=2")
+    stalls = ("--config.data.workers=1", "--config.watchdog_minutes=1")
+    line = command("train", *flags(dataset, tmp_path / "run", *steps, *stalls))
+    with subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
+        for text in process.stdout:
+            if text.startswith("step 5/"):
+                break
+        readers = children(process.pid)
+        for reader in readers:
+            os.kill(reader, signal.SIGSTOP)
+        try:
+            process.wait(timeout=180)
+        finally:
+            for reader in readers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(reader, signal.SIGKILL)  # they hold the pipes
+        _, errors = process.communicate(timeout=60)
+    assert readers
+    assert process.returncode == RESTART
+    assert "nothing has moved for 60 s" in errors
+    assert "train.py" in errors
+    assert "train.py" in (tmp_path / "run" / "stalled.0.txt").read_text()
+    last = manager.steps(str(tmp_path / "run"))[-1]
+    again = run(
+        "train", *flags(dataset, tmp_path / "run", *steps[1:], f"--config.total_steps={last + 2}")
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"at step {last} of {last + 2}" in again.stdout

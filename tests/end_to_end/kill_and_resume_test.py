@@ -1,0 +1,103 @@
+"""A run that is killed again and again ends as the one that never was: bit for bit."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mert_jax.checkpoints import manager
+from mert_jax.checkpoints import workdir as workdirs
+from mert_jax.errors import RESTART
+from tests.data.stored_codes_test import write_codec
+from tests.end_to_end.train_test import ENVIRONMENT, command, dataset, flags, music, run  # noqa: F401 (fixtures)
+
+CLOCK = ("audio_seconds_per_second", "mfu")  # of metrics.jsonl, all that depends on it
+# a guard this strict skips, goes back and passes over batches on sound data too
+OPTIONS = (
+    # those that a stop adds must not push out those to go back to
+    *("--config.eval_every=20", "--config.checkpoint.every_steps=4", "--config.checkpoint.keep=9"),
+    *("--config.guard.factor=1.0", "--config.guard.window=8", "--config.guard.streak=3"),
+    *("--config.guard.rollbacks=1000", "--config.optimizer.peak_learning_rate=1e-4"),
+)
+# kills, steps that are enough for them, and what the guard does in so many
+KILLS = [
+    pytest.param(2, 24, "skipped: ", id="2"),
+    pytest.param(25, 60, "going back to step", id="25", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module")
+def mixed(music, dataset, tmp_path_factory):  # noqa: F811
+    """Flags for all that makes a batch: two datasets of unequal shares, of a few steps an epoch,
+    stored codes, and two micro-batches."""
+    codec = write_codec(str(tmp_path_factory.mktemp("codec")))
+    folders = [tmp_path_factory.mktemp("coded") / name for name in ("all", "two")]
+    two = f"{music / '0.wav'},{music / '2.wav'}"
+    for folder, source in zip(folders, (music, two), strict=True):
+        options = (f"--output={folder}", "--crop_seconds=2", f"--codes={codec}")
+        done = run("prepare", f"--input={source}", *options)
+        assert done.returncode == 0, done.stderr
+    return (
+        f"--config.data.dir={','.join(map(str, folders))}",
+        *("--config.data.weights=(3, 1)", "--config.accumulation=2"),
+        "--config.teachers=('rvq_vae', 'cqt')",
+    )
+
+
+def outcome(workdir):
+    """What a run leaves: its metrics without the clock's, its bad steps, and its last state."""
+    with open(workdir / "metrics.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    rows = [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
+    bad = (workdir / "bad_steps.jsonl").read_text()
+    found = workdirs.read(str(workdir))
+    return rows, bad, found.step, (found.params, found.moments)
+
+
+def run_until(line, process):
+    """Follow `process` until it prints a line that `line` likes; what it printed."""
+    printed = []
+    for text in process.stdout:
+        printed.append(text)
+        if line(text):
+            break
+    return printed
+
+
+@pytest.mark.parametrize(("kills", "total", "guarded"), KILLS)
+def test_a_run_killed_at_random_moments(dataset, mixed, tmp_path, kills, total, guarded):  # noqa: F811
+    calm, hunted = tmp_path / "calm", tmp_path / "hunted"
+    options = (*OPTIONS, *mixed, f"--config.total_steps={total}")
+    started = command("train", *flags(dataset, hunted, *options))
+    undisturbed = command("train", *flags(dataset, calm, *options))
+    done = subprocess.run(undisturbed, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert guarded in done.stdout
+    rng, steps = random.Random(0), 0
+    for _ in range(kills):
+        process = subprocess.Popen(
+            started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        )
+        steps = rng.randrange(1, 3 + total // kills)  # between, during and right after saves
+        seen = iter(range(steps))
+        run_until(
+            lambda text, seen=seen: text.startswith("step ") and next(seen, None) is None, process
+        )
+        time.sleep(rng.random() * 0.3)
+        how = rng.choice([signal.SIGKILL, signal.SIGTERM])
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode in (0, -how, RESTART), errors
+    done = subprocess.run(started, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    (rows, bad, step, state), (rows2, bad2, step2, state2) = outcome(calm), outcome(hunted)
+    assert step == step2 == total
+    assert rows2 == rows
+    assert bad2 == bad
+    jax.tree.map(np.testing.assert_array_equal, state2, state)
+    assert total in manager.steps(str(hunted))

@@ -1,0 +1,100 @@
+"""How recordings are cut, and pieces of one length brought together."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mert_jax.extraction import chunking
+from mert_jax.extraction.group_norm import Moments
+
+HOP, FIELD = 20, 40
+
+
+@given(frames=st.integers(1, 3000), length=st.integers(3, 400), data=st.data())
+def test_chunks_keep_every_frame_once_with_its_context(frames, length, data):
+    context = data.draw(st.integers(0, (length - 1) // 2))
+    found = chunking.chunks(frames, length, context)
+    assert [f for p in found for f in range(p.first, p.last)] == list(range(frames))
+    for p in found:
+        assert p.stop - p.start == min(length, frames)
+        assert p.start <= max(p.first - context, 0)
+        assert p.stop >= min(p.last + context, frames)
+
+
+@given(frames=st.integers(1, 20_000))
+def test_buckets_are_few_and_close(frames):
+    assert frames <= chunking.bucket(frames) <= frames * (1 + 1 / chunking.STEPS)
+    assert chunking.bucket(chunking.bucket(frames)) == chunking.bucket(frames)
+
+
+def test_an_octave_has_so_many_buckets():
+    assert len({chunking.bucket(frames) for frames in range(1025, 2049)}) == chunking.STEPS
+
+
+@given(
+    blocks=st.lists(st.integers(0, 50), min_size=1),
+    starts=st.lists(st.integers(0, 500), max_size=8),
+    size=st.integers(1, 60),
+)
+def test_cut_is_slicing(blocks, starts, size):
+    wave = np.arange(sum(blocks), dtype=np.float32)
+    spans = [(s, s + size) for s in sorted(starts) if s + size <= len(wave)]
+    divided = np.split(wave, np.cumsum(blocks)[:-1])
+    for (start, stop), found in zip(spans, chunking.cut(iter(divided), spans), strict=True):
+        np.testing.assert_array_equal(found, wave[start:stop])
+
+
+@given(keys=st.lists(st.integers(1, 4)), waiting=st.integers(0, 9))
+def test_batches_hold_every_row_once_and_nobody_waits_for_long(keys, waiting):
+    drawn = []
+
+    def rows():
+        for i, key in enumerate(keys):
+            drawn.append(i)
+            yield key, i
+
+    seen = []
+    for name, group in chunking.batches(rows(), lambda row: row[0], lambda key: key, waiting):
+        assert 0 < len(group) <= name
+        assert {key for key, _ in group} == {name}
+        if len(drawn) < len(keys):
+            assert len(drawn) - 1 - min(i for _, i in group) <= waiting
+        seen += [i for _, i in group]
+    assert sorted(seen) == list(range(len(keys)))
+
+
+def cutter(window=0):
+    return chunking.Chunker(
+        HOP, FIELD, 30, 5, window, lambda: Moments(10, 5), lambda moments: moments.samples
+    )
+
+
+@pytest.mark.parametrize("window", [0, 100, 130])
+@pytest.mark.parametrize("samples", [FIELD, 139, 600, 1301, 2_600])
+def test_rows_are_all_frames_of_a_recording(samples, window):
+    wave = np.arange(samples, dtype=np.float32)
+    moments = Moments(10, 5)
+    moments.add(wave)
+    blocks = iter(np.array_split(wave, 7))
+    rows = list(cutter(window).rows(blocks, moments, "owner"))
+    times = cutter(window).times(samples)
+    at = itertools.accumulate((row.last - row.first for row in rows), initial=0)
+    assert [row.at for row in rows] == list(at)[:-1]
+    found = [
+        row.wave[t * HOP : t * HOP + FIELD].mean() + 0.5  # the middle of each frame's samples
+        for row in rows
+        for t in range(row.first, row.last)
+    ]
+    np.testing.assert_allclose(found, times, rtol=1e-6)
+    assert all(len(row.wave) == (row.frames - 1) * HOP + FIELD for row in rows)
+    heard = {row.norm for row in rows}  # a window's own norm, or the recording's
+    whole = {min(window, samples - start) for start in range(0, samples - FIELD + 1, window or 1)}
+    assert heard == (whole if window else {samples})
+
+
+def test_too_short_a_recording_has_no_frame():
+    assert len(cutter().times(FIELD - 1)) == 0
+    assert len(cutter(100).times(FIELD - 1)) == 0

@@ -1,0 +1,259 @@
+"""Fitting on a small prepared dataset: deterministic, readable by make, clear about mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from mert_jax import teachers
+from mert_jax.data import records
+from mert_jax.errors import UserError
+from mert_jax.fitting import cluster_run, kmeans, mel_rvq
+from mert_jax.fitting.fitted import Task
+from mert_jax.fitting.sampling import Sampler
+from mert_jax.models import spectrograms
+from mert_jax.teachers import fitted_file
+
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+# small programs compile for longer than they run
+QUICKLY = ENVIRONMENT | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def command(module: str, *flags: str) -> list[str]:
+    return [sys.executable, "-m", f"mert_jax.{module}", *flags]
+
+
+def start(*flags: str, env: dict[str, str] = ENVIRONMENT) -> subprocess.Popen:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command("fit_teacher", *flags), env=env, **pipes)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> str:
+    """Four prepared tracks of plucked partials, 48 s, one of them held out."""
+    folder = tmp_path_factory.mktemp("music")
+    rng = np.random.default_rng(0)
+    for track, seconds in enumerate((14, 12, 12, 10)):
+        t = np.arange(seconds * 24_000) / 24_000
+        notes = rng.uniform(80, 900, (seconds * 2, 5)).repeat(12_000, 0).T
+        pluck = np.exp(-2 * (t % 0.5))
+        wave = 0.1 * np.sin(2 * np.pi * notes * t).sum(0) * pluck + 0.003 * rng.normal(size=t.size)
+        soundfile.write(folder / f"{track}.wav", wave, 24_000)
+    output = str(tmp_path_factory.mktemp("prepared") / "data")
+    flags = [f"--input={folder}", f"--output={output}", "--crop_seconds=2"]
+    done = subprocess.run(
+        command("prepare", *flags, "--validation_fraction=0.25"), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture(scope="module")
+def clip(dataset) -> np.ndarray:
+    """Two seconds of the track held out."""
+    samples = records.open_source(dataset, "validation")[0]["audio"]
+    return samples[None, 24_000:72_000].astype(np.float32) / 32768
+
+
+def test_the_same_seed_gives_the_same_file_in_another_process(dataset, tmp_path, clip):
+    flags = ["--teacher=kmeans", f"--data={dataset}", "--frames=1500", "--iterations=3"]
+    outputs = [tmp_path / name for name in ("one", "two", "other")]
+    seeds = ["--seed=7", "--seed=7", "--seed=8"]
+    running = [
+        start(*flags, f"--output={output}", seed)
+        for output, seed in zip(outputs, seeds, strict=True)
+    ]
+    printed = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], printed
+    one, two, other = ((output / fitted_file.FILE).read_bytes() for output in outputs)
+    assert one == two
+    assert one != other
+    out, error = printed[0]
+    assert "warning: 1500 frames are few for a codebook of 300" in error
+    assert "3000 (0.7 minutes of music, --frames=3000) are enough" in error
+    assert [line.split()[:2] for line in out.splitlines()[2:]] == [
+        ["log_mel", "300"],
+        ["chroma", "200"],
+    ]
+    assert (outputs[0] / "report.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((outputs[0] / "report.json").read_text())
+    for split, frames in (("train", 1500), ("validation", 375)):
+        assert report["frames"][split] == frames
+        for book in report["figures"][split]:
+            assert sum(book["counts"]) == frames
+            assert 1 < book["perplexity"] <= book["size"] - book["dead"]
+            assert 0 < book["error"] < 1
+    teacher = teachers.make("kmeans", checkpoint=str(outputs[0]))
+    codes = np.asarray(jax.jit(teacher.apply)(teacher.params, clip))
+    assert codes.shape == (1, 151, 2)
+    assert len(np.unique(codes[..., 0])) > 5
+    assert codes[..., 1].max() < 200
+
+
+def test_every_level_of_mel_rvq_leaves_less(dataset, tmp_path, clip):
+    task = Task(Sampler(dataset, seed=0, frames=1200), seed=0, iterations=5)
+    found = mel_rvq.fit(task, books=3, size=32, dim=4)
+    again = mel_rvq.fit(task, books=3, size=32, dim=4)
+    for key, value in found.tensors.items():
+        np.testing.assert_array_equal(value, again.tensors[key])
+    for split in ("train", "validation"):
+        errors = [1, *(book.error for book in found.figures[split])]
+        assert errors == sorted(errors, reverse=True)
+    fitted_file.save(str(tmp_path), "mel_rvq", found.tensors, found.settings)
+    teacher = teachers.make("mel_rvq", checkpoint=str(tmp_path))
+    codes = np.asarray(jax.jit(teacher.apply)(teacher.params, clip))
+    assert codes.shape == (1, 151, 3)
+    assert len(np.unique(codes)) > 5
+
+
+def test_random_projection_is_fitted_to_the_datasets_bands(dataset, tmp_path, clip):
+    sampler = Sampler(dataset, seed=0, frames=1200)
+    cluster_run.fit("random_projection", sampler, str(tmp_path), seed=0, iterations=1)
+    options = dict(books=2, size=64)
+    plain = teachers.make("random_projection", **options)
+    teacher = teachers.make("random_projection", checkpoint=str(tmp_path), **options)
+    codes = np.asarray(jax.jit(teacher.apply)(teacher.params, clip))
+    assert codes.shape == (1, 151, 2)
+    mel = lambda wave: spectrograms.log_mel(wave, teacher.params["mel_filters"], 320)
+    frames = sampler.draw("train", mel)
+    np.testing.assert_allclose(teacher.params["mean"], frames.mean(0), rtol=1e-4)
+    normalised = (np.asarray(mel(clip))[0] - frames.mean(0)) / frames.std(0)
+    for book in range(2):
+        vectors = normalised @ teacher.params["projections"][book]
+        expected = (vectors @ teacher.params["codebooks"][book].T).argmax(1)
+        assert (codes[0, :, book] == expected).mean() > 0.98
+    assert (codes != plain.apply(plain.params, clip)).mean() > 0.3
+    with pytest.raises(UserError, match="fitted with n_fft=2048, and the teacher has n_fft=1024"):
+        teachers.make("random_projection", checkpoint=str(tmp_path), n_fft=1024)
+    # another teacher's place is not taken
+    with pytest.raises(UserError, match="holds teacher 'random_projection'"):
+        cluster_run.fit("kmeans", sampler, str(tmp_path), seed=0, iterations=1)
+
+
+def test_an_output_that_cannot_be_written_is_told_before_fitting(dataset, tmp_path):
+    (tmp_path / "file").write_text("")
+    sampler = Sampler(dataset, seed=0, frames=200)
+    for output, words in (
+        (str(tmp_path / "file" / "x"), "is no directory that can be written"),
+        ("gs://bucket/x", "local disk only"),
+    ):
+        with pytest.raises(UserError, match=words):
+            cluster_run.fit("kmeans", sampler, output, seed=0, iterations=1)
+
+
+def test_too_little_music(dataset):
+    with pytest.raises(UserError, match=r"200 frames of .* cannot make a codebook of 300"):
+        kmeans.fit(Task(Sampler(dataset, seed=0, frames=200), seed=0, iterations=1))
+
+
+def test_a_mistake_is_one_line_and_ctrl_c_leaves_nothing(dataset, tmp_path):
+    mistakes = {
+        "cannot be fitted; it is one of kmeans": ["--teacher=nope", f"--data={dataset}"],
+        "no prepared dataset in": ["--teacher=kmeans", f"--data={tmp_path}"],
+        "--teacher, --data and --output are needed": ["--teacher=kmeans"],
+    }
+    stopped = start("--teacher=mel_rvq", f"--data={dataset}", f"--output={tmp_path / 'y'}")
+    deadline, seen = time.monotonic() + 120, ""
+    while "level 0" not in seen:
+        assert time.monotonic() < deadline, seen
+        seen += stopped.stderr.read(1)
+    stopped.send_signal(signal.SIGINT)
+    _, error = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130
+    assert "stopped; nothing was written" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "y").exists()
+    running = [start(*flags, f"--output={tmp_path / 'x'}") for flags in mistakes.values()]
+    for words, process in zip(mistakes, running, strict=True):
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 2, error
+        assert error.startswith("error: ")
+        assert words in error
+        assert error.count("\n") == 1
+
+
+CODEC = [
+    *(
+        "--teacher=rvq_vae",
+        "--config=configs/codec.py",
+        "--config.filters=2",
+        "--config.dim=8",
+        "--config.books=2",
+    ),
+    *("--config.size=32", "--config.batch_size=4", "--config.num_samples=6400"),
+    *("--config.total_steps=6", "--config.log_every=2", "--config.eval_every=4"),
+]
+
+
+@pytest.fixture(scope="module")
+def codec(dataset, tmp_path_factory) -> tuple[str, str]:
+    """A codec after 6 updates, interrupted at the third and run again; its output and the words."""
+    output = str(tmp_path_factory.mktemp("codec"))
+    flags = [*CODEC, f"--data={dataset}", f"--output={output}"]
+    first = start(*flags, "--config.total_steps=3", env=QUICKLY)
+    words = first.communicate()
+    assert first.returncode == 0, words
+    second = start(*flags, env=QUICKLY)
+    words = second.communicate()
+    assert second.returncode == 0, words
+    return output, words[0]
+
+
+def test_a_codec_resumes_and_says_how_it_does(codec):
+    output, words = codec
+    assert "resuming" in words
+    assert "at step 3 of 6" in words
+    with open(os.path.join(output, "training", "metrics.jsonl")) as f:
+        assert [json.loads(line)["step"] for line in f] == [2, 3, 4, 6]
+    with open(os.path.join(output, "report.json")) as f:
+        report = json.load(f)
+    assert report["steps"] == 6
+    assert set(report["codebooks"]) == {"trained", "untrained", "none"}
+    for kind, figures in report["codebooks"].items():
+        assert np.isfinite([figures["mel_distance"], figures["si_sdr"]]).all()
+        assert f"{kind}: log-mel distance {figures['mel_distance']:.3f}" in words
+    heard = sorted(os.listdir(os.path.join(output, "listen")))
+    assert {"0_original.wav", "0_trained.wav"} <= set(heard)
+    wave, rate = soundfile.read(os.path.join(output, "listen", "0_trained.wav"))
+    assert (len(wave), rate) == (48_000, 24_000)
+
+
+def test_a_codec_is_a_teacher(codec, clip):
+    teacher = teachers.make("rvq_vae", checkpoint=codec[0])
+    codes = jax.jit(teacher.apply)(teacher.params, clip)
+    assert codes.shape == (1, 150, 2)
+    assert teacher.size == 32
+    assert codes.max() < 32
+
+
+def test_an_output_of_another_codec_is_left_alone(dataset, codec):
+    process = start(*CODEC, f"--data={dataset}", f"--output={codec[0]}", "--config.filters=4")
+    words = process.communicate()[1]
+    assert process.returncode == 2
+    assert "filters: 2 there, 4 now" in words
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--teacher=rvq_vae", "--frames=10"], "--frames: a setting of clusters"),
+        (["--teacher=kmeans", "--config=configs/codec.py"], "--config: a setting of rvq_vae alone"),
+        ([*CODEC, "--config.num_samples=5000"], "num_samples=5000"),
+        ([*CODEC, "--config.num_samples=64000"], "prepared for clips of 48000"),
+        ([*CODEC, "--config.books=0"], "books=0"),
+        ([*CODEC, "--config.nothing=0"], "nothing"),
+    ],
+)
+def test_settings_of_a_codec_that_do_not_go(dataset, tmp_path, flags, words):
+    process = start(*flags, f"--data={dataset}", f"--output={tmp_path / 'out'}")
+    said = process.communicate()[1]
+    assert process.returncode == 2
+    assert words in said.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,83 @@
+"""Plans side by side: the table, its reading, the picture; and that the README shows this table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mert_jax import plans
+from mert_jax.errors import UserError
+
+FOLDER = Path(__file__).parents[1] / "plans"
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture
+def plan():
+    return json.loads((FOLDER / "95m_v5e-8.json").read_text())
+
+
+def test_the_readme_has_the_table_of_the_plans_that_were_made():
+    named = [plans.read(str(path)) for path in FOLDER.glob("*.json")]
+    lines = set(README.read_text().splitlines())
+    assert [line for line in plans.table(named) if line not in lines] == []
+
+
+def test_a_row_says_what_its_plan_does(plan):
+    cells = dict(zip(plans.HEADINGS, plans.row("mine", plan), strict=True))
+    assert cells["chips"] == "8 (v5e:2x4)"
+    assert float(cells["step, ms"]) == pytest.approx(1e3 * plan["estimated_step_time_s"], rel=1e-2)
+    per_host = plan["batch_size"] / plan["estimated_step_time_s"]
+    assert int(cells["clips/s a host"]) == pytest.approx(per_host, rel=1e-2)
+    plan |= {"accumulation": 4, "micro_batch_per_device": 14.0}
+    assert plans.row("mine", plan)[3] == "4 x 14"
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [
+        ({}, "vector units"),
+        ({"hbm_peak_gib": 15.0}, "memory"),
+        ({"memory_bound_s": 0.05}, "memory traffic"),
+        ({"collective_bound_s": 0.09}, "links"),
+        ({"compute_bound_s": 0.06}, "matrix units"),
+    ],
+)
+def test_what_limits(plan, changes, limit):
+    assert plans.limit(plan | changes) == limit
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "mert_jax.plans", *arguments], capture_output=True, text=True
+    )
+
+
+def test_the_command_prints_a_table_and_draws(tmp_path, plan):
+    for chips in (8, 64):
+        path = tmp_path / f"{chips}.json"
+        path.write_text(json.dumps(plan | {"num_devices": chips}))
+    done = command(f"--plans={tmp_path}/*.json", f"--picture={tmp_path}/scaling.png")
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[2:]] == ["| 64", "| 8"]
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_line_joins_plans_of_one_kind(plan):
+    alone = plan | {"num_devices": 16, "topology": "v4:2x2x4"}
+    memory = plans.picture([plan, alone, plan | {"num_devices": 64}]).axes[0]
+    assert [line.get_xdata().tolist() for line in memory.lines] == [[8, 64]]
+    memory = plans.picture([plan, alone]).axes[0]  # no line: points
+    assert [line.get_xdata().tolist() for line in memory.lines] == [[8], [16]]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"estimated_step_time_s": null}'])
+def test_what_is_no_plan_is_refused(tmp_path, text):
+    path = tmp_path / "some.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"some\.json is no plan of a TPU"):
+        plans.read(str(path))
+    with pytest.raises(UserError, match="is no file"):
+        plans.paths([str(path), "nowhere*.json"])

@@ -1,0 +1,196 @@
+"""Workdirs and datasets in object storage, on a real server behind a line that can be bad."""
+
+import asyncio
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from mert_jax import convert, object_storage
+from mert_jax.checkpoints import manager
+from mert_jax.checkpoints.reading import read_checkpoint
+from mert_jax.errors import RetryableError, UserError
+from mert_jax.runtime.remote_workdir import RemoteWorkdir
+from tests.end_to_end.train_test import (  # noqa: F401 (fixtures)
+    ENVIRONMENT,
+    command,
+    dataset,
+    finished,
+    flags,
+    music,
+    rows,
+)
+from tests.object_store import BUCKET, server, upload  # noqa: F401 (fixture)
+
+
+@pytest.fixture
+def line(server):  # noqa: F811
+    yield server
+    server.delay, server.cut_every, server.dead = 0.0, 0, False
+
+
+def note(mirror, text, name="metrics.jsonl"):
+    path = os.path.join(mirror.folder, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "a") as file:
+        file.write(text)
+
+
+def there(name):
+    return object_storage.bucket().cat_file(f"{BUCKET}/{name}").decode()
+
+
+def test_a_local_workdir_is_its_own_mirror(tmp_path):
+    with RemoteWorkdir(str(tmp_path), writes=True) as mirror:
+        assert mirror.folder == str(tmp_path)
+        mirror.take()
+        mirror.flush()
+    assert not os.listdir(tmp_path)
+
+
+def test_what_changes_goes_there_and_comes_back(line):
+    with RemoteWorkdir(f"{BUCKET}/a/run", writes=True) as mirror:
+        mirror.take()
+        note(mirror, "one\n")
+        note(mirror, "events", "tensorboard/events")
+        note(mirror, "half", ".metrics.jsonl.tmp")
+        mirror.flush()
+        assert there("a/run/metrics.jsonl") == "one\n"
+        note(mirror, "two\n")
+        os.unlink(os.path.join(mirror.folder, "tensorboard/events"))
+    assert there("a/run/metrics.jsonl") == "one\ntwo\n"
+    assert sorted(object_storage.bucket().find(f"{BUCKET}/a/run")) == [
+        "bucket/a/run/metrics.jsonl",
+        "bucket/a/run/owner",
+    ]
+    with RemoteWorkdir(f"{BUCKET}/a/run/", writes=False) as mirror:
+        assert Path(mirror.folder, "metrics.jsonl").read_text() == "one\ntwo\n"
+        note(mirror, "of another host\n")
+        mirror.flush()
+    assert there("a/run/metrics.jsonl") == "one\ntwo\n"
+
+
+def test_the_last_run_to_start_has_the_workdir(line):
+    first = RemoteWorkdir(f"{BUCKET}/b/run", writes=True).__enter__()
+    first.take()
+    note(first, "mine\n")
+    first.flush()
+    with RemoteWorkdir(f"{BUCKET}/b/run", writes=True) as second:
+        second.take()
+        note(second, "and mine\n")
+    note(first, "late\n")
+    with pytest.raises(UserError, match="another run has taken gs://bucket/b/run over") as caught:
+        first.flush()
+    assert not isinstance(caught.value, RetryableError)
+    first.__exit__(None)
+    assert there("b/run/metrics.jsonl") == "mine\nand mine\n"
+
+
+def test_a_cut_line_is_tried_again(line):
+    line.cut_every = 4
+    with RemoteWorkdir(f"{BUCKET}/c/run", writes=True) as mirror:
+        mirror.take()
+        for i in range(4):
+            note(mirror, f"{i}\n")
+            mirror.flush()
+        line.cut_every = 0
+    assert line.cuts
+    assert there("c/run/metrics.jsonl") == "0\n1\n2\n3\n"
+
+
+def test_a_slow_server_is_not_waited_for(line):
+    with RemoteWorkdir(f"{BUCKET}/d/run", writes=True) as mirror:
+        mirror.take()
+        line.delay = 0.5
+        begin = time.monotonic()
+        for i in range(20):
+            note(mirror, f"{i}\n")
+            mirror.push()
+        assert time.monotonic() - begin < 0.5
+        mirror.flush()
+        assert time.monotonic() - begin > 0.5
+        assert there("d/run/metrics.jsonl").splitlines() == [str(i) for i in range(20)]
+
+
+def test_a_server_that_is_gone_asks_for_the_same_command_again(line, monkeypatch):
+    sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
+    with RemoteWorkdir(f"{BUCKET}/e/run", writes=True) as mirror:
+        mirror.take()
+        line.dead = True
+        note(mirror, "lost\n")
+        with pytest.raises(
+            RetryableError, match=r"cannot be reached: .*run the same command again"
+        ):
+            mirror.flush()
+
+
+@pytest.mark.parametrize("path", ["gs://no-such-bucket/run", f"{BUCKET}/nothing/here"])
+def test_what_is_not_there(line, path):
+    with pytest.raises(UserError, match=rf"{path} (cannot be reached|does not exist)"):
+        read_checkpoint(path)
+
+
+def test_without_the_extra_it_says_which(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"pip install -e \.\[gcs\]"):
+        RemoteWorkdir(f"{BUCKET}/run", writes=True).__enter__()
+
+
+def rows_there(workdir, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(there(f"{workdir}/metrics.jsonl"))
+    return rows(tmp_path)
+
+
+def test_a_run_there_is_killed_goes_on_and_is_read(line, dataset, finished, tmp_path):  # noqa: F811
+    """Dataset, metrics and checkpoints in a bucket: the same rows as on the local disk."""
+    upload(dataset, f"{BUCKET}/data")
+    workdir = f"{BUCKET}/runs/first"
+    options = dict(text=True, env=os.environ | ENVIRONMENT)  # with the server's address
+    train = command("train", *flags(f"{BUCKET}/data", workdir))
+    with subprocess.Popen(train, stdout=subprocess.PIPE, **options) as process:
+        for text in process.stdout:
+            if text.startswith("step 4/"):
+                process.kill()
+    line.delay = 0.01
+    done = subprocess.run(train, capture_output=True, **options)
+    line.delay = 0.0
+    assert done.returncode == 0, done.stderr
+    assert f"resuming {workdir} at step" in done.stdout
+    assert rows_there("runs/first", tmp_path) == rows(finished[0])
+    assert manager.steps(workdir) == manager.steps(str(finished[0]))
+
+    report = command("report", f"--workdir={workdir}")
+    done = subprocess.run(report, capture_output=True, **options)
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {workdir}/report.png" in done.stdout
+    assert object_storage.bucket().exists(f"{workdir}/report.html")
+
+    local, remote = (read_checkpoint(str(path)) for path in (finished[0], workdir))
+    assert local.step == remote.step
+    assert read_checkpoint(f"{workdir}/checkpoints/3").step == 3
+    a, b = (x.params["encoder"]["layer_norm"]["scale"] for x in (local, remote))
+    assert (a == b).all()
+    convert.convert(workdir, str(tmp_path / "hf"), "hf")
+    assert read_checkpoint(str(tmp_path / "hf")).params.keys() <= remote.params.keys()
+    with pytest.raises(UserError, match="on a local disk"):
+        convert.convert(workdir, f"{BUCKET}/hf", "hf")
+
+
+@pytest.mark.slow
+def test_a_run_over_a_line_that_is_cut_again_and_again(line, dataset, finished, tmp_path):  # noqa: F811
+    """What the libraries do not mend themselves ends the run, and it goes on where it was."""
+    train = command("train", *flags(dataset, f"{BUCKET}/runs/cut"))
+    line.cut_every = 40
+    done = subprocess.run(
+        ["bash", "launch/again.sh", *train],
+        capture_output=True,
+        text=True,
+        env=os.environ | ENVIRONMENT | {"MERT_JAX_PAUSE": "0"},
+    )
+    line.cut_every = 0
+    assert done.returncode == 0, done.stderr
+    assert line.cuts > 5
+    assert rows_there("runs/cut", tmp_path) == rows(finished[0])

@@ -1,0 +1,160 @@
+"""EnCodec's checkpoints: every spelling, there and back, and what is said of a wrong one."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mert_jax import teachers
+from mert_jax.errors import UserError
+from mert_jax.models import encodec as codec
+from mert_jax.teachers import encodec_checkpoint
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+BOOKS, SIZE, DIM = 3, 16, 8
+
+
+@functools.cache
+def params() -> dict:
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = jnp.zeros((1, 640)), jnp.zeros((1, 8, DIM))
+    made = {
+        "encoder": jax.jit(codec.Encoder(2, DIM).init)(keys[0], shapes[0])["params"],
+        "decoder": jax.jit(codec.Decoder(2).init)(keys[1], shapes[1])["params"],
+        "codebooks": jax.random.normal(keys[2], (BOOKS, SIZE, DIM)),
+    }
+    # biases too, so that a mix-up shows
+    noise = lambda x: x + 0.1 * np.random.default_rng(x.size).normal(size=x.shape)
+    return jax.tree.map(lambda x: np.asarray(noise(np.asarray(x)), np.float32), made)
+
+
+def state() -> dict[str, np.ndarray]:
+    return dict(written())
+
+
+@functools.cache
+def written() -> dict[str, np.ndarray]:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        encodec_checkpoint.write(folder, params())
+        return load_file(f"{folder}/model.safetensors")
+
+
+def officially(state: dict) -> dict:
+    """The names of the official file."""
+    official = {}
+    for name, x in state.items():
+        for part in ("encoder", "decoder"):
+            name = name.replace(f"{part}.layers.", f"{part}.model.")
+        inner = "convtr" if x.ndim and name.startswith("decoder.model") else "conv"
+        up = any(name.startswith(f"decoder.model.{i}.") for i in (3, 6, 9, 12))
+        inner = "convtr" if up else "conv"
+        name = name.replace(".conv.", f".{inner}.{inner}.")
+        name = name.replace("quantizer.layers.", "quantizer.vq.layers.")
+        name = name.replace(".codebook.", "._codebook.")
+        name = name.replace("parametrizations.weight.original0", "weight_g")
+        official[name.replace("parametrizations.weight.original1", "weight_v")] = x
+    return official
+
+
+def assert_equal(ours: dict, theirs: dict) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
+
+
+def test_there_and_back(tmp_path):
+    encodec_checkpoint.write(str(tmp_path), params())
+    assert_equal(encodec_checkpoint.read(str(tmp_path)), params())
+    assert_equal(encodec_checkpoint.read(str(tmp_path / "model.safetensors")), params())
+
+
+def test_the_official_names(tmp_path):
+    official = officially(state())
+    assert "decoder.model.3.convtr.convtr.weight_g" in official
+    assert "encoder.model.1.block.1.conv.conv.weight_v" in official
+    save_file(official, tmp_path / "official.safetensors")
+    assert_equal(encodec_checkpoint.read(str(tmp_path / "official.safetensors")), params())
+
+
+def test_an_encoder_alone_is_enough():
+    alone = {name: x for name, x in state().items() if not name.startswith("decoder")}
+    found = encodec_checkpoint.from_state(alone)
+    assert set(found) == {"encoder", "codebooks"}
+    assert_equal(found["encoder"], params()["encoder"])
+
+
+def test_all_that_is_wrong_is_named():
+    broken = state()
+    del broken["encoder.layers.13.lstm.weight_hh_l1"]
+    del broken["encoder.layers.6.conv.bias"]
+    broken["encoder.layers.99.conv.bias"] = np.zeros(3, np.float32)
+    broken["encoder.layers.15.conv.bias"] = np.zeros(3, np.float32)
+    with pytest.raises(UserError) as e:
+        encodec_checkpoint.from_state(broken, "my.th")
+    for words in (
+        "my.th",
+        "2 tensors missing (encoder.layers.13.lstm.weight_hh_l1, encoder.layers.6.conv.bias)",
+        "1 unexpected (encoder.layers.99.conv.bias)",
+        "1 of another shape",
+        "encoder.layers.15.conv.bias (3,) instead of (8,)",
+    ):
+        assert words.replace("(encoder.layers.13", "(encoder.layers.13") in str(e.value)
+
+
+def test_something_else_altogether():
+    with pytest.raises(UserError, match="no whole 24 kHz EnCodec"):
+        encodec_checkpoint.from_state({"lm_head.weight": np.zeros((2, 2))})
+
+
+def test_the_48_khz_encodec_is_named():
+    stereo = state()
+    name = "encoder.layers.0.conv.parametrizations.weight.original1"
+    stereo[name] = np.repeat(stereo[name], 2, 1)
+    with pytest.raises(UserError, match=r"stereo.*48 kHz"):
+        encodec_checkpoint.from_state(stereo)
+
+
+def test_the_32_khz_encodec_is_named(tmp_path):
+    other = state()
+    for layer, ratio in zip((3, 6, 9, 12), (4, 4, 5, 8), strict=True):
+        name = f"encoder.layers.{layer}.conv.parametrizations.weight.original1"
+        other[name] = np.ones((*other[name].shape[:2], 2 * ratio), np.float32)
+    with pytest.raises(UserError, match="640 samples a frame"):
+        encodec_checkpoint.from_state(other)
+    encodec_checkpoint.write(str(tmp_path), params())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sampling_rate": 32_000}))
+    with pytest.raises(UserError, match="32000 Hz"):
+        encodec_checkpoint.read(str(tmp_path))
+
+
+def test_the_teacher(tmp_path):
+    encodec_checkpoint.write(str(tmp_path), params())
+    teacher = teachers.make("rvq_vae", checkpoint=str(tmp_path))
+    wave = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2000)), jnp.bfloat16)
+    codes = jax.jit(teacher.apply)(teacher.params, wave)
+    assert codes.shape == (2, 7, BOOKS)
+    assert codes.dtype == jnp.int32
+    assert teacher.size == SIZE
+    two = teachers.make("rvq_vae", checkpoint=str(tmp_path), books=2)
+    np.testing.assert_array_equal(jax.jit(two.apply)(two.params, wave), codes[..., :2])
+
+
+@pytest.mark.parametrize("books", [-1, 4])
+def test_books_that_are_not_there(tmp_path, books):
+    encodec_checkpoint.write(str(tmp_path), params())
+    with pytest.raises(UserError, match=f"books={books}.*3 codebooks"):
+        teachers.make("rvq_vae", checkpoint=str(tmp_path), books=books)
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="fit_teacher"):
+        teachers.make("rvq_vae")
+    with pytest.raises(UserError, match=r"model\.safetensors or pytorch_model\.bin"):
+        teachers.make("rvq_vae", checkpoint=str(tmp_path))
+    with pytest.raises(UserError, match=r"nowhere\.th"):
+        teachers.make("rvq_vae", checkpoint=str(tmp_path / "nowhere.th"))

@@ -1,0 +1,141 @@
+"""The k-means teacher: codes against librosa's features, its file, and clustering itself."""
+
+import json
+import os
+
+import jax
+import librosa
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from sklearn.cluster import KMeans
+
+from mert_jax import teachers
+from mert_jax.errors import UserError
+from mert_jax.fitting import clusters
+from mert_jax.teachers import fitted_file, kmeans
+
+SIZES = dict(mel_size=30, chroma_size=20)
+
+
+def _tensors() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "log_mel_centres": rng.normal(3, 2, (30, 229)).astype(np.float32),
+        "chroma_centres": rng.uniform(0, 1, (20, 264)).astype(np.float32),
+    }
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> str:
+    fitted_file.save(str(tmp_path), "kmeans", _tensors(), kmeans.SETTINGS | SIZES)
+    return str(tmp_path)
+
+
+def _wave(seconds: float) -> np.ndarray:
+    t = np.arange(int(seconds * 24_000)) / 24_000
+    return (0.2 * np.sin(2 * np.pi * 200 * t * (1 + t)) * (t % 0.4)).astype(np.float32)
+
+
+def test_codes_are_those_of_the_nearest_centres(checkpoint):
+    teacher = teachers.make("kmeans", checkpoint=checkpoint)
+    wave = _wave(1.01)
+    codes = np.asarray(jax.jit(teacher.apply)(teacher.params, wave[None]))
+    assert codes.dtype == np.int32
+    assert codes.shape == (1, len(wave) // 320 + 1, 2)
+    assert teacher.size == 30
+    wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
+    options = dict(sr=24_000, n_fft=2048, hop_length=320)
+    mel = librosa.feature.melspectrogram(y=wave, n_mels=229, pad_mode="constant", **options)
+    chroma = librosa.feature.chroma_stft(y=wave, n_chroma=264, tuning=0.0, **options)
+    for book, (x, centres) in enumerate(
+        zip((np.log(mel.T + 1e-5), chroma.T), _tensors().values(), strict=True)
+    ):
+        distances = np.square(x[:, None] - centres).sum(-1)
+        # rounding may take a code that is as near as makes no difference
+        chosen = np.take_along_axis(distances, codes[0, :, book : book + 1], 1)[:, 0]
+        np.testing.assert_allclose(chosen, distances.min(1), rtol=1e-4)
+        assert (codes[0, :, book] == distances.argmin(1)).mean() > 0.98
+
+
+def test_codes_do_not_depend_on_the_level_of_a_clip(checkpoint):
+    teacher = teachers.make("kmeans", checkpoint=checkpoint)
+    wave = _wave(1)
+    codes = jax.jit(teacher.apply)(teacher.params, np.stack([wave, 0.1 * wave]))
+    assert (codes[0] == codes[1]).mean() > 0.98
+
+
+def test_equal_teachers_are_equal_files(tmp_path):
+    tensors = _tensors()
+    # what is not contiguous must be written as it reads
+    turned = {key: np.asfortranarray(value) for key, value in reversed(tensors.items())}
+    one = fitted_file.save(str(tmp_path / "a"), "kmeans", tensors, kmeans.SETTINGS | SIZES)
+    two = fitted_file.save(str(tmp_path / "b"), "kmeans", turned, SIZES | kmeans.SETTINGS | SIZES)
+    with open(one, "rb") as a, open(two, "rb") as b:
+        assert a.read() == b.read()
+    assert os.listdir(tmp_path / "a") == [fitted_file.FILE]
+    assert os.stat(one).st_mode & 0o044 == 0o044 & ~_umask()
+
+
+def _umask() -> int:
+    os.umask(before := os.umask(0))
+    return before
+
+
+def test_no_checkpoint_says_how_to_make_one():
+    for name in ("kmeans", "mel_rvq"):
+        with pytest.raises(UserError, match=f"needs checkpoint=PATH.*--teacher={name} "):
+            teachers.make(name)
+
+
+def test_all_that_is_wrong_with_the_arrays_is_told_at_once(tmp_path):
+    wrong = {"log_mel_centres": np.zeros((30, 9)), "other": np.zeros(2)}
+    fitted_file.save(str(tmp_path), "kmeans", wrong, kmeans.SETTINGS | SIZES)
+    words = (
+        "chroma_centres is missing; other is not expected; "
+        r"log_mel_centres is float32 \[30, 9\], not float32 \[30, 229\]"
+    )
+    with pytest.raises(UserError, match=words):
+        teachers.make("kmeans", checkpoint=str(tmp_path))
+
+
+def test_files_that_are_no_such_teacher(tmp_path, checkpoint):
+    with pytest.raises(UserError, match="no fitted teacher in"):
+        teachers.make("kmeans", checkpoint=str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="holds teacher 'kmeans', not 'mel_rvq'"):
+        teachers.make("mel_rvq", checkpoint=checkpoint)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"x": np.zeros(3)}, foreign)
+    with pytest.raises(UserError, match=r"not of mert_jax\.fit_teacher"):
+        teachers.make("kmeans", checkpoint=str(foreign))
+    save_file({}, foreign, {fitted_file.KEY: json.dumps(dict(teacher="kmeans", settings={}))})
+    with pytest.raises(UserError, match="its settings lack 'mel_size'"):
+        teachers.make("kmeans", checkpoint=str(foreign))
+    foreign.write_bytes(b"RIFF is no safetensors")
+    with pytest.raises(UserError, match="cannot be read as a fitted teacher"):
+        teachers.make("kmeans", checkpoint=str(foreign))
+
+
+def test_clusters_are_as_good_as_those_of_sklearn():
+    rng = np.random.default_rng(1)
+    means = rng.normal(size=(40, 6)) * 5
+    x = (means[rng.integers(40, size=5000)] + rng.normal(size=(5000, 6))).astype(np.float32)
+    centres = clusters.fit(x, 40, rng=np.random.default_rng(0), iterations=50, what="test")
+    error = np.square(x[:, None] - centres).sum(-1).min(1).sum()
+    assert error < 1.1 * KMeans(40, n_init=3, random_state=0).fit(x).inertia_
+
+
+def test_dead_centres_are_set_on_frames():
+    rng = np.random.default_rng(2)
+    # nearly all vectors are one, so that the first centres coincide
+    x = np.zeros((4000, 2), np.float32)
+    x[::100] = rng.normal(size=(40, 2))
+    centres = clusters.fit(x, 30, rng=np.random.default_rng(0), iterations=50, what="test")
+    distances = np.square(x[:, None] - centres).sum(-1)
+    assert len(np.unique(distances.argmin(1))) == 30
+
+
+def test_fewer_distinct_vectors_than_centres_do_no_harm():
+    x = np.repeat(np.eye(3, dtype=np.float32), 50, 0)
+    centres = clusters.fit(x, 8, rng=np.random.default_rng(0), iterations=5, what="test")
+    assert np.square(x[:, None] - centres).sum(-1).min(1).max() < 1e-9

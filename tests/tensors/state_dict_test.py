@@ -1,0 +1,147 @@
+"""Tensors by name: safetensors and torch's files, whole folders in shards, and broken ones."""
+
+import json
+import os
+import stat
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mert_jax.errors import UserError
+from mert_jax.tensors import state_dict, torch_pickle
+
+X = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+
+def assert_same(read, state):
+    assert set(read) == set(state)
+    for name, x in state.items():
+        assert read[name].dtype == x.dtype
+        np.testing.assert_array_equal(read[name], x)
+
+
+def test_safetensors(tmp_path):
+    kinds = (np.float32, np.float16, ml_dtypes.bfloat16, np.int64)
+    state = {np.dtype(kind).name: X.astype(kind) for kind in kinds}
+    save_file(state, tmp_path / "model.safetensors")
+    assert_same(state_dict.read(tmp_path / "model.safetensors"), state)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{", b"not a file of tensors at all"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.bin"])
+def test_broken_files(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        state_dict.read(tmp_path / name)
+    with pytest.raises(UserError, match="elsewhere"):
+        state_dict.read(tmp_path / "elsewhere" / name)
+
+
+def test_safetensors_cut_short(tmp_path):
+    save_file({"x": X, "y": X}, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-4])
+    with pytest.raises(UserError, match="no readable safetensors file"):
+        state_dict.read(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"epoch": 3, "lr": 0.1}, r"2 of its 2 entries.*epoch, lr"),
+        ({"x": X, "step": 1}, r"1 of its 2 entries.*step"),
+        ([X], "holds a list"),
+    ],
+)
+def test_a_torch_file_that_is_no_state_dict(tmp_path, content, message):
+    torch_pickle.write(tmp_path / "run.pt", content)
+    with pytest.raises(UserError, match=message):
+        state_dict.read(tmp_path / "run.pt")
+
+
+# folders -----------------------------------------------------------------------------------------
+
+STATE = {"a": X, "b": X + 1, "c": X.astype(np.float16)}
+SHARDS = {"a": "00001-of-00002", "b": "00001-of-00002", "c": "00002-of-00002"}
+
+
+def shard(folder, kind):
+    """`STATE` in two files and an index, as transformers splits large models."""
+    stem, end, write = {
+        "safetensors": ("model", "safetensors", save_file),
+        "bin": ("pytorch_model", "bin", lambda state, path: torch_pickle.write(path, state)),
+    }[kind]
+    files = {name: f"{stem}-{part}.{end}" for name, part in SHARDS.items()}
+    for file in set(files.values()):
+        write({name: x for name, x in STATE.items() if files[name] == file}, folder / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": files}
+    (folder / f"{stem}.{end}.index.json").write_text(json.dumps(index))
+    return sorted(set(files.values()))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_folder_in_shards(tmp_path, kind):
+    files = shard(tmp_path, kind)
+    assert_same(state_dict.read_folder(tmp_path), STATE)
+    os.unlink(tmp_path / files[1])
+    with pytest.raises(UserError, match="00002-of-00002"):
+        state_dict.read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("outside", ["../model.safetensors", "/etc/model.safetensors", "a/b"])
+def test_an_index_that_names_a_file_outside_of_its_folder(tmp_path, outside):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(STATE, tmp_path / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(STATE, outside)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"outside of .*{outside}"):
+        state_dict.read_folder(folder)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {}}', '{"weight_map": [1]}', "{}"])
+def test_a_broken_index(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
+        state_dict.read_folder(tmp_path)
+
+
+def test_safetensors_are_preferred_to_torch(tmp_path):
+    torch_pickle.write(tmp_path / "pytorch_model.bin", {"x": X})
+    assert_same(state_dict.read_folder(tmp_path), {"x": X})
+    save_file({"x": X + 1}, tmp_path / "model.safetensors")
+    assert_same(state_dict.read_folder(tmp_path), {"x": X + 1})
+
+
+def test_a_folder_without_weights(tmp_path):
+    with pytest.raises(UserError, match=r"has no model\.safetensors or pytorch_model\.bin"):
+        state_dict.read_folder(tmp_path)
+
+
+# writing -----------------------------------------------------------------------------------------
+
+
+def test_transposed_and_sliced_arrays_are_written_as_they_read(tmp_path):
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    state = {"t": x.T, "swapped": x.swapaxes(0, 2), "slice": x[:, ::2], "back": x[::-1], "x": x}
+    state |= {"number": np.array(2.5, np.float32), "half": x.T.astype(ml_dtypes.bfloat16)}
+    state_dict.write(tmp_path / "x.safetensors", state)
+    assert_same(state_dict.read(tmp_path / "x.safetensors"), state)
+    assert_same(load_file(tmp_path / "x.safetensors"), state)
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        state_dict.write(tmp_path / "x.safetensors", {"x": X})
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(tmp_path / "x.safetensors").st_mode) == 0o640
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    with pytest.raises(OSError, match=r"nowhere|No such file"):
+        state_dict.write(tmp_path / "nowhere" / "x.safetensors", {"x": X})

@@ -1,0 +1,430 @@
+"""Files of torch.save: what torch and fairseq wrote, what would run code, and what we write."""
+
+import os
+import pickle
+import random
+import sys
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mert_jax.checkpoints import fairseq
+from mert_jax.errors import UserError
+from mert_jax.tensors import torch_pickle
+
+# written by torch 2.13: state_dict*.pt of x = torch.arange(12.).reshape(3, 4), with and without
+# _use_new_zipfile_serialization; fairseq_*.pt with the settings as omegaconf 2.0.6 and 2.3.0 (enum,
+# List, Optional, structured) and argparse keep them
+FILES = Path(__file__).parents[1] / "torch_files"
+X = np.arange(12, dtype=np.float32).reshape(3, 4)
+STATE = {
+    "float": X,
+    "transposed": X.T,
+    "slice": X[1:, 1:3],
+    "half": X.astype(np.float16),
+    "bfloat16": X.astype(ml_dtypes.bfloat16),
+    "double": X.astype(np.float64),
+    "long": np.arange(3),
+    "bool": np.array([True, False]),
+    "scalar": np.array(2.5, np.float32),
+    "empty": np.zeros((0, 3), np.float32),
+    "parameter": X + 1,
+}
+
+
+@pytest.mark.parametrize("name", ["state_dict.pt", "state_dict_legacy.pt"])
+def test_what_torch_wrote(name):
+    read = torch_pickle.read(FILES / name)
+    assert list(read) == list(STATE)
+    for key, x in STATE.items():
+        assert read[key].dtype == x.dtype
+        np.testing.assert_array_equal(read[key], x)
+
+
+@pytest.mark.parametrize("name", ["state_dict.pt", "state_dict_legacy.pt"])
+@pytest.mark.parametrize("missing", [1, 100, 700, 1500, 1790])
+def test_a_file_cut_short(tmp_path, name, missing):
+    whole = (FILES / name).read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:-missing])
+    with pytest.raises(UserError, match=r"cut\.pt"):
+        torch_pickle.read(tmp_path / "cut.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{", b"not a file of tensors at all"])
+def test_files_of_something_else(tmp_path, content):
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.pt"):
+        torch_pickle.read(tmp_path / "model.pt")
+    with pytest.raises(UserError, match="elsewhere"):
+        torch_pickle.read(tmp_path / "elsewhere" / "model.pt")
+
+
+@pytest.mark.parametrize("file", sorted(FILES.glob("*.pt")), ids=lambda file: file.stem)
+def test_a_garbled_file_is_read_or_refused(tmp_path, file):
+    rng, whole, refused = random.Random(0), file.read_bytes(), 0
+    for _ in range(300):
+        garbled = bytearray(whole)
+        for _ in range(rng.choice([1, 2, 5])):
+            garbled[rng.randrange(len(garbled))] = rng.randrange(256)
+        (tmp_path / "garbled.pt").write_bytes(garbled)
+        try:
+            torch_pickle.read(tmp_path / "garbled.pt")
+        except UserError:
+            refused += 1
+    assert refused > 100
+
+
+# pickles that ask for more than tensors ----------------------------------------------------------
+
+
+def save(path: str, pickled: bytes, legacy: bool) -> str:
+    """`path` with a pickle of ours where torch has its own."""
+    if legacy:
+        parts = (torch_pickle.LEGACY_MAGIC, 1001, {})
+        before, after = b"".join(pickle.dumps(part, 2) for part in parts), pickle.dumps([], 2)
+        Path(path).write_bytes(before + pickled + after)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", pickled)
+    return path
+
+
+def text(x: str) -> bytes:
+    return b"X" + len(x).to_bytes(4, "little") + x.encode()
+
+
+def call(module: str, name: str, *arguments: bytes) -> bytes:
+    """Opcodes that push module.name(*arguments)."""
+    return b"c" + f"{module}\n{name}\n".encode() + b"(" + b"".join(arguments) + b"tR"
+
+
+def pickled(*opcodes: bytes) -> bytes:
+    return b"\x80\x02" + b"".join(opcodes) + b"."
+
+
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x0ctQ"
+STUB = b"cfairseq.data\nDictionary\n"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder, and no trace of any code that ran in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_code_is_refused_by_name(here, legacy, protocol):
+    with pytest.raises(UserError, match=r"mkdir.*refused"):
+        torch_pickle.read(save("bad.pt", pickle.dumps({"x": RunsCode()}, protocol), legacy))
+    assert os.listdir(here) == ["bad.pt"]
+
+
+FUNCTIONS = [
+    *("os.system", "posix.system", "nt.system", "subprocess.Popen", "shutil.rmtree", "pty.spawn"),
+    *("builtins.eval", "builtins.exec", "builtins.getattr", "builtins.setattr", "builtins.open"),
+    *("builtins.__import__", "builtins.compile", "__builtin__.eval", "__builtin__.getattr"),
+    *("builtins.object", "builtins.bytearray", "builtins.map", "builtins.super"),
+    *("operator.attrgetter", "operator.methodcaller", "_operator.itemgetter", "operator.getitem"),
+    *("functools.partial", "functools.reduce", "importlib.import_module", "runpy.run_path"),
+    *(
+        "types.FunctionType",
+        "types.CodeType",
+        "marshal.loads",
+        "pickle.loads",
+        "copyreg.__newobj__",
+    ),
+    *("copyreg._reconstructor", "collections.namedtuple", "_codecs.decode", "codecs.encode"),
+    *("numpy.load", "numpy.fromfile", "numpy.memmap", "numpy.core.multiarray._reconstruct"),
+    *("numpy.ndarray", "numpy.distutils.exec_command.exec_command", "torch.load", "torch.hub.load"),
+    *("torch.storage._load_from_bytes", "torch._utils._rebuild_tensor", "torch.jit.load"),
+    *("mert_jax.torch_files.read", "mert_jax.torch_files.Stub", "enum.Enum", "fairseqs.x"),
+    *("typing_extensions.get_type_hints", "argparser.x", "torch.FloatStorage.__class__"),
+]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_other_function_or_class_is_admitted(here, name):
+    module, _, function = name.rpartition(".")
+    if name.startswith("torch.Float"):
+        module, function = "torch", "FloatStorage.__class__"
+    asked = text(module) + text(function) + b"\x93"  # STACK_GLOBAL, whose names may have dots
+    for legacy in (False, True):
+        for opcodes in (asked, call(module, function, text("x"))):
+            with pytest.raises(UserError, match=f"{function}.*refused"):
+                torch_pickle.read(save("bad.pt", pickled(opcodes), legacy))
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    {
+        "type of three makes a class": call("__builtin__", "type", text("X"), b")", b"}"),
+        "type of a type is type": call("builtins", "type", b"c__builtin__\nstr\n"),
+        "type of a function": call("builtins", "type", b"ctorch._utils\n_rebuild_tensor_v2\n"),
+        "type of a number": call("__builtin__", "type", b"K\x01"),
+        "item of a value": call("_operator", "getitem", text("abc"), b"K\x01"),
+        "item of a dict": call("_operator", "getitem", b"}", b"K\x01"),
+        "item of a class that is here": call("_operator", "getitem", b"c__builtin__\nlist\n", b"N"),
+        "bytes by another codec": call("_codecs", "encode", text("x"), text("rot13")),
+        "numbers of objects": call(
+            "numpy", "_core.multiarray.scalar", call("numpy", "dtype", text("O8")), text("x" * 8)
+        ),
+        "defaults of a function": b"ctorch._utils\n_rebuild_tensor_v2\nN}"
+        + text("__defaults__")
+        + b")s\x86b",
+        "attributes of a stub's class": STUB + b"}" + text("x") + b"K\x01sb",
+        "slots of a stub's class": STUB + b"N}" + text("__call__") + STUB + b"s\x86b",
+        "state of a dtype": b"ctorch\nFloatStorage\n(K\x03X\x01\0\0\0<NNNK\x08K\x08K\x3ftb",
+        "state of a class": b"ccollections\nOrderedDict\n}" + text("x") + b"K\x01sb",
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_what_is_admitted_cannot_be_turned_against_us(here, opcodes):
+    for legacy in (False, True):
+        with pytest.raises(UserError, match=r"bad\.pt"):
+            torch_pickle.read(save("bad.pt", pickled(opcodes[1]), legacy))
+    assert torch_pickle._tensor.__defaults__ is None
+
+
+def members_of(file: Path) -> tuple[dict[str, bytes], str]:
+    """What is in a zip, and the name of its pickle."""
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    (pickled,) = (name for name in members if name.endswith("data.pkl"))
+    return members, pickled
+
+
+def zip_of(path: str | Path, members: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def test_the_memory_of_a_storage_cannot_be_swapped_below_its_tensors(here):
+    members, name = members_of(FILES / "state_dict.pt")
+    state = b"(K\x01K\x01\x85ctorch\nFloatStorage\n\x89" + text("\0" * 4) + b"t"
+    zip_of("bad.pt", members | {name: pickled(STORAGE, state, b"b")})
+    with pytest.raises(UserError, match="state of a ndarray; refused"):
+        torch_pickle.read("bad.pt")
+
+
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
+    """What a forged file would read the memory beside its tensors with."""
+    members, name = members_of(FILES / "state_dict.pt")
+    shape = b"K\x03K\x04\x86"  # the tuple (3, 4)
+    assert shape in members[name]
+    members[name] = members[name].replace(shape, b"K\x63K\x04\x86", 1)
+    zip_of(tmp_path / "forged.pt", members)
+    with pytest.raises(UserError, match=r"forged\.pt"):
+        torch_pickle.read(tmp_path / "forged.pt")
+
+
+def test_big_endian_files_are_refused(here):
+    with zipfile.ZipFile("big.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}, 2))
+        archive.writestr("archive/byteorder", b"big")
+    with pytest.raises(UserError, match="byte order b'big'"):
+        torch_pickle.read("big.pt")
+
+
+# fairseq's objects -------------------------------------------------------------------------------
+
+TRAP = """
+open("ran", "w").close()
+
+class Dictionary:
+    def __new__(cls, *args):
+        open("ran", "w").close()
+        return super().__new__(cls)
+
+    __init__ = __setstate__ = __call__ = __new__
+"""
+
+
+@pytest.mark.parametrize("package", ["fairseq", "mert_fairseq", "omegaconf"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_nothing_of_an_installed_fairseq_is_run(here, monkeypatch, package, legacy):
+    (here / f"{package}.py").write_text(TRAP)
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    class_ = f"c{package}\nDictionary\n".encode()
+    state = b"}" + text("symbols") + b"]" + text("<s>") + b"asb"
+    made = {
+        "called": class_ + b"(K\x07tR" + state,
+        "new": class_ + b")\x81" + state,
+        "old": b"(" + f"i{package}\nDictionary\n".encode() + state,
+    }
+    for how, opcodes in made.items():
+        stub = torch_pickle.read(save("run.pt", pickled(opcodes), legacy))
+        assert isinstance(stub, torch_pickle.Stub)
+        assert type(stub).__name__ == "Dictionary"
+        assert stub.symbols == ["<s>"]
+        assert stub.args == ((7,) if how == "called" else ())
+    assert package not in sys.modules
+    assert sorted(os.listdir(here)) == sorted([f"{package}.py", "run.pt"])
+
+
+def test_a_dotted_name_in_an_admitted_package_leads_nowhere(here):
+    asked = text("argparse") + text("_sys.modules") + b"\x93"
+    found = torch_pickle.read(save("x.pt", pickled(asked, b")R"), False))
+    assert isinstance(found, torch_pickle.Stub)
+
+
+SETTINGS = {
+    "_name": "mert",
+    "extractor_mode": "default",
+    "encoder_layers": 1,
+    "encoder_embed_dim": 16,
+    "encoder_ffn_embed_dim": 24,
+    "encoder_attention_heads": 4,
+    "layer_norm_first": True,
+    "conv_feature_layers": "[(8,10,5)] + [(8,3,2)]",
+    "final_dim": 4,
+    "untie_final_proj": True,
+    "latent_temp": [2.0, 0.5],
+}
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.3"])
+def test_what_omegaconf_wrote(version):
+    content = torch_pickle.read(FILES / f"fairseq_omegaconf_{version}.pt")
+    assert isinstance(content["cfg"], torch_pickle.Stub)
+    assert content["args"] is None
+    assert fairseq.plain(content["cfg"]) == {
+        "model": SETTINGS,
+        "task": {
+            "_name": "mert_pretraining",
+            "labels": ["encodec_0", "encodec_1"],
+            "sample_rate": 24000,
+            "normalize": False,
+            "max_keep_size": None,
+        },
+        "extra": {},
+    }
+    assert content["extra_state"] == {"best": 3.5, "epoch": 2}
+    (dictionary,) = content["task_state"]["dictionaries"]
+    assert dictionary.symbols == "<s> <pad> </s> <unk> 2 0 1".split()
+    np.testing.assert_array_equal(content["model"]["x"], [0, 1, 2])
+
+
+def test_what_argparse_wrote():
+    content = torch_pickle.read(FILES / "fairseq_namespace.pt")
+    expected = SETTINGS | {"sample_rate": 24000, "normalize": False}
+    assert fairseq.plain(content["args"]) == expected
+    assert fairseq.plain(content["cfg"]) is None
+
+
+# what we write -----------------------------------------------------------------------------------
+
+
+def there_and_back(path, content):
+    torch_pickle.write(path, content)
+    return torch_pickle.read(path)
+
+
+@pytest.mark.parametrize("name", torch_pickle.STORAGES)
+def test_tensors_of_every_dtype_and_layout_come_back(tmp_path, name):
+    x = np.arange(24).reshape(2, 3, 4).astype(torch_pickle.STORAGES[name])
+    tensors = {
+        "whole": x,
+        "transposed": x.T,
+        "swapped": x.swapaxes(0, 1),
+        "slice": x[:, ::2, 1:3],
+        "backwards": x[::-1],
+        "broadcast": np.broadcast_to(x[0, 0, :1], (5, 3)),
+        "number": np.array(x[1, 2, 3]),
+        "empty": x[:0],
+        "twice": x,
+    }
+    read = there_and_back(tmp_path / "x.pt", tensors)
+    assert list(read) == list(tensors)
+    for key, tensor in tensors.items():
+        assert read[key].dtype == tensor.dtype
+        assert read[key].shape == tensor.shape
+        np.testing.assert_array_equal(read[key], tensor)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**64), 2**64) | st.floats(allow_nan=False) | TEXT,
+    lambda inner: (
+        st.lists(inner)
+        | st.lists(inner).map(tuple)
+        | st.dictionaries(TEXT | st.integers(0, 2**40), inner)
+    ),
+    max_leaves=12,
+)
+
+
+def same(a, b) -> bool:
+    """Equal, and of equal types all the way down: 1 is neither True nor 1.0."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return same(list(a.items()), list(b.items()))
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b and str(a) == str(b)
+
+
+@given(PLAIN)
+@settings(max_examples=50, deadline=None)
+def test_containers_and_values_come_back(tmp_path_factory, content):
+    assert same(there_and_back(tmp_path_factory.getbasetemp() / "plain.pt", content), content)
+
+
+def test_values_that_are_easily_confused(tmp_path):
+    content = {
+        "ints": [0, 1, -1, 255, 256, 2**31, -(2**31) - 1, 2**63, -(2**63), 5_000_000_000],
+        "bools": (True, False),
+        "floats": [0.0, -0.0, 1.0, 1e300, float("inf"), 0.1],
+        1: {True: None, "": "ünï → 音", "nested": [[], {}, (), ([{}],)]},
+    }
+    assert same(there_and_back(tmp_path / "x.pt", content), content)
+
+
+def test_equal_content_gives_equal_bytes(tmp_path, monkeypatch):
+    content = {"a": X, "b": [1, {"c": X.T}], "d": "e"}
+    torch_pickle.write(tmp_path / "one.pt", content)
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    copied = {"a": X.copy(), "b": [1, {"c": np.ascontiguousarray(X.T)}], "d": "e"}
+    torch_pickle.write(tmp_path / "two.pt", copied)
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "x", [{1, 2}, object(), b"bytes", 1j, np.float32(1), Path("x"), len, np.zeros(2, np.uint16)]
+)
+def test_nothing_else_can_be_written(tmp_path, x):
+    with pytest.raises(TypeError, match="no place in a torch file"):
+        torch_pickle.write(tmp_path / "x.pt", {"a": [x]})
+
+
+# torch's own reader ------------------------------------------------------------------------------
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("mmap", [False, True])
+def test_torch_reads_what_we_write(tmp_path, mmap):
+    torch = pytest.importorskip("torch", reason="torch is missing; pip install mert_jax[peers]")
+    values = {"n": [5_000_000_000, -1, True, None, 0.1, "音"], "t": (1, {"a": []}), 0: {}}
+    torch_pickle.write(tmp_path / "x.pt", {"state": STATE, "values": values})
+    read = torch.load(tmp_path / "x.pt", weights_only=True, mmap=mmap)
+    assert same(read["values"], values)
+    assert list(read["state"]) == list(STATE)
+    for key, x in STATE.items():
+        tensor = read["state"][key]
+        assert str(tensor.dtype) == f"torch.{x.dtype.name}"
+        assert tensor.shape == x.shape
+        np.testing.assert_array_equal(tensor.double().numpy(), x.astype(np.float64))
