@@ -13,7 +13,7 @@ from absl import flags
 from mert_jax import cli, object_storage
 from mert_jax import files as atomic
 from mert_jax.checkpoints import fairseq, huggingface, in_memory, stablehlo, workdir
-from mert_jax.checkpoints.manager import steps
+from mert_jax.checkpoints.manager import checkpoint_steps
 from mert_jax.checkpoints.reading import kind_of, read_checkpoint
 from mert_jax.errors import UserError
 
@@ -37,7 +37,11 @@ _MOMENTS = flags.DEFINE_bool(
     "moments", True, "Keep Adam's moments where there are any.", flag_values=FLAGS
 )
 
-DIRECTORIES = {"hf": huggingface.write, "orbax": workdir.write, "stablehlo": stablehlo.write}
+DIRECTORIES = {
+    "hf": huggingface.write_checkpoint,
+    "orbax": workdir.write_checkpoint,
+    "stablehlo": stablehlo.write_program,
+}
 
 
 def convert(source: str, output: str, to: str, licence: str = "", moments: bool = True) -> None:
@@ -51,19 +55,19 @@ def convert(source: str, output: str, to: str, licence: str = "", moments: bool 
         raise UserError(
             f"--output={output}: checkpoints are converted on a local disk; copy the result there"
         )
-    with object_storage.fetched(source, steps) as local:
+    with object_storage.fetched(source, checkpoint_steps) as local:
         checkpoint = read_checkpoint(local, moments)
         print(f"read {source} ({kind_of(local)}): {summary(checkpoint)}", flush=True)
     if licence:
         checkpoint = checkpoint._replace(about=checkpoint.about._replace(licence=licence))
     with atomic.atomic_write(output) as path:
         if to == "fairseq":
-            fairseq.write(path, checkpoint)
+            fairseq.write_checkpoint(path, checkpoint)
         else:
             os.mkdir(path)
             DIRECTORIES[to](path, checkpoint)
         if to == "stablehlo":
-            difference = stablehlo.check(path, checkpoint)
+            difference = stablehlo.check_program(path, checkpoint)
             print(f"reloaded: at most {difference:.1e} from the student itself", flush=True)
     print(f"wrote {output} ({size(output) / 2**20:,.0f} MiB)")
 
@@ -75,7 +79,7 @@ def summary(checkpoint: in_memory.Checkpoint) -> str:
     norm = "pre-norm" if student.pre_norm else "post-norm"
     return (
         f"{student.num_layers} {norm} layers of {student.hidden_size}, "
-        f"{in_memory.count(checkpoint):,} parameters in {about.dtype}, heads: "
+        f"{in_memory.count_parameters(checkpoint):,} parameters in {about.dtype}, heads: "
         f"{heads}; {checkpoint.step:,} updates, "
         f"{'with' if checkpoint.moments else 'without'} Adam's moments\n"
         f"  {about.sample_rate} Hz, waves {'normalised' if about.do_normalize else 'as they are'}; "

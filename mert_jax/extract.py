@@ -25,12 +25,12 @@ from absl import flags
 from mert_jax import cli, files, progress
 from mert_jax.data.decoding import SkippedFile
 from mert_jax.data.preparation import sources
-from mert_jax.data.preparation.sources import Source
+from mert_jax.data.preparation.sources import SourceFile
 from mert_jax.errors import UserError
 from mert_jax.extraction import embedder as embedding
 from mert_jax.extraction import table
-from mert_jax.extraction.embedder import Settings
-from mert_jax.extraction.run import Run
+from mert_jax.extraction.embedder import EmbeddingSettings
+from mert_jax.extraction.run import ExtractionRun
 from mert_jax.files import JsonlFile, read_jsonl
 
 FLAGS = flags.FlagValues()
@@ -95,14 +95,14 @@ SHOWN = 20  # files that failed, on the console
 
 
 def extract(
-    checkpoint: str, inputs: Sequence[str], output: str, settings: Settings, dtype: str
+    checkpoint: str, inputs: Sequence[str], output: str, settings: EmbeddingSettings, dtype: str
 ) -> dict[str, Any]:
     """Embed the audio files of `inputs` and return the report.
 
     Raises UserError for a checkpoint that cannot be read, for inputs without usable audio, for an
     `output` made with other settings, and for a disk that does not take it.
     """
-    found = sources.find(inputs, exclude=output)
+    found = sources.find_sources(inputs, exclude=output)
     if not found.sources:
         raise UserError(f"no audio in the {len(found.left_out)} files of {','.join(inputs)}")
     model = embedding.load(checkpoint)
@@ -118,9 +118,9 @@ def extract(
 
 def _extract(
     model: embedding.Model,
-    found: sources.Found,
+    found: sources.SourceList,
     output: str,
-    settings: Settings,
+    settings: EmbeddingSettings,
     dtype: np.dtype,
 ) -> dict[str, Any]:
     embedder = embedding.Embedder(model, settings)
@@ -135,14 +135,16 @@ def _extract(
     if rows:
         progress.note(f"{len(rows)} of {len(found.sources)} files are done already")
     # LeftOut of every file that could not be used, by its source
-    failed: dict[Source, SkippedFile] = {}
+    failed: dict[SourceFile, SkippedFile] = {}
     staging = os.path.join(output, ".staging")
     shutil.rmtree(staging, ignore_errors=True)
     os.makedirs(staging)
     written = JsonlFile(os.path.join(output, FILES), lambda row: True)
     with progress.bar("embedding", sum(source.size for source in todo), "B") as bar:
         advance = _Advance(bar)
-        for source, outcome in Run(embedder, output, staging, names, dtype, advance)(todo):
+        for source, outcome in ExtractionRun(embedder, output, staging, names, dtype, advance)(
+            todo
+        ):
             if isinstance(outcome, SkippedFile):
                 failed[source] = outcome
             else:
@@ -154,7 +156,7 @@ def _extract(
     if settings.pool == "mean" and rows:
         rows.sort(key=lambda row: row["name"])
         with files.atomic_write(os.path.join(output, TABLE), replace=True) as path:
-            table.write(path, _means(rows, output), embedder.layers)
+            table.write_table(path, _means(rows, output), embedder.layers)
     other = [name for name, reason, _ in found.left_out if reason == NOT_AUDIO]
     bad = [x for x in found.left_out if x[1] != NOT_AUDIO]
     bad += sorted((source.name, e.reason, e.detail) for source, e in failed.items())
@@ -221,7 +223,7 @@ def _check_settings(output: str, said: dict[str, Any]) -> None:
         json.dump(said, f, indent=1)
 
 
-def _is_done(source: Source, name: str, done: dict[str, Any], output: str) -> bool:
+def _is_done(source: SourceFile, name: str, done: dict[str, Any], output: str) -> bool:
     row = done.get(source.path)
     same = row and (row["size"], row["mtime_ns"], row["output"]) == (*source[2:], name)
     return bool(same and os.path.exists(os.path.join(output, name)))
@@ -261,7 +263,7 @@ def _layer_numbers(text: str) -> tuple[int, ...]:
 
 def main() -> int:
     """Run the command and return its exit code."""
-    settings = Settings(
+    settings = EmbeddingSettings(
         layers=_layer_numbers(_LAYERS.value),
         pool=_POOL.value,
         chunk=_CHUNK_SECONDS.value,

@@ -23,7 +23,7 @@ from ml_collections import config_flags
 from mert_jax import cli, progress
 from mert_jax.errors import UserError
 from mert_jax.fitting import cluster_run, codec_run
-from mert_jax.fitting.registry import table
+from mert_jax.fitting.registry import fitters
 from mert_jax.fitting.sampling import Sampler
 from mert_jax.teachers import fitted_file
 
@@ -66,13 +66,13 @@ def _check_flags(teacher: str) -> None:
 
 def main() -> int:
     """Run the command and return its exit code."""
-    known = ", ".join([*table(), CODEC])
+    known = ", ".join([*fitters(), CODEC])
     if not (_TEACHER.value and _DATA.value and _OUTPUT.value):
         raise UserError(
             f"--teacher, --data and --output are needed: --teacher=NAME (one of {known}) "
             "--data=PREPARED_DIR --output=DIR"
         )
-    if _TEACHER.value not in (*table(), CODEC):
+    if _TEACHER.value not in (*fitters(), CODEC):
         raise UserError(f"--teacher={_TEACHER.value} cannot be fitted; it is one of {known}")
     _check_flags(_TEACHER.value)
     if _TEACHER.value == CODEC:

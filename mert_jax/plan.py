@@ -62,15 +62,15 @@ def make() -> dict[str, Any]:
             open(_HLO.value, "w").close()  # rather now than after minutes of compiling
         except OSError as e:
             raise UserError(f"--hlo={_HLO.value} cannot be written: {e.strerror}") from e
-    where = compiling.topology(_TOPOLOGY.value)
+    where = compiling.make_topology(_TOPOLOGY.value)
 
     def one(config: Any) -> dict[str, Any]:
         print(f"compiling for {where.name}: minutes", flush=True)
-        compiled = compiling.compiled(config, where.devices, _CODES.value or "")
+        compiled = compiling.compile_step(config, where.devices, _CODES.value or "")
         if _HLO.value:
             with open(_HLO.value, "w") as file:
                 file.write(compiled.text)
-        return estimate.numbers(config, where, compiled)
+        return estimate.make_plan(config, where, compiled)
 
     if not _SEARCH.value:
         return one(config)

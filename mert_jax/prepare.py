@@ -36,8 +36,8 @@ from mert_jax import files as atomic
 from mert_jax.constants import SAMPLE_RATE
 from mert_jax.data import records
 from mert_jax.data.preparation import assemble, sources, staging
-from mert_jax.data.preparation.selection import Settings, describe, select
-from mert_jax.data.preparation.sources import Outcome, Source
+from mert_jax.data.preparation.selection import PreparationSettings, describe, select
+from mert_jax.data.preparation.sources import Outcome, SourceFile
 from mert_jax.data.preparation.summary import REPORT, make_report, print_summary
 from mert_jax.data.preparation.workers import cpus, run_jobs
 from mert_jax.errors import UserError
@@ -89,7 +89,9 @@ _CODES = flags.DEFINE_string(
 _SOURCES = "sources.jsonl"
 
 
-def prepare(inputs: Sequence[str], output: str, settings: Settings, workers: int) -> dict[str, Any]:
+def prepare(
+    inputs: Sequence[str], output: str, settings: PreparationSettings, workers: int
+) -> dict[str, Any]:
     """Make or complete the dataset in `output` and return its report.
 
     Raises `UserError` for inputs without usable audio, another dataset or other settings in
@@ -105,7 +107,7 @@ def prepare(inputs: Sequence[str], output: str, settings: Settings, workers: int
             f"--output={output}: shards are written to a local disk only; prepare there and copy "
             "the directory"
         )
-    found = sources.find(inputs, exclude=output)
+    found = sources.find_sources(inputs, exclude=output)
     try:
         with atomic.directory_lock(output):
             return _prepare(found, output, settings, workers)
@@ -116,7 +118,9 @@ def prepare(inputs: Sequence[str], output: str, settings: Settings, workers: int
         ) from e
 
 
-def _prepare(found: sources.Found, output: str, settings: Settings, workers: int) -> dict[str, Any]:
+def _prepare(
+    found: sources.SourceList, output: str, settings: PreparationSettings, workers: int
+) -> dict[str, Any]:
     stage_dir = os.path.join(output, ".staging")
     assemble.switch(output, stage_dir)
     _check_settings(output, settings)
@@ -153,7 +157,7 @@ def _prepare(found: sources.Found, output: str, settings: Settings, workers: int
     return report
 
 
-def _check_settings(output: str, settings: Settings) -> None:
+def _check_settings(output: str, settings: PreparationSettings) -> None:
     if not os.path.exists(os.path.join(output, records.INFO)):
         return
     before = records.metadata(output)["settings"]
@@ -167,7 +171,7 @@ def _check_settings(output: str, settings: Settings) -> None:
 
 def _known(
     output: str, stage_dir: str, stored: dict[str, assemble.Stored], min_seconds: float
-) -> dict[str, tuple[Source, Outcome]]:
+) -> dict[str, tuple[SourceFile, Outcome]]:
     """Outcomes by path of files that need no decoding, if they have not changed."""
     known = {}
     if stored:
@@ -179,7 +183,7 @@ def _known(
     return known
 
 
-def _is_known(source: Source, known: dict[str, tuple[Source, Outcome]]) -> bool:
+def _is_known(source: SourceFile, known: dict[str, tuple[SourceFile, Outcome]]) -> bool:
     if source.path not in known:
         return False
     before, outcome = known[source.path]
@@ -190,11 +194,11 @@ def _is_known(source: Source, known: dict[str, tuple[Source, Outcome]]) -> bool:
 
 
 def _decode(
-    todo: Sequence[Source],
+    todo: Sequence[SourceFile],
     stage_dir: str,
-    known: dict[str, tuple[Source, Outcome]],
+    known: dict[str, tuple[SourceFile, Outcome]],
     workers: int,
-) -> dict[str, tuple[Source, Outcome]]:
+) -> dict[str, tuple[SourceFile, Outcome]]:
     """Decode files in processes, largest first, noting each in the journal when it is done."""
     if not todo:
         return {}
@@ -252,7 +256,7 @@ def _build(
 
 
 def _write_reports(
-    directory: str, files: Sequence[tuple[Source, Outcome]], report: dict[str, Any]
+    directory: str, files: Sequence[tuple[SourceFile, Outcome]], report: dict[str, Any]
 ) -> None:
     lines = "".join(sources.to_line(source, outcome) for source, outcome in files)
     _write_text(os.path.join(directory, _SOURCES), lines)
@@ -286,7 +290,7 @@ def store_codes(output: str, checkpoint: str) -> None:
         ) from e
     for split, counts in made.counts.items():
         frames = sum(counts[0])
-        line = code_checks.check(f"codes of {split}", np.array(counts), frames)
+        line = code_checks.check_codes(f"codes of {split}", np.array(counts), frames)
         print(f"  {line} of {frames} frames")
 
 
@@ -298,7 +302,7 @@ def main() -> int:
             "--input and --output are needed: --input=DIR_OR_FILES --output=DIR; or --output and "
             "--codes=CHECKPOINT, to store codes beside a dataset that is there"
         )
-    settings = Settings(
+    settings = PreparationSettings(
         chunk_seconds=_CHUNK_SECONDS.value,
         crop_seconds=_CROP_SECONDS.value,
         min_seconds=_MIN_SECONDS.value,

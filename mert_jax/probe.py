@@ -206,7 +206,7 @@ def main() -> int:
         rates = tuple(float(rate) for rate in _RATES.value)
     except ValueError as e:
         raise UserError(f"--learning_rates: {e}") from e
-    settings = head.Settings(
+    settings = head.HeadSettings(
         hidden=_HIDDEN.value if _HEAD.value == "mlp" else 0,
         epochs=_EPOCHS.value,
         batch_size=_BATCH_SIZE.value,

@@ -227,7 +227,7 @@ def write(folder: str, workdir: str) -> None:
     if not made:
         raise UserError(f"{workdir}/metrics.jsonl holds nothing to plot")
     said = warnings(rows, s)
-    spent = goodput.line(goodput.read(folder))
+    spent = goodput.summary_line(goodput.read_goodput(folder))
     written = {
         "report.png": png(made, s["step"], title=f"{workdir}   step {s['step']:,}"),
         "report.html": page(made, s, said, config, workdir, spent).encode(),

@@ -63,13 +63,13 @@ def main() -> int:
     config = build.check(cli.config_of(_CONFIG))
     named = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     patience = _CONNECT_SECONDS.value
-    with distributed.connected(distributed.found(*named, patience), patience):
+    with distributed.connect(distributed.find_cluster(*named, patience), patience):
         return prepare_and_train(config, _WORKDIR.value)
 
 
 def prepare_and_train(config: ConfigDict, workdir: str | None) -> int:
     """What can go wrong before anything is written, then the run."""
-    stored = mix.stored_codes(config)
+    stored = mix.find_stored_codes(config)
     teachers = build.make_teachers(config, stored)
     student = build.student(config, teachers, stored)
     print(build.describe(config, student, table=_DESCRIBE.value), flush=True)
@@ -82,20 +82,22 @@ def prepare_and_train(config: ConfigDict, workdir: str | None) -> int:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(config.batch_size // config.accumulation, mesh)
     with RemoteWorkdir(workdir, jax.process_index() == 0) as files:
-        begun = bool(manager.steps(workdir))
+        begun = bool(manager.checkpoint_steps(workdir))
         fingerprints = build.fingerprints(config, teachers, stored)
         warm = None if begun else build.read_start(config, student, fingerprints)
         about = build.about(config, fingerprints, warm)
-        held = workdir_lock.claim(files.folder, json.loads(config.to_json()), begun)
+        held = workdir_lock.lock_workdir(files.folder, json.loads(config.to_json()), begun)
         if begun:
-            before = workdirs.about(files.folder)
+            before = workdirs.read_about(files.folder)
             mix.check_unchanged(before.data, about.data, config.data.accept_changes)
             about = before._replace(data=about.data)
         if jax.process_index() == 0:
-            workdirs.describe(files.folder, student, about)
+            workdirs.write_description(files.folder, student, about)
         files.take()
         patience = 60 * config.watchdog_minutes
-        bark = functools.partial(watchdog.end, files.folder, jax.process_index(), patience)
+        bark = functools.partial(
+            watchdog.end_stalled_run, files.folder, jax.process_index(), patience
+        )
         saves = config.checkpoint
         kept = manager.Checkpoints(workdir, saves.keep, saves.keep_every, saves.every_steps)
         with (
@@ -114,7 +116,7 @@ def train(
     teachers: Mapping[str, Teacher],
     mesh: jax.sharding.Mesh,
     sources: Mapping[str, Any],
-    warm: init_from.Start | None,
+    warm: init_from.InitialWeights | None,
     checkpoints: manager.Checkpoints,
     dog: watchdog.Watchdog,
 ) -> int:
@@ -124,7 +126,7 @@ def train(
     made = program.make(config, student, teachers, mesh)
     if (start := checkpoints.latest_step) is None:
         state = made.init()
-        state = init_from.begin(state, warm) if warm else state
+        state = init_from.apply_initial_weights(state, warm) if warm else state
     elif start >= config.total_steps:
         print(f"{workdir} is finished: {start} of {config.total_steps} steps; nothing to do")
         return 0
@@ -145,11 +147,11 @@ def train(
     )
     try:
         with clock.time_of("compile"):
-            firsts = zip(mix.directories(config), held_out.first(state.params), strict=True)
+            firsts = zip(mix.dataset_directories(config), held_out.first(state.params), strict=True)
             for directory, sums in firsts:
                 print(*build.check_labels(config, sums, directory), sep="\n", flush=True)
     except UserError:
-        workdir_lock.release(files.folder)
+        workdir_lock.release_workdir(files.folder)
         raise
     saves = config.checkpoint
     policy = manager.SavePolicy(saves.every_steps, saves.every_minutes, time.monotonic)
@@ -259,7 +261,7 @@ def train(
     log.close()
     if first:
         clock.write(number)
-        print(goodput.line(goodput.read(files.folder)), flush=True)
+        print(goodput.summary_line(goodput.read_goodput(files.folder)), flush=True)
     if number < config.total_steps:
         print(f"stopped and saved at step {number}; run the same command to go on", flush=True)
         return RESTART if verdict.wish == signal.SIGTERM else 128 + verdict.wish

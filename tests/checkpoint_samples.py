@@ -143,7 +143,7 @@ def write_with_objects(path, content) -> None:
         return made + plain(x.attributes, arrays) + b"b"
 
     with mock.patch.object(torch_pickle, "_pickled", pickled):
-        torch_pickle.write(path, content)
+        torch_pickle.write_pickle(path, content)
 
 
 def dictionary(codes) -> Object:
@@ -207,15 +207,15 @@ def hf_folder(folder: Path, student: mert_v1.Student, state: dict, file: str = s
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(hf_config(student)))
     if file.endswith(".bin"):
-        torch_pickle.write(folder / file, state)
+        torch_pickle.write_pickle(folder / file, state)
     else:
-        state_dict.write(folder / file, state, {"format": "pt"})
+        state_dict.write_tensors(folder / file, state, {"format": "pt"})
     return str(folder)
 
 
 def hf_tensors(folder) -> dict:
     """What a Hugging Face directory holds."""
-    return state_dict.read_folder(folder)
+    return state_dict.read_tensor_folder(folder)
 
 
 def same_state(a: dict, b: dict):

@@ -38,7 +38,7 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
     paths = {name: str(tmp_path_factory.mktemp(name)) for name in ("rvq_vae", "kmeans", "mel_rvq")}
     for module in (kmeans, mel_rvq):
         tensors = {key: normal(*shape) for key, shape in module.shapes(module.SETTINGS).items()}
-        fitted_file.save(paths[module.NAME], module.NAME, tensors, module.SETTINGS)
+        fitted_file.write_fitted(paths[module.NAME], module.NAME, tensors, module.SETTINGS)
     networks = {
         "encoder": (codec.Encoder(2, 8), np.zeros((1, 640), np.float32)),
         "decoder": (codec.Decoder(2), np.zeros((1, 8, 8), np.float32)),
@@ -47,7 +47,7 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
     for part, (network, x) in networks.items():
         shapes = jax.eval_shape(network.init, jax.random.key(0), x)["params"]
         params[part] = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
-    encodec_checkpoint.write(paths["rvq_vae"], params)
+    encodec_checkpoint.write_encodec(paths["rvq_vae"], params)
     return paths
 
 

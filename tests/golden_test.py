@@ -33,7 +33,7 @@ from mert_jax.pretraining import losses, masking, mixture, optimizer, step
 from mert_jax.teachers import cqt, encodec_checkpoint
 from mert_jax.teachers import rvq_vae as acoustic
 from mert_jax.teachers.teacher import Teacher
-from mert_jax.tensors.state_dict import read as read_weights
+from mert_jax.tensors.state_dict import read_tensors as read_weights
 from tests import cqt_definition
 
 FOLDER = Path(os.environ.get("MERT_JAX_GOLDEN") or Path(__file__).parent / "golden").resolve()

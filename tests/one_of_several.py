@@ -44,7 +44,7 @@ class Source(list):
 
 def main():
     named = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    with distributed.connected(distributed.found(*named, SECONDS.value), SECONDS.value):
+    with distributed.connect(distributed.find_cluster(*named, SECONDS.value), SECONDS.value):
         mesh = sharding.make_mesh(*map(int, MESH.value))
         rows = sharding.rows_of_host(BATCH, mesh)
         source = Source(40)

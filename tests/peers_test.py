@@ -103,7 +103,7 @@ def exported(request, tmp_path_factory):
     params = traverse_util.unflatten_dict(flat, sep="/")
     folder = tmp_path_factory.mktemp("exported")
     about = in_memory.About(do_normalize=large)
-    huggingface.write(str(folder), in_memory.Checkpoint(student, params, None, 0, about))
+    huggingface.write_checkpoint(str(folder), in_memory.Checkpoint(student, params, None, 0, about))
     wave = 0.1 * rng.normal(size=(2, 24_000)).astype(np.float32)
     valid = np.array([24_000, 17_000])
     wave[1, valid[1] :] = 0
@@ -425,7 +425,7 @@ def test_a_full_size_encodec(kind, encodec_peer, tmp_path, record_property):
     used = [len(np.unique(codes[..., k])) for k in range(8)]
     assert min(used) > 20, f"too few codes to tell the books apart: {used}"
 
-    params = encodec.read(path)
+    params = encodec.read_encodec(path)
     summed = quantize.residual_decode(jnp.asarray(their_codes), params["codebooks"][:8])
     decoder = jax.jit(codec.Decoder().apply)
     decoded = np.asarray(decoder({"params": params["decoder"]}, summed))
@@ -438,7 +438,7 @@ def test_transformers_reads_the_encodec_we_write(encodec_peer, tmp_path):
     peer, wave, latents, codes, decoded = encodec_peer
     params = encodec.from_state({name: x.numpy() for name, x in peer.state_dict().items()})
     books = params["codebooks"][:8]
-    encodec.write(str(tmp_path), params | {"codebooks": books})
+    encodec.write_encodec(str(tmp_path), params | {"codebooks": books})
     ours = transformers.EncodecModel.from_pretrained(tmp_path).eval()
     found_codes, found = encodec_codes(ours, wave)
     clear = clear_codes(latents, books)[1]

@@ -218,9 +218,9 @@ def moments_of(last: Any, state: Mapping[str, np.ndarray], path: str) -> Any:
     return *moments, flat
 
 
-def read(path: str, moments: bool = True) -> Checkpoint:
+def read_checkpoint(path: str, moments: bool = True) -> Checkpoint:
     """The checkpoint in a fairseq file. Raises UserError as `formats.read` does."""
-    content = torch_pickle.read(path)
+    content = torch_pickle.read_pickle(path)
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict) or "encoder.layers.0.fc1.weight" not in state:
         held = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else "no dict"
@@ -346,7 +346,7 @@ def optimizer_state(mu: Mapping, nu: Mapping, step: int, flat: bool) -> dict[str
     return {"state": dict(enumerate(entries)), "param_groups": groups}
 
 
-def write(path: str, checkpoint: Checkpoint) -> None:
+def write_checkpoint(path: str, checkpoint: Checkpoint) -> None:
     """Write the checkpoint as fairseq's trainer does: its names, shapes and order.
 
     Raises UserError where the student lacks one of fairseq's two heads, OSError where the disk does
@@ -388,7 +388,7 @@ def write(path: str, checkpoint: Checkpoint) -> None:
         "extra_state": {ORDERS: about.row_orders} if about.row_orders else {},
         "last_optimizer_state": last,
     }
-    torch_pickle.write(path, content)
+    torch_pickle.write_pickle(path, content)
 
 
 def cqt_size(student: Student) -> int:

@@ -106,14 +106,14 @@ def config(student: Student, about: About) -> dict[str, Any]:
     )
 
 
-def read(path: str, moments: bool = True) -> Checkpoint:
+def read_checkpoint(path: str, moments: bool = True) -> Checkpoint:
     """The checkpoint in a directory; it has no heads, moments or step.
 
     Raises UserError as `formats.read` does.
     """
     del moments
     found = student(state_dict.read_json(os.path.join(path, "config.json")))
-    state = state_dict.read_folder(path)
+    state = state_dict.read_tensor_folder(path)
     preprocessor = os.path.join(path, "preprocessor_config.json")
     settings = state_dict.read_json(preprocessor) if os.path.exists(preprocessor) else {}
     about = About(
@@ -126,7 +126,7 @@ def read(path: str, moments: bool = True) -> Checkpoint:
     return Checkpoint(found, tensor_names.params_from_hf(state, found, path), None, 0, about)
 
 
-def write(path: str, checkpoint: Checkpoint) -> None:
+def write_checkpoint(path: str, checkpoint: Checkpoint) -> None:
     """Fill the directory `path` with what `transformers.HubertModel.from_pretrained` loads.
 
     Raises OSError where the disk does not take it.
@@ -134,7 +134,7 @@ def write(path: str, checkpoint: Checkpoint) -> None:
     about = checkpoint.about
     state = tensor_names.params_to_hf(checkpoint.params)
     state = {name: np.asarray(x, tensor_names.DTYPES[about.dtype]) for name, x in state.items()}
-    state_dict.write(os.path.join(path, state_dict.NAMES[0]), state, {"format": "pt"})
+    state_dict.write_tensors(os.path.join(path, state_dict.NAMES[0]), state, {"format": "pt"})
     preprocessor = dict(
         feature_extractor_type="Wav2Vec2FeatureExtractor",
         feature_size=1,

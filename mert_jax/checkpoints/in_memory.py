@@ -81,7 +81,7 @@ def student_of(numbers: dict[str, Any]) -> Student:
     return Student(**{name: numbers[name] for name in ARCHITECTURE} | tuples | {"heads": heads})
 
 
-def count(checkpoint: Checkpoint) -> int:
+def count_parameters(checkpoint: Checkpoint) -> int:
     """Parameters, heads included."""
     return sum(x.size for x in jax.tree.leaves(checkpoint.params))
 

@@ -16,7 +16,7 @@ from mert_jax.sharding import placed
 OF_HEADS, EQUAL_WIDTHS = ("final_dim",), "project_equal_widths"
 
 
-class Start(NamedTuple):
+class InitialWeights(NamedTuple):
     """What a run takes over: parameters by path, Adam's moments of the same paths (None where there
     are none) and the updates they have seen; lines that say so; what the checkpoint says of itself.
     """
@@ -28,9 +28,9 @@ class Start(NamedTuple):
     about: About
 
 
-def match(
+def match_checkpoint(
     checkpoint: Checkpoint, student: Student, teachers: Mapping[str, str], special_codes: int
-) -> Start:
+) -> InitialWeights:
     """What `student` takes over from `checkpoint`: all of the body, and each head whose teacher is
     the same.
 
@@ -85,10 +85,10 @@ def match(
     if about.do_normalize:
         lines.append("waves: the checkpoint's were normalised, this run's are as they are")
     moments = tuple(taken[1:]) if checkpoint.moments else None
-    return Start(taken[0], moments, checkpoint.step, lines, about)
+    return InitialWeights(taken[0], moments, checkpoint.step, lines, about)
 
 
-def begin(state: TrainState, start: Start) -> TrainState:
+def apply_initial_weights(state: TrainState, start: InitialWeights) -> TrainState:
     """`state`, as initialised, with what `start` takes over in its place: at step 0, so that the
     learning rate warms up again."""
     params = _replaced(state.params, start.params)

@@ -64,7 +64,7 @@ class SavePolicy:
         self._last, self._due = self._clock(), False
 
 
-def steps(workdir: str) -> list[int]:
+def checkpoint_steps(workdir: str) -> list[int]:
     """Steps of the finished checkpoints in WORKDIR/checkpoints."""
     directory = epath.Path(object_storage.absolute(workdir)) / object_storage.CHECKPOINTS
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
@@ -255,7 +255,7 @@ class Checkpoints:
                 yield
         except OSError as e:
             remote = object_storage.is_remote(self._workdir)
-            good = steps(self._workdir)
+            good = checkpoint_steps(self._workdir)
             raise (RetryableError if remote else UserError)(
                 f"a checkpoint could not be written to {self._workdir}/checkpoints: {e}; the last "
                 f"whole one is of step {good[-1] if good else 'none'}. "

@@ -34,6 +34,10 @@ def read_checkpoint(path: str | os.PathLike, moments: bool = True) -> Checkpoint
     Raises UserError for what is none, cut short, of another architecture, or has tensors that are
     missing, unexpected, of another shape or not finite.
     """
-    readers = {"workdir": workdir.read, "huggingface": huggingface.read, "fairseq": fairseq.read}
-    with object_storage.fetched(os.fspath(path), manager.steps) as local:
+    readers = {
+        "workdir": workdir.read_checkpoint,
+        "huggingface": huggingface.read_checkpoint,
+        "fairseq": fairseq.read_checkpoint,
+    }
+    with object_storage.fetched(os.fspath(path), manager.checkpoint_steps) as local:
         return readers[kind_of(local)](local, moments)

@@ -25,7 +25,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4
 
 
-def write(path: str, checkpoint: Checkpoint) -> None:
+def write_program(path: str, checkpoint: Checkpoint) -> None:
     """Fill the directory `path`; OSError where the disk does not take it."""
     student, params = in_memory.without_heads(checkpoint)[:2]
     flat = traverse_util.flatten_dict(params, sep="/")
@@ -36,7 +36,7 @@ def write(path: str, checkpoint: Checkpoint) -> None:
     program = export.export(function, platforms=PLATFORMS)(params, wave)
     with open(os.path.join(path, PROGRAM), "wb") as f:
         f.write(program.serialize())
-    state_dict.write(os.path.join(path, PARAMS), flat)
+    state_dict.write_tensors(os.path.join(path, PARAMS), flat)
     signature = dict(
         call="(params, wave) -> hidden_states",
         params=f"{PARAMS}, nested at each slash",
@@ -55,11 +55,11 @@ def load(path: str) -> tuple[Any, Any]:
     """The program in a directory, as a function of (params, wave), and its params."""
     with open(os.path.join(path, PROGRAM), "rb") as f:
         program = export.deserialize(bytearray(f.read()))
-    params = state_dict.read(os.path.join(path, PARAMS))
+    params = state_dict.read_tensors(os.path.join(path, PARAMS))
     return program.call, traverse_util.unflatten_dict(params, sep="/")
 
 
-def check(path: str, checkpoint: Checkpoint) -> float:
+def check_program(path: str, checkpoint: Checkpoint) -> float:
     """The largest difference between the program in `path` and the student itself, over two batches
     of different sizes, relative to the largest value where that is above 1; UserError where it is
     above `TOLERANCE`."""

@@ -21,10 +21,10 @@ from mert_jax.checkpoints import manager as checkpoint
 from mert_jax.checkpoints import tensor_names
 from mert_jax.checkpoints.in_memory import About, Checkpoint, architecture, student_of
 from mert_jax.checkpoints.train_state import AdamState, TrainState, initial_guard, optimizer_state
+from mert_jax.constants import MODEL_FILE
 from mert_jax.errors import UserError
 from mert_jax.files import read_jsonl
 from mert_jax.models.mert_v1 import Student
-from mert_jax.runtime import workdir_lock
 from mert_jax.tensors import state_dict
 
 # of About, what model.json holds; the rest lies in the run's own files
@@ -34,17 +34,17 @@ KEPT = (
 )
 
 
-def describe(workdir: str, student: Student, about: About) -> None:
+def write_description(workdir: str, student: Student, about: About) -> None:
     """Write WORKDIR/model.json, what `read` needs beside the weights."""
     content = {"student": architecture(student)} | {key: getattr(about, key) for key in KEPT}
-    path = os.path.join(workdir, workdir_lock.MODEL)
+    path = os.path.join(workdir, MODEL_FILE)
     with files.atomic_write(path, replace=True) as temporary, open(temporary, "w") as f:
         json.dump(content, f, indent=1)
 
 
-def about(workdir: str) -> About:
+def read_about(workdir: str) -> About:
     """What WORKDIR/model.json says beside the student; UserError where it says nothing."""
-    content = state_dict.read_json(os.path.join(workdir, workdir_lock.MODEL))
+    content = state_dict.read_json(os.path.join(workdir, MODEL_FILE))
     return About(**{key: content[key] for key in KEPT if key in content})
 
 
@@ -58,24 +58,24 @@ def locate(path: str) -> tuple[str, int]:
                 f"{path} is a checkpoint away from its run: put it at WORKDIR/checkpoints/STEP"
             )
         return os.path.dirname(os.path.dirname(os.path.abspath(path))), int(step)
-    steps = checkpoint.steps(path)
+    steps = checkpoint.checkpoint_steps(path)
     if not steps:
         raise UserError(f"{path} has no finished checkpoint in checkpoints/ yet")
     return path, max(steps)
 
 
-def read(path: str, moments: bool = True) -> Checkpoint:
+def read_checkpoint(path: str, moments: bool = True) -> Checkpoint:
     """The newest checkpoint of a workdir, or WORKDIR/checkpoints/STEP itself.
 
     Raises UserError as `formats.read` does.
     """
     workdir, step = locate(path)
-    content = state_dict.read_json(os.path.join(workdir, workdir_lock.MODEL))
+    content = state_dict.read_json(os.path.join(workdir, MODEL_FILE))
     try:
         student = student_of(content["student"])
         about = About(**{key: content[key] for key in KEPT if key in content})
     except (KeyError, TypeError) as e:
-        raise UserError(f"{workdir}/{workdir_lock.MODEL} does not describe a student: {e!r}") from e
+        raise UserError(f"{workdir}/{MODEL_FILE} does not describe a student: {e!r}") from e
     state = _restore(os.path.join(workdir, "checkpoints"), step, moments)
     params = _checked(state["params"], student, f"{workdir}, step {step}")
     found = None
@@ -146,7 +146,7 @@ def _checked(params: Any, student: Student, path: str) -> Any:
     return params
 
 
-def write(path: str, content: Checkpoint) -> None:
+def write_checkpoint(path: str, content: Checkpoint) -> None:
     """Fill the directory `path` with a workdir that holds `content`; OSError where the disk does
     not take it."""
     step = jnp.int32(content.step)
@@ -160,4 +160,4 @@ def write(path: str, content: Checkpoint) -> None:
             checkpoints.save(content.step, state)
     except (ValueError, RuntimeError) as e:  # tensorstore's words for a full disk
         raise OSError(errno.EIO, str(e)) from e
-    describe(path, content.student, content.about)
+    write_description(path, content.student, content.about)

@@ -139,7 +139,9 @@ class BadRecords:
                 file.close()
 
 
-def noted(stream: Any, faults: BadRecords, start: int = 0) -> Iterator[Mapping[str, np.ndarray]]:
+def count_bad_records(
+    stream: Any, faults: BadRecords, start: int = 0
+) -> Iterator[Mapping[str, np.ndarray]]:
     """The batches of a stream that begins with batch `start`, as `faults` has counted them."""
     with contextlib.closing(stream):
         for batch, clips in enumerate(stream, start):

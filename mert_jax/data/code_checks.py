@@ -13,7 +13,7 @@ def perplexity(counts: np.ndarray) -> np.ndarray:
     return np.exp(-np.sum(p * np.log(np.where(p > 0, p, 1)), -1))
 
 
-def check(name: str, counts: np.ndarray, frames: int) -> str:
+def check_codes(name: str, counts: np.ndarray, frames: int) -> str:
     """One line on how often codes come, `counts` [K, V] of `frames` frames.
 
     Raises UserError with the numbers when a codebook is degenerate (hardly more than one code is in

@@ -57,7 +57,7 @@ class Loader:
 
         def of(source: Any, replaced: bad_records.BadRecords) -> Iterator[Batch]:
             batches = pipeline.validation_batches(source, batch_size=size, rows=rows, **self._clips)
-            noted = bad_records.noted(batches, replaced)
+            noted = bad_records.count_bad_records(batches, replaced)
             yield from pipeline.prefetch(noted, lambda batch: self._put(batch, size))
 
         return [of(*each) for each in self._held_out]

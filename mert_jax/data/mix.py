@@ -12,12 +12,12 @@ from mert_jax.data import stored_codes as codes
 from mert_jax.errors import UserError
 
 
-def directories(config: ConfigDict) -> list[str]:
+def dataset_directories(config: ConfigDict) -> list[str]:
     """The prepared datasets of `data.dir`."""
     return [name.strip() for name in config.data.dir.split(",") if name.strip()]
 
 
-def stored_codes(config: ConfigDict) -> dict[str, codes.Info]:
+def find_stored_codes(config: ConfigDict) -> dict[str, codes.CodesInfo]:
     """What every dataset stores alike of the config's teachers, by name, as the first says it.
 
     Where datasets differ, a teacher with a checkpoint computes its codes instead, and a line is
@@ -25,7 +25,9 @@ def stored_codes(config: ConfigDict) -> dict[str, codes.Info]:
     """
     stored = {}
     for name in config.teachers:
-        found = {directory: codes.info(directory, name) for directory in directories(config)}
+        found = {
+            directory: codes.read_info(directory, name) for directory in dataset_directories(config)
+        }
         first = next((directory for directory, info in found.items() if info), None)
         if not first:
             continue
@@ -44,16 +46,16 @@ def stored_codes(config: ConfigDict) -> dict[str, codes.Info]:
     return stored
 
 
-def open_datasets(config: ConfigDict, split: str, stored: dict[str, codes.Info]) -> list[Any]:
+def open_datasets(config: ConfigDict, split: str, stored: dict[str, codes.CodesInfo]) -> list[Any]:
     """The records of each prepared dataset, with the codes it has `stored`; UserError when the
     clips asked for cannot be cut from it, and when files with more than the share `data.max_faulty`
     of its records are missing."""
-    if not directories(config):
+    if not dataset_directories(config):
         raise UserError(
             "--config.data.dir=DIR is needed: a folder made by python -m mert_jax.prepare"
         )
     sources = []
-    for directory in directories(config):
+    for directory in dataset_directories(config):
         overlap = records.metadata(directory)["overlap_samples"]
         if config.data.num_samples > overlap:
             raise UserError(
@@ -61,18 +63,18 @@ def open_datasets(config: ConfigDict, split: str, stored: dict[str, codes.Info])
                 f"the {overlap} that {directory} was prepared for; prepare it again with "
                 f"--crop_seconds={config.data.num_samples / SAMPLE_RATE:g}"
             )
-        own = {name: codes.info(directory, name) for name in stored}
+        own = {name: codes.read_info(directory, name) for name in stored}
         most = config.data.max_faulty
         source = records.open_source(directory, split, most)
         sources.append(codes.attach(source, directory, split, own, most))
     return sources
 
 
-def summaries(config: ConfigDict) -> tuple[dict[str, Any], ...]:
+def dataset_summaries(config: ConfigDict) -> tuple[dict[str, Any], ...]:
     """A line on each dataset, for the model card."""
-    weights = tuple(config.data.weights) or (None,) * len(directories(config))
+    weights = tuple(config.data.weights) or (None,) * len(dataset_directories(config))
     found = []
-    for directory, weight in zip(directories(config), weights, strict=True):
+    for directory, weight in zip(dataset_directories(config), weights, strict=True):
         held = records.metadata(directory)
         train = held["splits"]["train"]
         found.append(

@@ -304,7 +304,7 @@ def missing(
     return (list(lost), share) if lost and (share > most or share == 1) else ([], 0.0)
 
 
-class Source:
+class RecordSource:
     """Random access to the records of one split: thread-safe, and cheap to pickle for workers.
 
     An item is a dict: track (str), path (str), offset (int) and audio (int16 [n], read-only; it
@@ -363,7 +363,7 @@ class Source:
         return f"Source(split={self._split!r}, fingerprint={self._fingerprint!r})"
 
 
-def open_source(directory: str, split: str, max_missing: float = 0.0) -> Source:
+def open_source(directory: str, split: str, max_missing: float = 0.0) -> RecordSource:
     """Open a split of a prepared dataset for reading records by index.
 
     Raises `UserError` where the directory holds no finished dataset, the split is not in it, or
@@ -376,7 +376,7 @@ def open_source(directory: str, split: str, max_missing: float = 0.0) -> Source:
             f"{directory} has no records in split {split!r}; it holds {held}. Prepare more tracks, "
             "or set --validation_fraction"
         )
-    source = Source(directory, split)
+    source = RecordSource(directory, split)
     names = source.shards()
     lost, share = missing(directory, names, source.shard_lengths(), max_missing)
     if lost:

@@ -22,7 +22,7 @@ INFO = "codes.json"
 DTYPE = np.dtype("<u2")
 
 
-class Info(NamedTuple):
+class CodesInfo(NamedTuple):
     """What codes.json says.
 
     fingerprint: of the codec; dataset: of the audio; counts: how often each code comes, by split,
@@ -49,7 +49,7 @@ def folder(directory: str, teacher: str) -> str:
     return os.path.join(directory, "codes", teacher)
 
 
-def info(directory: str, teacher: str) -> Info | None:
+def read_info(directory: str, teacher: str) -> CodesInfo | None:
     """What is stored of `teacher`, None where nothing is.
 
     Raises UserError for codes of another state of the dataset, and for a file that is not ours.
@@ -58,7 +58,7 @@ def info(directory: str, teacher: str) -> Info | None:
     if not path.exists():
         return None
     try:
-        found = Info(**json.loads(path.read_text()))
+        found = CodesInfo(**json.loads(path.read_text()))
     except (ValueError, TypeError) as e:
         raise UserError(f"{path} is no description of codes: {e}; {_again(directory)}") from e
     if found.dataset != records.metadata(directory)["fingerprint"]:
@@ -70,7 +70,7 @@ def info(directory: str, teacher: str) -> Info | None:
     return found
 
 
-def teacher(info: Info) -> Teacher:
+def stored_teacher(info: CodesInfo) -> Teacher:
     """A teacher whose codes are all stored: it cannot be asked for others."""
 
     def apply(params: Any, wave: Any) -> Any:
@@ -86,7 +86,7 @@ def _again(directory: str) -> str:
     return f"run python -m mert_jax.prepare --output={directory} --codes=CHECKPOINT, or remove it"
 
 
-class Source:
+class CodesSource:
     """Random access to the codes of a split's records: uint16 [frames, K]; cheap to pickle.
 
     `lengths` are the records of each file (none: the files are asked). Raises UserError where files
@@ -98,7 +98,7 @@ class Source:
         self,
         directory: str,
         split: str,
-        info: Info,
+        info: CodesInfo,
         lengths: Sequence[int] = (),
         max_missing: float = 0.0,
     ):
@@ -155,7 +155,7 @@ class WithCodes:
     Raises Fault for a record that cannot be used, or whose codes are not its own.
     """
 
-    def __init__(self, source: Any, codes: dict[str, Source]):
+    def __init__(self, source: Any, codes: dict[str, CodesSource]):
         self._source, self._codes = source, codes
 
     @property
@@ -185,7 +185,7 @@ class WithCodes:
 
 
 def attach(
-    source: Any, directory: str, split: str, stored: dict[str, Info], max_missing: float = 0.0
+    source: Any, directory: str, split: str, stored: dict[str, CodesInfo], max_missing: float = 0.0
 ) -> Any:
     """`source` with the stored codes of its records; `source` itself where there are none.
 
@@ -198,7 +198,7 @@ def attach(
     shards, held = source.shard_lengths(), {}
     for name, i in stored.items():
         alike = len(i.shards.get(split, [])) == len(shards)
-        held[name] = Source(directory, split, i, shards if alike else (), max_missing)
+        held[name] = CodesSource(directory, split, i, shards if alike else (), max_missing)
         if len(held[name]) != len(source):
             raise UserError(
                 f"{name}: {len(held[name])} records of codes for {len(source)} of audio in split "

@@ -31,7 +31,7 @@ WAITING = 64  # rows that may overtake one that waits for others of its length
 BLOCK = 1 << 20  # samples of an array that are looked at in one go
 
 
-class Settings(NamedTuple):
+class EmbeddingSettings(NamedTuple):
     """How recordings are cut and what is kept of them.
 
     layers: which hidden states, 0 being the encoder's input, () for all; pool: "none", or "mean"
@@ -60,7 +60,7 @@ class Model:
         self.sample_rate = self.about.sample_rate
         self.frame_rate = self.sample_rate / self.student.hop_length
         self.num_layers = self.student.num_layers
-        self._embedders: dict[Settings, Embedder] = {}  # with their compiled programs
+        self._embedders: dict[EmbeddingSettings, Embedder] = {}  # with their compiled programs
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -96,7 +96,7 @@ class Model:
 
         Raises UserError for a wave that is too short for a frame or not finite, and as `Embedder`.
         """
-        chosen = Settings(**settings)
+        chosen = EmbeddingSettings(**settings)
         if chosen not in self._embedders:
             self._embedders[chosen] = Embedder(self, chosen)
         embedder = self._embedders[chosen]
@@ -152,7 +152,7 @@ class Embedder:
     that contradict each other or the model.
     """
 
-    def __init__(self, model: Model, settings: Settings):
+    def __init__(self, model: Model, settings: EmbeddingSettings):
         student, rate = model.student, model.frame_rate
         if settings.pool not in ("none", "mean"):
             raise UserError(f"pool is {settings.pool!r}, not none or mean")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mert_jax.data.decoding import Header, SkippedFile, decode
-from mert_jax.data.preparation.sources import Source
+from mert_jax.data.preparation.sources import SourceFile
 from mert_jax.extraction.chunking import Chunker, Segment
 from mert_jax.extraction.group_norm import Moments
 
@@ -18,17 +18,17 @@ class Recording(NamedTuple):
     """A file that was decoded once; `wave` f32 [N] is None where it is longer than one piece, to be
     decoded again."""
 
-    source: Source
+    source: SourceFile
     header: Header
     moments: Moments
     wave: np.ndarray | None
 
 
 def ahead(
-    sources: Iterable[Source], read: Callable[[Source], Recording], workers: int
-) -> Iterator[tuple[Source, Future]]:
+    sources: Iterable[SourceFile], read: Callable[[SourceFile], Recording], workers: int
+) -> Iterator[tuple[SourceFile, Future]]:
     """Each source with what `read` will give for it; so many threads work on the next ones."""
-    waiting: collections.deque[tuple[Source, Future]] = collections.deque()
+    waiting: collections.deque[tuple[SourceFile, Future]] = collections.deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for source in sources:
@@ -40,7 +40,7 @@ def ahead(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def read(source: Source, cutter: Chunker, sample_rate: int) -> Recording:
+def read(source: SourceFile, cutter: Chunker, sample_rate: int) -> Recording:
     """Decode a file and take its moments; LeftOut for one that cannot be used."""
     longest = cutter.window or (cutter.chunk - 1) * cutter.hop + cutter.field
     moments, held = cutter.moments(), []

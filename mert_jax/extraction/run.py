@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mert_jax.data.decoding import SkippedFile
-from mert_jax.data.preparation.sources import Source
+from mert_jax.data.preparation.sources import SourceFile
 from mert_jax.data.preparation.workers import cpus
 from mert_jax.extraction import reading
 from mert_jax.extraction.chunking import Segment
@@ -18,7 +18,7 @@ from mert_jax.extraction.states_file import StatesFile
 WORKERS = 4  # threads that decode, at most
 
 
-class Run:
+class ExtractionRun:
     """Called with sources, yields each with its row for the ledger, or why there is none.
 
     names: of what is written in `output`, by source; staging: a directory for what is not complete;
@@ -30,16 +30,18 @@ class Run:
         embedder: Embedder,
         output: str,
         staging: str,
-        names: dict[Source, str],
+        names: dict[SourceFile, str],
         dtype: np.dtype,
         tick: Callable[[float, float], None],
     ):
         self._embedder, self._output, self._staging = embedder, output, staging
         self._names, self._dtype, self._tick = names, dtype, tick
         self._open: dict[str, tuple[reading.Recording, StatesFile]] = {}
-        self._failed: list[tuple[Source, SkippedFile]] = []
+        self._failed: list[tuple[SourceFile, SkippedFile]] = []
 
-    def __call__(self, todo: list[Source]) -> Iterator[tuple[Source, dict[str, Any] | SkippedFile]]:
+    def __call__(
+        self, todo: list[SourceFile]
+    ) -> Iterator[tuple[SourceFile, dict[str, Any] | SkippedFile]]:
         """OSError where the disk does not take the results."""
         for row, states in self._embedder.run(self._rows(todo)):
             if row.owner in self._open:  # its file may have failed after this piece
@@ -57,7 +59,7 @@ class Run:
             yield from self._failures()
         yield from self._failures()
 
-    def _rows(self, todo: list[Source]) -> Iterator[Segment]:
+    def _rows(self, todo: list[SourceFile]) -> Iterator[Segment]:
         cutter, rate = self._embedder.cutter, self._embedder.model.sample_rate
         read = functools.partial(reading.read, cutter=cutter, sample_rate=rate)
         # the largest first: none of them is left for the end alone
@@ -74,12 +76,12 @@ class Run:
             except SkippedFile as e:
                 self._fail(source, e)
 
-    def _fail(self, source: Source, error: SkippedFile) -> None:
+    def _fail(self, source: SourceFile, error: SkippedFile) -> None:
         if source.path in self._open:
             self._open.pop(source.path)[1].discard()
         self._failed.append((source, error))
 
-    def _failures(self) -> Iterator[tuple[Source, SkippedFile]]:
+    def _failures(self) -> Iterator[tuple[SourceFile, SkippedFile]]:
         while self._failed:
             yield self._failed.pop()
 

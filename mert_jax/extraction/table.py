@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 GROUP = 1024  # rows that are held at a time
 
 
-def write(path: str, rows: Iterable[tuple[dict[str, Any], np.ndarray]], layers: list[int]) -> None:
+def write_table(
+    path: str, rows: Iterable[tuple[dict[str, Any], np.ndarray]], layers: list[int]
+) -> None:
     """Write a row for each recording's columns and hidden states [layers, D], which become a column
     `layer_L` each, of vectors. OSError where the disk does not take them."""
     writer = None

@@ -8,7 +8,7 @@ from typing import Any
 from mert_jax.errors import UserError
 from mert_jax.fitting import figures
 from mert_jax.fitting.fitted import Fitted, Task
-from mert_jax.fitting.registry import table
+from mert_jax.fitting.registry import fitters
 from mert_jax.fitting.sampling import Sampler
 from mert_jax.teachers import fitted_file
 
@@ -26,7 +26,7 @@ def fit(teacher: str, sampler: Sampler, output: str, seed: int, iterations: int)
             f"{file} holds teacher {held!r}; give another --output for {teacher!r}, or remove it"
         )
     started = time.monotonic()
-    found = table()[teacher](Task(sampler, seed, iterations))
+    found = fitters()[teacher](Task(sampler, seed, iterations))
     fingerprint = sampler.metadata["fingerprint"]
     settings = dict(found.settings) | {"seed": seed, "fingerprint": fingerprint}
     report = {
@@ -61,7 +61,7 @@ def check_writable(output: str) -> None:
 def _write(
     output: str, found: Fitted, teacher: str, settings: dict[str, Any], report: dict[str, Any]
 ) -> None:
-    fitted_file.save(output, teacher, found.tensors, settings)
+    fitted_file.write_fitted(output, teacher, found.tensors, settings)
     text = json.dumps(report, indent=1) + "\n"
     fitted_file.write(os.path.join(output, "report.json"), text.encode())
     picture = figures.png(found.figures, f"{teacher}, {report['frames']['train']} frames")

@@ -76,7 +76,9 @@ def run(config: ConfigDict, data_dir: str, output: str, seed: int) -> int:
     training = os.path.join(output, "training")
     fingerprint = records.metadata(data_dir)["fingerprint"]
     settings = config.to_dict() | {"seed": seed, "fingerprint": fingerprint}
-    held = workdir_lock.claim(training, settings, begun=bool(manager.steps(training)))
+    held = workdir_lock.lock_workdir(
+        training, settings, begun=bool(manager.checkpoint_steps(training))
+    )
     options = inspect.signature(codec_step.make).parameters
     c = codec_step.make(**{name: config[name] for name in options})
     clips = dict(num_samples=overlap // HOP_LENGTH * HOP_LENGTH)
@@ -86,7 +88,7 @@ def run(config: ConfigDict, data_dir: str, output: str, seed: int) -> int:
         if code:
             return code
         params = jax.device_get(state.params | {"codebooks": codec_step.codebooks(state.quantizer)})
-        encodec_checkpoint.write(output, params)
+        encodec_checkpoint.write_encodec(output, params)
         codec_report.report(output, training, c, state, held_out)
     return 0
 
@@ -127,7 +129,9 @@ def train(
         start=start,
         threads=config.threads,
     )
-    stream = bad_records.noted(stream, bad_records.BadRecords(None, [source], start=start), start)
+    stream = bad_records.count_bad_records(
+        stream, bad_records.BadRecords(None, [source], start=start), start
+    )
     put = lambda batch: sharding.global_batch(batch["audio"], config.batch_size, mesh)
     key = jax.random.key(seed + 1)
     policy = manager.SavePolicy(

@@ -6,7 +6,7 @@ from mert_jax.fitting import kmeans, mel_rvq, random_projection
 from mert_jax.fitting.fitted import Fitted, Task
 
 
-def table() -> dict[str, Callable[[Task], Fitted]]:
+def fitters() -> dict[str, Callable[[Task], Fitted]]:
     """How each teacher is fitted, by name."""
     return {
         "kmeans": kmeans.fit,

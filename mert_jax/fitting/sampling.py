@@ -68,7 +68,7 @@ class Sampler:
             batch_size=CLIPS,
             seed=self._seed,
         )
-        stream = bad_records.noted(stream, bad_records.BadRecords(None, [source]))
+        stream = bad_records.count_bad_records(stream, bad_records.BadRecords(None, [source]))
         rng = np.random.default_rng([self._seed, split == "train"])
         made, drawn, held = jax.jit(features), 0, None
         with progress.bar(f"reading {split}", total, "frame") as bar:

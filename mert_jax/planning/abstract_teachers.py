@@ -20,7 +20,7 @@ from mert_jax.teachers.teacher import Teacher
 STORED = "rvq_vae"  # what `prepare --codes` stores
 
 
-def stored_codes(config: ConfigDict, choice: str) -> dict[str, codes.Info]:
+def stored_codes(config: ConfigDict, choice: str) -> dict[str, codes.CodesInfo]:
     """The codes that come with the batch, by teacher.
 
     choice: "stored", "computed" or, "", what the dataset has. Raises UserError where a teacher's
@@ -28,7 +28,7 @@ def stored_codes(config: ConfigDict, choice: str) -> dict[str, codes.Info]:
     """
     if choice == "computed" or not (choice or config.data.dir):
         return {}
-    found = mix.stored_codes(config) if config.data.dir else {}
+    found = mix.find_stored_codes(config) if config.data.dir else {}
     if choice != "stored" or found:
         return found
     if STORED not in config.teachers:
@@ -37,10 +37,10 @@ def stored_codes(config: ConfigDict, choice: str) -> dict[str, codes.Info]:
             "codes are the only ones that a dataset stores; leave --codes out"
         )
     books = config.teacher[STORED].get("books") or BOOKS
-    return {STORED: codes.Info(STORED, books, SIZE, HOP_LENGTH, "", "", {}, {})}
+    return {STORED: codes.CodesInfo(STORED, books, SIZE, HOP_LENGTH, "", "", {}, {})}
 
 
-def make(config: ConfigDict, stored: Mapping[str, codes.Info]) -> dict[str, Teacher]:
+def make(config: ConfigDict, stored: Mapping[str, codes.CodesInfo]) -> dict[str, Teacher]:
     """The config's teachers, by name; of one whose checkpoint is not given, only the shapes."""
     made = {}
     for name in config.teachers:

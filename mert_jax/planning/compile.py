@@ -50,7 +50,7 @@ class Compiled(NamedTuple):
     batch: Mapping[str, Any]
 
 
-def topology(name: str) -> Topology:
+def make_topology(name: str) -> Topology:
     """The devices called "v5e:4x4" or, fake ones, "cpu:8"; call before jax's backend starts.
 
     Raises UserError for others, and where libtpu is not installed.
@@ -112,7 +112,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any]) -> Mesh:
     return mesh
 
 
-def compiled(config: ConfigDict, devices: Sequence[Any], choice: str = "") -> Compiled:
+def compile_step(config: ConfigDict, devices: Sequence[Any], choice: str = "") -> Compiled:
     """`config`'s training step for `devices`, compiled.
 
     choice: whether an RVQ-VAE's codes are "stored" or "computed"; "": as the dataset has them,
@@ -164,7 +164,7 @@ def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def batch(
-    config: ConfigDict, context: int, stored: Mapping[str, stored_codes.Info], mesh: Mesh
+    config: ConfigDict, context: int, stored: Mapping[str, stored_codes.CodesInfo], mesh: Mesh
 ) -> dict[str, Any]:
     """The shapes of a global batch, as `train` makes it, and how it lies on the mesh."""
     rows, samples = config.batch_size, config.data.num_samples

@@ -23,7 +23,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 DAY = 86_400
 
 
-def numbers(config: ConfigDict, where: Topology, compiled: Compiled) -> dict[str, Any]:
+def make_plan(config: ConfigDict, where: Topology, compiled: Compiled) -> dict[str, Any]:
     """What `plan` prints of one compiled step; what a CPU or a step that does not fit has not is
     None. Sizes are those of one device, times those of one update."""
     mesh, batch, chip = compiled.mesh, config.batch_size, where.chip

@@ -58,7 +58,7 @@ def check(config: ConfigDict | None) -> ConfigDict:
         )
     if not 0 <= config.data.max_faulty <= 1:
         raise UserError(f"data.max_faulty is {config.data.max_faulty}; it is a share, 0 to 1")
-    weights, count = tuple(config.data.weights), len(datasets.directories(config))
+    weights, count = tuple(config.data.weights), len(datasets.dataset_directories(config))
     positive = (type(x) in (int, float) and 0 < x < math.inf for x in weights)
     if weights and count and not (len(weights) == count and all(positive)):
         raise UserError(
@@ -69,7 +69,7 @@ def check(config: ConfigDict | None) -> ConfigDict:
 
 
 def make_teachers(
-    config: ConfigDict, stored: Mapping[str, stored_codes.Info] | None = None
+    config: ConfigDict, stored: Mapping[str, stored_codes.CodesInfo] | None = None
 ) -> dict[str, Teacher]:
     """The teachers of `config.teachers`, by name, in their order.
 
@@ -82,13 +82,13 @@ def make_teachers(
         options.pop("weight", None)
         info = (stored or {}).get(name)
         if info and not options.get("checkpoint"):
-            made[name] = stored_codes.teacher(info)
+            made[name] = stored_codes.stored_teacher(info)
             continue
         made[name] = teachers.make(name, **options)
         if info and (now := teachers.fingerprint(made[name])) != info.fingerprint:
             store = [
                 f"python -m mert_jax.prepare --output={directory} --codes={options['checkpoint']}"
-                for directory in datasets.directories(config)
+                for directory in datasets.dataset_directories(config)
             ]
             raise UserError(
                 f"{config.data.dir} stores codes of another {name} (fingerprint "
@@ -104,7 +104,7 @@ def make_teachers(
 def student(
     config: ConfigDict,
     made: Mapping[str, Teacher],
-    stored: Mapping[str, stored_codes.Info] | None = None,
+    stored: Mapping[str, stored_codes.CodesInfo] | None = None,
 ) -> mert_v1.Student:
     """The student, with a head for each teacher."""
     heads = []
@@ -137,7 +137,7 @@ def check_labels(config: ConfigDict, sums: step.Sums, directory: str) -> list[st
     for name, found in sums.codes.items():
         counts = np.asarray(found.targets)[:, config.objective.special_codes :]
         lines.append(
-            code_checks.check(f"labels of {name} in {directory}", counts, int(sums.frames))
+            code_checks.check_codes(f"labels of {name} in {directory}", counts, int(sums.frames))
         )
     return lines
 
@@ -231,7 +231,7 @@ def init(
 def fingerprints(
     config: ConfigDict,
     made: Mapping[str, Teacher],
-    stored: Mapping[str, stored_codes.Info],
+    stored: Mapping[str, stored_codes.CodesInfo],
 ) -> dict[str, str]:
     """What tells each teacher from others of its name: its codebooks, or what features it makes."""
     found = {}
@@ -248,7 +248,7 @@ def fingerprints(
 
 def read_start(
     config: ConfigDict, student: mert_v1.Student, fingerprints: Mapping[str, str]
-) -> init_from.Start | None:
+) -> init_from.InitialWeights | None:
     """What a run takes over from `init_from`, None where it begins from nothing.
 
     Raises UserError where that is no checkpoint or of another student.
@@ -256,7 +256,7 @@ def read_start(
     if not config.init_from:
         return None
     found = read_checkpoint(config.init_from)
-    start = init_from.match(found, student, fingerprints, config.objective.special_codes)
+    start = init_from.match_checkpoint(found, student, fingerprints, config.objective.special_codes)
     o = config.optimizer
     print(
         f"weights from {config.init_from}",
@@ -271,13 +271,13 @@ def read_start(
 
 
 def about(
-    config: ConfigDict, fingerprints: Mapping[str, str], start: init_from.Start | None
+    config: ConfigDict, fingerprints: Mapping[str, str], start: init_from.InitialWeights | None
 ) -> in_memory.About:
     """What this run's checkpoints will say of themselves."""
     return in_memory.About(
         special_codes=config.objective.special_codes,
         teachers=dict(fingerprints),
-        data=datasets.summaries(config),
+        data=datasets.dataset_summaries(config),
         licence=start.about.licence if start else "",
         lineage=start.about.lineage if start else (),
     )

@@ -68,7 +68,7 @@ def score(found: Sequence[np.ndarray], truth: Sequence[Sequence[float]]) -> dict
 def probe(
     task: Task,
     splits: dict[str, Frames],
-    settings: head.Settings,
+    settings: head.HeadSettings,
     names: list[str],
     tick: Callable[[], Any],
 ) -> selection.Row:

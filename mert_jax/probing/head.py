@@ -23,7 +23,7 @@ FARTHEST = 10.0
 START = 0.1  # of the usual size of first weights: what was never trained should not decide
 
 
-class Settings(NamedTuple):
+class HeadSettings(NamedTuple):
     """How heads are trained. hidden: width of the hidden layer, 0: none. single, mixed: whether
     each layer has its own head, and the weighted sum of all."""
 
@@ -55,7 +55,7 @@ def _layer(
     return {"weights": weights, "bias": jnp.zeros((*shape, outputs))}
 
 
-def _init(key: Array, layers: int, width: int, outputs: int, settings: Settings) -> Any:
+def _init(key: Array, layers: int, width: int, outputs: int, settings: HeadSettings) -> Any:
     """Heads of one seed, equal for all learning rates."""
 
     def heads(key: Array, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _init(key: Array, layers: int, width: int, outputs: int, settings: Settings)
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "width", "outputs", "settings"))
-def _start(layers: int, width: int, outputs: int, settings: Settings) -> tuple[Array, Any, Any]:
+def _start(layers: int, width: int, outputs: int, settings: HeadSettings) -> tuple[Array, Any, Any]:
     """The seeds' keys [S], their heads, and the optimizer's moments of these."""
     keys = jax.vmap(jax.random.key)(jnp.arange(settings.seeds))
     made = jax.vmap(lambda key: _init(key, layers, width, outputs, settings))(keys)
@@ -120,7 +120,7 @@ def _mean_of(function: Callable, logits: Array, target: Any) -> Array:
     return jax.vmap(jax.vmap(lambda x: function(x, target).mean()))(logits)
 
 
-def _optimizer(settings: Settings) -> optax.GradientTransformation:
+def _optimizer(settings: HeadSettings) -> optax.GradientTransformation:
     """AdamW without its learning rate, which differs from head to head."""
     return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(settings.weight_decay))
 
@@ -171,7 +171,7 @@ def _quality(params, x, y, counted, statistics, *, objective):
 
 
 @functools.partial(jax.jit, static_argnames=("settings",))
-def _keep(params: Any, best: Any, better: Array, settings: Settings) -> Any:
+def _keep(params: Any, best: Any, better: Array, settings: HeadSettings) -> Any:
     """`params` where a head is `better` [S, R, Q] than its `best`, leaf by leaf."""
 
     def choose(better: Array) -> Callable[[Array, Array], Array]:
@@ -207,7 +207,7 @@ def fit(
     draw: Callable[[int], tuple[Any, Any]],
     valid: tuple[np.ndarray, Any],
     objective: Objective,
-    settings: Settings,
+    settings: HeadSettings,
     tick: Callable[[], Any] = lambda: None,
 ) -> Fitted:
     """Train all heads with AdamW and a cosine schedule, each kept as of its best epoch.
@@ -275,7 +275,7 @@ def _logits(heads: Any, x: Array, mean: Array, std: Array) -> Array:
     return jax.vmap(one, (0, None))(heads, _standardise(x, mean, std))
 
 
-def names(fitted_layers: int, settings: Settings, numbers: Sequence[int] = ()) -> list[str]:
+def names(fitted_layers: int, settings: HeadSettings, numbers: Sequence[int] = ()) -> list[str]:
     """What each choice is called: a layer's number, or "sum"."""
     single = [str(n) for n in (numbers or range(fitted_layers))] if settings.single else []
     return single + (["sum"] if settings.mixed else [])

@@ -50,7 +50,7 @@ def load(path: str) -> dict[str, Any]:
     if not folders:
         raise UserError(f"--musicnn={path} has no musicnn; {WAY_OUT}")
     try:
-        tensors = tf_checkpoint.read(folders[0])
+        tensors = tf_checkpoint.read_tf_checkpoint(folders[0])
         params = {
             "norms": [_norm(tensors, i) for i in range(9)],
             "layers": [

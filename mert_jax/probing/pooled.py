@@ -15,7 +15,7 @@ from mert_jax.tasks.task import Task
 def probe(
     task: Task,
     splits: dict[str, Pooled],
-    settings: head.Settings,
+    settings: head.HeadSettings,
     names: list[str],
     tick: Callable[[], Any],
 ) -> selection.Row:

@@ -89,7 +89,7 @@ def museval_sdr(truth: np.ndarray, found: np.ndarray, sample_rate: int) -> np.nd
 def probe(
     task: Task,
     splits: dict[str, Frames],
-    settings: head.Settings,
+    settings: head.HeadSettings,
     names: list[str],
     tick: Callable[[], Any],
 ) -> selection.Row:

@@ -35,7 +35,9 @@ class Cluster(NamedTuple):
     devices: Sequence[int] | None = None
 
 
-def found(address: str | None, number: int | None, index: int | None, timeout: float) -> Cluster:
+def find_cluster(
+    address: str | None, number: int | None, index: int | None, timeout: float
+) -> Cluster:
     """The cluster that these name or, where none is given, the one that the environment says: TPU
     metadata, Slurm, Open MPI, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A
     cluster of 1 where there is none.
@@ -71,7 +73,7 @@ def found(address: str | None, number: int | None, index: int | None, timeout: f
 
 
 @contextlib.contextmanager
-def connected(cluster: Cluster, timeout: float) -> Iterator[None]:
+def connect(cluster: Cluster, timeout: float) -> Iterator[None]:
     """Inside, this process is one of the cluster's: jax knows the devices of all.
 
     Only process 0 prints. When one process ends before the others, all end, with a line that says

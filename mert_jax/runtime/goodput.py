@@ -22,7 +22,7 @@ class Goodput:
 
     def __init__(self, workdir: str, clock: Callable[[], float] = time.monotonic):
         self._path, self._clock, self._last = os.path.join(workdir, FILE), clock, clock()
-        self._kind, self._seconds = "other", read(workdir)
+        self._kind, self._seconds = "other", read_goodput(workdir)
         self._saved, self._since = 0, 0.0
 
     def begin(self, step: int) -> None:
@@ -74,7 +74,7 @@ class Goodput:
             json.dump(content, f, indent=1)
 
 
-def read(workdir: str) -> dict[str, Any]:
+def read_goodput(workdir: str) -> dict[str, Any]:
     """Seconds by kind, and what was not saved, of a workdir; zeros where there are none."""
     path = os.path.join(workdir, FILE)
     found = {}
@@ -84,7 +84,7 @@ def read(workdir: str) -> dict[str, Any]:
     return dict.fromkeys(KINDS, 0.0) | found
 
 
-def line(seconds: dict[str, Any]) -> str:
+def summary_line(seconds: dict[str, Any]) -> str:
     """The shares in words, largest first."""
     kinds = {kind: seconds[kind] for kind in KINDS if seconds[kind] > 0}
     total = sum(kinds.values())

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from mert_jax.errors import RESTART, print_error
 
 
-def end(workdir: str, host: int, seconds: float) -> None:
+def end_stalled_run(workdir: str, host: int, seconds: float) -> None:
     """Write what every thread is doing to standard error and WORKDIR/stalled.HOST.txt, and exit
     with `RESTART`, without waiting for anything."""
     message = (

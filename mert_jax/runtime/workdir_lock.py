@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 
+from mert_jax.constants import CONFIG_FILE, MODEL_FILE
 from mert_jax.errors import UserError
 from mert_jax.object_storage import LOCK
 
-# of a workdir: the settings and the student
-CONFIG, MODEL = "config.json", "model.json"
 # what may differ between two calls on the same workdir: how long and how it is watched and spread
 FREE = (
     *("total_steps", "log_every", "eval_every", "checkpoint", "mesh", "tensorboard"),
@@ -47,7 +46,7 @@ def lock(workdir: str) -> Any:
     return held
 
 
-def claim(
+def lock_workdir(
     workdir: str, config: dict[str, Any], begun: bool = False
 ) -> contextlib.AbstractContextManager:
     """Make `workdir` this run's own: write its config.json, or check the one that is there, which
@@ -57,7 +56,7 @@ def claim(
     Raises UserError when the directory cannot be written or holds a run of other settings, naming
     each with both values.
     """
-    path = os.path.join(workdir, CONFIG)
+    path = os.path.join(workdir, CONFIG_FILE)
     if begun and not os.path.exists(path):  # what convert --to=orbax makes
         raise UserError(
             f"--workdir={workdir} holds a checkpoint without a run; begin one from it with "
@@ -91,10 +90,10 @@ def claim(
     return held
 
 
-def release(workdir: str) -> None:
+def release_workdir(workdir: str) -> None:
     """Give up a claim on a workdir whose run has not begun, so that other settings may have it."""
     if jax.process_index() == 0 and not os.path.exists(os.path.join(workdir, "metrics.jsonl")):
-        for name in (CONFIG, MODEL, LOCK):
+        for name in (CONFIG_FILE, MODEL_FILE, LOCK):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(workdir, name))
 

@@ -32,7 +32,7 @@ def _task(
         source=source,
         beats=kind == "beats",
     )
-    paper = "none: mert_jax/making"
+    paper = "none: mert_jax/synthetic"
     return Task(name, kind, labels, metrics, clips, seconds, licence, source, paper)
 
 

@@ -53,7 +53,7 @@ LAYERS = {
 }
 
 
-def read(path: str) -> dict[str, Any]:
+def read_encodec(path: str) -> dict[str, Any]:
     """The parameters in an EnCodec checkpoint, `decoder` only where it is whole.
 
     Raises UserError for a file that cannot be read, for the 32 kHz and 48 kHz models, and with all
@@ -65,8 +65,8 @@ def read(path: str) -> dict[str, Any]:
             rate = state_dict.read_json(config).get("sampling_rate", SAMPLE_RATE)
             if rate != SAMPLE_RATE:
                 raise UserError(f"{path} is a codec for {rate} Hz; {SAMPLE_RATE} Hz is needed")
-        return from_state(state_dict.read_folder(path), path)
-    return from_state(state_dict.read(path), path)
+        return from_state(state_dict.read_tensor_folder(path), path)
+    return from_state(state_dict.read_tensors(path), path)
 
 
 def from_state(state: Mapping[str, np.ndarray], path: str = "the state dict") -> dict[str, Any]:
@@ -112,7 +112,7 @@ def from_state(state: Mapping[str, np.ndarray], path: str = "the state dict") ->
     return params | ({"decoder": _from_torch(state, "decoder")} if with_decoder else {})
 
 
-def write(directory: str, params: Mapping[str, Any]) -> None:
+def write_encodec(directory: str, params: Mapping[str, Any]) -> None:
     """Write a directory that `transformers.EncodecModel.from_pretrained` and `read` load."""
     state = {
         f"quantizer.layers.{k}.codebook.{name}": x
@@ -150,7 +150,7 @@ def write(directory: str, params: Mapping[str, Any]) -> None:
     with open(os.path.join(directory, "config.json"), "w") as f:
         json.dump(config, f, indent=1)
     path = os.path.join(directory, "model.safetensors")
-    state_dict.write(f"{path}.tmp", state, {"format": "pt"})
+    state_dict.write_tensors(f"{path}.tmp", state, {"format": "pt"})
     os.replace(f"{path}.tmp", path)
 
 

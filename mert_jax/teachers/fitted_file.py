@@ -20,7 +20,7 @@ FILE = "teacher.safetensors"
 KEY = "mert_jax"
 
 
-def save(
+def write_fitted(
     directory: str, name: str, tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]
 ) -> str:
     """Write the teacher `name` into `directory`, whole or not at all, and return the file's path.

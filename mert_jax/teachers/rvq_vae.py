@@ -46,7 +46,7 @@ def make(*, checkpoint: str | None = None, books: int = 0, context: int = CONTEX
         )
     if context < 0 or context % HOP_LENGTH:
         raise UserError(f"context={context}; it must be a multiple of {HOP_LENGTH}")
-    params = encodec_checkpoint.read(checkpoint)
+    params = encodec_checkpoint.read_encodec(checkpoint)
     found = len(params["codebooks"])
     if not 0 <= books <= found:
         raise UserError(f"books={books}, and {checkpoint} has {found} codebooks")

@@ -19,7 +19,7 @@ from mert_jax.tensors import torch_pickle
 NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
-def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Every tensor of a safetensors file or of a state dict that torch saved, by name.
 
     Raises UserError for a file that is missing, cut short, something else, or that names a function
@@ -30,7 +30,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
             return load_file(path)
         except (OSError, SafetensorError) as e:
             raise UserError(f"{path} is no readable safetensors file: {e}") from e
-    content = torch_pickle.read(path)
+    content = torch_pickle.read_pickle(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
     if odd := [name for name, x in content.items() if not isinstance(x, np.ndarray)]:
@@ -41,12 +41,12 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return content
 
 
-def read_folder(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read_tensor_folder(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Every tensor of a Hugging Face directory, whole or in shards; errors as in `read`."""
     for name in NAMES:
         file = os.path.join(path, name)
         if os.path.exists(file):
-            return read(file)
+            return read_tensors(file)
         if os.path.exists(f"{file}.index.json"):
             files = read_json(f"{file}.index.json").get("weight_map")
             named = list(files.values()) if isinstance(files, dict) else []
@@ -57,7 +57,7 @@ def read_folder(path: str | os.PathLike) -> dict[str, np.ndarray]:
                 raise UserError(f"{file}.index.json names a file outside of {path}: {odd[0]}")
             state: dict[str, np.ndarray] = {}
             for shard in shards:
-                state |= read(os.path.join(path, shard))
+                state |= read_tensors(os.path.join(path, shard))
             return state
     raise UserError(f"{path} has no {' or '.join(NAMES)}")
 
@@ -71,7 +71,7 @@ def fingerprint(tree: Any) -> str:
     return digest.hexdigest()
 
 
-def write(
+def write_tensors(
     path: str | os.PathLike,
     state: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,

@@ -34,7 +34,7 @@ DTYPES = {  # tensorflow/core/framework/types.proto
 }
 
 
-def read(folder: Any, prefix: str = "") -> dict[str, np.ndarray]:
+def read_tf_checkpoint(folder: Any, prefix: str = "") -> dict[str, np.ndarray]:
     """Every tensor of the checkpoint `prefix` in `folder`, by name.
 
     folder: a pathlib.Path, or a zipfile.Path inside an archive. Raises UserError for files that are

@@ -36,7 +36,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # files from before torch 1.6
 STUBS = ("argparse", "fairseq", "mert_fairseq", "omegaconf", "typing")
 
 
-def read(path: str | os.PathLike) -> Any:
+def read_pickle(path: str | os.PathLike) -> Any:
     """What torch.save wrote, tensors as numpy arrays.
 
     Raises UserError for a file that is missing, cut short, something else, or that names anything
@@ -200,7 +200,7 @@ def _read_legacy(file: mmap.mmap) -> Any:
     return content
 
 
-def write(path: str | os.PathLike, content: Any) -> None:
+def write_pickle(path: str | os.PathLike, content: Any) -> None:
     """Write what torch.load reads: dicts, lists, tuples, numbers, text, None, and numpy arrays as
     tensors. Equal content gives equal bytes. Raises OSError where the disk does not take it."""
     arrays: list[np.ndarray] = []

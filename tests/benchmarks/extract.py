@@ -35,7 +35,7 @@ def write_inputs(folder: str) -> None:
     path = os.path.join(folder, "model")
     os.mkdir(path)
     checkpoint = in_memory.Checkpoint(student, params, None, 0, in_memory.About())
-    huggingface.write(path, checkpoint)
+    huggingface.write_checkpoint(path, checkpoint)
     for seconds in (5, 60):
         for i, wave in enumerate(music(8, seconds * RATE)):
             # each its own level: files must not be normed together

@@ -42,7 +42,7 @@ def write_checkpoint(folder: str) -> None:
         "decoder": jax.jit(decoder.init)(keys[1], jnp.zeros((1, 8, 128)))["params"],
         "codebooks": books.at[0].add(latents.mean(0)),
     }
-    encodec_checkpoint.write(folder, jax.tree.map(np.asarray, params))
+    encodec_checkpoint.write_encodec(folder, jax.tree.map(np.asarray, params))
 
 
 # the libraries are imported where they are used: each side's process has its own only

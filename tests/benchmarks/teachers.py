@@ -40,7 +40,7 @@ def write_checkpoints(folder: str) -> dict[str, str]:
     for module in (kmeans, mel_rvq):
         shapes = module.shapes(module.SETTINGS)
         tensors = {name: abs(rng.normal(size=shape)) + 0.1 for name, shape in shapes.items()}
-        fitted_file.save(paths[module.NAME], module.NAME, tensors, module.SETTINGS)
+        fitted_file.write_fitted(paths[module.NAME], module.NAME, tensors, module.SETTINGS)
     return paths
 
 

@@ -35,7 +35,7 @@ def sources(request, tmp_path_factory):
     state = checkpoints.official_state(ours, np.float16)
     last = checkpoints.moments(state, flat=True)
     content = checkpoints.content(ours, state, last_optimizer_state=last)
-    torch_pickle.write(folder / "x.pt", content)
+    torch_pickle.write_pickle(folder / "x.pt", content)
     headless = hf_student(**options)
     hf_folder(folder / "hf", headless, hf_state(headless, np.float16))
     (folder / "hf" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
@@ -56,7 +56,9 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize("source", ["x.pt", "run"])
 def test_fairseq_to_ours_to_fairseq(sources, tmp_path, source, capsys):
     convert.convert(str(sources / source), str(tmp_path / "back.pt"), "fairseq")
-    before, after = (torch_pickle.read(path) for path in (sources / "x.pt", tmp_path / "back.pt"))
+    before, after = (
+        torch_pickle.read_pickle(path) for path in (sources / "x.pt", tmp_path / "back.pt")
+    )
     checkpoints.same_state(after["model"], before["model"])
     moments = after["last_optimizer_state"]["state"]
     checkpoints.assert_same(moments, before["last_optimizer_state"]["state"])
@@ -70,7 +72,9 @@ def test_fairseq_to_ours_to_fairseq(sources, tmp_path, source, capsys):
 @pytest.mark.parametrize("source", ["hf", "run_of_hf"])
 def test_hugging_face_to_ours_to_hugging_face(sources, tmp_path, source):
     convert.convert(str(sources / source), str(tmp_path / "back"), "hf")
-    before, after = (state_dict.read_folder(path) for path in (sources / "hf", tmp_path / "back"))
+    before, after = (
+        state_dict.read_tensor_folder(path) for path in (sources / "hf", tmp_path / "back")
+    )
     checkpoints.same_state({name: after[name] for name in before}, before)
     assert after.keys() == before.keys()
     assert read_checkpoint(tmp_path / "back").about.licence == "cc-by-nc-4.0"
@@ -91,10 +95,10 @@ def assert_official_mapping(file, folder, size: str) -> None:
     # the official mapping is of more layers than a small student has
     expected = {
         mapping.get(name, name.replace(".layers.2.", ".layers.1.")): x
-        for name, x in torch_pickle.read(file)["model"].items()
+        for name, x in torch_pickle.read_pickle(file)["model"].items()
         if name not in left_out
     }
-    found = state_dict.read_folder(folder)
+    found = state_dict.read_tensor_folder(folder)
     assert found.keys() == expected.keys()
     checkpoints.same_state({name: found[name] for name in expected}, expected)
 
@@ -147,7 +151,7 @@ def program(tmp_path_factory):
     ours = student(**FLAVOURS["330m"])
     params = jax.tree.map(lambda x: 0.3 * x, checkpoints.params_of(ours))
     checkpoint = in_memory.Checkpoint(ours, params, None, 0, in_memory.About())
-    stablehlo.write(str(folder), checkpoint)
+    stablehlo.write_program(str(folder), checkpoint)
     return folder, checkpoint
 
 
@@ -167,7 +171,9 @@ def test_the_program_runs_any_batch_and_length(program):
     signature = json.loads((folder / "signature.json").read_text())
     assert signature["platforms"] == ["cpu", "cuda", "tpu"]
     assert in_memory.student_of(signature["student"]) == checkpoint.student.clone(heads=())
-    assert not [name for name in state_dict.read(folder / "params.safetensors") if "rvq" in name]
+    assert not [
+        name for name in state_dict.read_tensors(folder / "params.safetensors") if "rvq" in name
+    ]
 
 
 def test_the_program_runs_without_this_package(program, tmp_path):
@@ -193,11 +199,11 @@ def test_a_program_that_computes_nan_fails_its_check(program, monkeypatch):
     folder, checkpoint = program
     monkeypatch.setattr(stablehlo, "load", lambda path: (lambda *_: np.float32(np.nan), None))
     with pytest.raises(UserError, match="differs from the student by nan"):
-        stablehlo.check(str(folder), checkpoint)
+        stablehlo.check_program(str(folder), checkpoint)
 
 
 def test_a_program_that_computes_something_else_is_not_written(small, tmp_path, monkeypatch):
-    write = state_dict.write
+    write = state_dict.write_tensors
 
     def tampered(path, state, metadata=None):
         name = "encoder/layer_norm/bias"
@@ -301,7 +307,7 @@ def full_size_file(path, size: str, dtype, flat: bool) -> None:
     model = {name: (state | tables)[name] for name, *_ in listed["fairseq_state_dict"]}
     content = checkpoints.content(found, model, last_optimizer_state=last)
     content["cfg"] = checkpoints.settings(found, fairseq.DEFAULT_CONV)
-    torch_pickle.write(path, content)
+    torch_pickle.write_pickle(path, content)
 
 
 def digest(x: np.ndarray) -> tuple:
@@ -312,7 +318,7 @@ def digest(x: np.ndarray) -> tuple:
 
 def fairseq_digests(path) -> tuple[dict, dict]:
     """Of a file's tensors, and of its moments."""
-    content = torch_pickle.read(path)
+    content = torch_pickle.read_pickle(path)
     moments = {
         (i, key): digest(entry[key])
         for i, entry in content["last_optimizer_state"]["state"].items()

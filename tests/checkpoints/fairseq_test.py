@@ -66,8 +66,8 @@ def test_there_and_back_gives_the_same_bytes(flavour, tmp_path, dtype, moments):
     state = checkpoints.official_state(flavour, tensor_names.DTYPES[dtype])
     last = moments and checkpoints.moments(state, moments == "flat")
     first = read_checkpoint(write(tmp_path / "x.pt", flavour, state, last_optimizer_state=last))
-    fairseq.write(tmp_path / "back.pt", first)
-    content = torch_pickle.read(tmp_path / "back.pt")
+    fairseq.write_checkpoint(tmp_path / "back.pt", first)
+    content = torch_pickle.read_pickle(tmp_path / "back.pt")
     checkpoints.same_state(content["model"], state)
     assert content["optimizer_history"][-1]["num_updates"] == 7
     again = content["last_optimizer_state"]
@@ -89,11 +89,11 @@ def test_what_we_write_says_what_the_student_is(flavour, tmp_path):
     state = checkpoints.official_state(flavour)
     first = read_checkpoint(write(tmp_path / "x.pt", flavour, state))
     first = first._replace(about=first.about._replace(do_normalize=True, sample_rate=16_000))
-    fairseq.write(tmp_path / "back.pt", first)
+    fairseq.write_checkpoint(tmp_path / "back.pt", first)
     again = read_checkpoint(tmp_path / "back.pt")
     assert again.student == flavour
     assert (again.about.do_normalize, again.about.sample_rate) == (True, 16_000)
-    said = torch_pickle.read(tmp_path / "back.pt")["cfg"]["model"]
+    said = torch_pickle.read_pickle(tmp_path / "back.pt")["cfg"]["model"]
     ours = checkpoints.settings(flavour)["model"]
     same = ours.keys() & said.keys() - {"conv_feature_layers"}
     assert len(same) > 10
@@ -150,7 +150,7 @@ def test_heads_that_a_file_lacks(base, tmp_path):
         found = read_checkpoint(write(tmp_path / "x.pt", whole, without(*parts)))
         assert found.student.heads == heads
         with pytest.raises(UserError, match=r"one head for codes and one for the CQT"):
-            fairseq.write(tmp_path / "back.pt", found)
+            fairseq.write_checkpoint(tmp_path / "back.pt", found)
 
 
 # codebooks whose rows are in another order -------------------------------------------------------
@@ -176,8 +176,8 @@ def test_rows_follow_the_dictionaries_and_go_back(base, tmp_path, flat):
             np.testing.assert_array_equal(books[0, 4 + code], rows[0, 4 + row])
         np.testing.assert_array_equal(books[1], rows[1])
         assert not np.array_equal(books[0], rows[0])
-    fairseq.write(tmp_path / "back.pt", found)
-    content = torch_pickle.read(tmp_path / "back.pt")
+    fairseq.write_checkpoint(tmp_path / "back.pt", found)
+    content = torch_pickle.read_pickle(tmp_path / "back.pt")
     checkpoints.same_state(content["model"], state)
     assert_same(content["last_optimizer_state"]["state"], last["state"])
     again = read_checkpoint(tmp_path / "back.pt")
@@ -203,8 +203,8 @@ def test_numpys_labels_are_rows_themselves(base, tmp_path):
     books, rows = found.params["rvq_vae_codebooks"], params_of(ours)["rvq_vae_codebooks"]
     np.testing.assert_array_equal(books[:, 4:], rows[:, :CODES])
     np.testing.assert_array_equal(books[:, :4], rows[:, CODES:])
-    fairseq.write(tmp_path / "back.pt", found)
-    checkpoints.same_state(torch_pickle.read(tmp_path / "back.pt")["model"], state)
+    fairseq.write_checkpoint(tmp_path / "back.pt", found)
+    checkpoints.same_state(torch_pickle.read_pickle(tmp_path / "back.pt")["model"], state)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_without_settings_the_student_cannot_be_known(base, tmp_path):
     ],
 )
 def test_torch_files_of_something_else(tmp_path, content, message):
-    torch_pickle.write(tmp_path / "x.pt", content)
+    torch_pickle.write_pickle(tmp_path / "x.pt", content)
     with pytest.raises(UserError, match=message):
         read_checkpoint(tmp_path / "x.pt")
 
@@ -375,7 +375,7 @@ def test_students_that_fairseq_has_no_room_for(tmp_path, options, message):
     ours = student(**options)
     about = in_memory.About()
     with pytest.raises(UserError, match=message):
-        fairseq.write(
+        fairseq.write_checkpoint(
             tmp_path / "x.pt", in_memory.Checkpoint(ours, params_of(ours), None, 0, about)
         )
     assert not (tmp_path / "x.pt").exists()
@@ -385,7 +385,7 @@ def test_heads_in_another_order_and_of_other_names(tmp_path):
     ours = student(heads=(Head("cqt", 14), Head("kmeans", 68, 2)))
     params = params_of(ours)
     first = in_memory.Checkpoint(ours, params, (params, params), 5, in_memory.About())
-    fairseq.write(tmp_path / "x.pt", first)
+    fairseq.write_checkpoint(tmp_path / "x.pt", first)
     found = read_checkpoint(tmp_path / "x.pt")
     assert found.student.heads == checkpoints.HEADS
     kmeans = params["kmeans_codebooks"]
@@ -397,7 +397,9 @@ def test_heads_in_another_order_and_of_other_names(tmp_path):
 def test_books_without_special_codes_get_rows_for_them(tmp_path):
     ours = student(heads=(Head("rvq_vae", 64, 2), Head("cqt", 14)))
     params, about = params_of(ours), in_memory.About(special_codes=0)
-    fairseq.write(tmp_path / "x.pt", in_memory.Checkpoint(ours, params, (params, params), 5, about))
+    fairseq.write_checkpoint(
+        tmp_path / "x.pt", in_memory.Checkpoint(ours, params, (params, params), 5, about)
+    )
     found = read_checkpoint(tmp_path / "x.pt")
     assert found.student.heads == checkpoints.HEADS
     for tree in (found.params, *found.moments):

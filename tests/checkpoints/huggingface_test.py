@@ -85,7 +85,7 @@ def test_a_directory_in_shards(tmp_path):
     files = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(state)}
     for file in set(files.values()):
         part = {name: x for name, x in state.items() if files[name] == file}
-        state_dict.write(f"{path}/{file}", part)
+        state_dict.write_tensors(f"{path}/{file}", part)
     with open(f"{path}/model.safetensors.index.json", "w") as f:
         json.dump({"weight_map": files}, f)
     assert_same(read_checkpoint(path).params, tensor_names.params_from_hf(state, hf_student()))
@@ -161,8 +161,8 @@ def test_there_and_back_gives_the_same_bytes(flavour, tmp_path, dtype, spelling)
         hf_folder(tmp_path / "m", flavour, checkpoints.respelt(state, spelling))
     )
     (tmp_path / "back").mkdir()
-    huggingface.write(str(tmp_path / "back"), found)
-    back = state_dict.read_folder(tmp_path / "back")
+    huggingface.write_checkpoint(str(tmp_path / "back"), found)
+    back = state_dict.read_tensor_folder(tmp_path / "back")
     checkpoints.same_state({name: back[name] for name in state}, state)
     assert back.keys() == state.keys()
     again = read_checkpoint(tmp_path / "back")
@@ -179,7 +179,9 @@ def test_settings_we_write(flavour, tmp_path):
         config={"model": {"hidden_dropout": 0.1, "layerdrop": 0.05, "input_dropout": 0.2}},
     )
     params = checkpoints.params_of(flavour)
-    huggingface.write(str(tmp_path), in_memory.Checkpoint(flavour, params, None, 0, about))
+    huggingface.write_checkpoint(
+        str(tmp_path), in_memory.Checkpoint(flavour, params, None, 0, about)
+    )
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "hubert"
     assert config["architectures"] == ["HubertModel"]
@@ -198,8 +200,8 @@ def test_heads_are_left_out_and_equal_widths_get_the_identity(tmp_path):
     student = checkpoints.student(conv_dim=16)
     params = checkpoints.params_of(student)
     checkpoint = in_memory.Checkpoint(student, params, None, 9, in_memory.About())
-    huggingface.write(str(tmp_path), checkpoint)
-    state = state_dict.read_folder(tmp_path)
+    huggingface.write_checkpoint(str(tmp_path), checkpoint)
+    state = state_dict.read_tensor_folder(tmp_path)
     eye = np.eye(16, dtype=np.float32)
     np.testing.assert_array_equal(state["feature_projection.projection.weight"], eye)
     assert not state["feature_projection.projection.bias"].any()
@@ -216,7 +218,7 @@ def test_every_wrong_tensor_is_listed(folder):
     state["masked_spec_embed"][:] = np.inf
     state["feature_projection.layer_norm.weight"] = np.zeros(5, np.float32)
     state["lm_head.weight"] = np.zeros((3, 3), np.float32)
-    state_dict.write(f"{folder}/model.safetensors", state)
+    state_dict.write_tensors(f"{folder}/model.safetensors", state)
     with pytest.raises(UserError) as raised:
         read_checkpoint(folder)
     for words in (
@@ -274,7 +276,7 @@ def test_weights_cut_short(tmp_path, file):
 
 def test_a_trainers_state_in_place_of_weights(tmp_path):
     path = hf_folder(tmp_path / "m", hf_student(), {}, "pytorch_model.bin")
-    torch_pickle.write(f"{path}/pytorch_model.bin", {"model": {}, "epoch": 1})
+    torch_pickle.write_pickle(f"{path}/pytorch_model.bin", {"model": {}, "epoch": 1})
     with pytest.raises(UserError, match=r"no state dict: 2 of its 2 entries.*model, epoch"):
         read_checkpoint(path)
 
@@ -282,7 +284,7 @@ def test_a_trainers_state_in_place_of_weights(tmp_path):
 def test_integers_in_place_of_weights(folder):
     state = hf_state(hf_student())
     state["masked_spec_embed"] = np.arange(16)
-    state_dict.write(f"{folder}/model.safetensors", state)
+    state_dict.write_tensors(f"{folder}/model.safetensors", state)
     assert read_checkpoint(folder).about.dtype == "float32"
 
 
@@ -300,7 +302,9 @@ def test_what_a_model_card_says(tmp_path):
         lineage=("MERT-v1-95M (Hugging Face)", "run (step 5)"),
     )
     params = checkpoints.params_of(student)
-    huggingface.write(str(tmp_path), in_memory.Checkpoint(student, params, None, 12_345, about))
+    huggingface.write_checkpoint(
+        str(tmp_path), in_memory.Checkpoint(student, params, None, 12_345, about)
+    )
     text = (tmp_path / "README.md").read_text()
     for words in (
         "---\nlicense: cc-by-nc-4.0\nlibrary_name: transformers\n",

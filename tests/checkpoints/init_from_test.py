@@ -54,7 +54,7 @@ def checkpoint(of: mert_v1.Student, moments: bool = True, **about) -> in_memory.
 
 
 def match(found: in_memory.Checkpoint, of: mert_v1.Student, special_codes: int = 4, **teachers):
-    return init_from.match(found, of, TEACHERS | teachers, special_codes)
+    return init_from.match_checkpoint(found, of, TEACHERS | teachers, special_codes)
 
 
 def flat(tree):
@@ -171,7 +171,7 @@ def test_the_state_has_what_was_taken_over_and_keeps_the_rest(moments):
     made = functools.partial(jax.jit(lambda: nn.unbox(init()), out_shardings=shardings))
     before, fresh = made(), made()
     found = checkpoint(student(CQT), moments=moments)
-    state = init_from.begin(before, match(found, of))
+    state = init_from.apply_initial_weights(before, match(found, of))
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, fresh)
     assert int(state.step) == 0
     new, theirs = flat(state.params), flat(found.params)

@@ -117,12 +117,12 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_it_used(tmp_
     checkpoints = manager.Checkpoints(str(tmp_path), 9)
     assert restored(checkpoints) == 2
     assert "checkpoint 3 is damaged" in capsys.readouterr().out
-    assert manager.steps(str(tmp_path)) == [1, 2]
+    assert manager.checkpoint_steps(str(tmp_path)) == [1, 2]
     (aside,) = os.listdir(tmp_path / "damaged")
     assert aside.startswith("3-")
     checkpoints.save(3, state_of(3))  # its place is free again
     checkpoints.close()
-    assert manager.steps(str(tmp_path)) == [1, 2, 3]
+    assert manager.checkpoint_steps(str(tmp_path)) == [1, 2, 3]
 
 
 def test_without_a_whole_checkpoint_it_stops_and_changes_nothing(tmp_path):
@@ -133,7 +133,7 @@ def test_without_a_whole_checkpoint_it_stops_and_changes_nothing(tmp_path):
     with pytest.raises(UserError, match=r"none of the 2 checkpoints .* nothing was changed"):
         restored(checkpoints)
     checkpoints.close()
-    assert manager.steps(str(tmp_path)) == [1, 3]
+    assert manager.checkpoint_steps(str(tmp_path)) == [1, 3]
     assert not (tmp_path / "damaged").exists()
 
 
@@ -150,12 +150,12 @@ def test_what_a_killed_save_left_is_cleared_away(tmp_path):
 
 def test_the_newest_stay_and_those_of_every_mth_step(tmp_path):
     saved(tmp_path, *range(1, 11), keep=2, keep_every=4).close()
-    assert manager.steps(str(tmp_path)) == [4, 8, 9, 10]
+    assert manager.checkpoint_steps(str(tmp_path)) == [4, 8, 9, 10]
 
 
 def test_what_stops_add_does_not_push_out_those_of_the_interval(tmp_path):
     saved(tmp_path, 0, 4, 8, 9, 10, 11, keep=2, every_steps=4).close()
-    assert manager.steps(str(tmp_path)) == [4, 8, 10, 11]
+    assert manager.checkpoint_steps(str(tmp_path)) == [4, 8, 10, 11]
 
 
 def test_going_back_takes_one_from_before_and_forgets_the_rest(tmp_path):
@@ -165,7 +165,7 @@ def test_going_back_takes_one_from_before_and_forgets_the_rest(tmp_path):
     assert restored(checkpoints, before=7) == 4  # and not 6, which a stop has saved
     assert restored(checkpoints) == 6
     checkpoints.forget(above=4)
-    assert manager.steps(str(tmp_path)) == [2, 4]
+    assert manager.checkpoint_steps(str(tmp_path)) == [2, 4]
     with pytest.raises(UserError, match="none of before step 2 to go back to"):
         restored(checkpoints, before=2)
     checkpoints.close()

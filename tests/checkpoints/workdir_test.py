@@ -39,7 +39,7 @@ def written(tmp_path_factory):
     """A workdir with moments."""
     path = tmp_path_factory.mktemp("written") / "run"
     path.mkdir()
-    workdir.write(str(path), checkpoint_of(student()))
+    workdir.write_checkpoint(str(path), checkpoint_of(student()))
     return path
 
 
@@ -52,7 +52,7 @@ def run(written, tmp_path):
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_there_and_back(tmp_path, flavour):
     first = checkpoint_of(student(**FLAVOURS[flavour]))
-    workdir.write(str(tmp_path), first)
+    workdir.write_checkpoint(str(tmp_path), first)
     found = read_checkpoint(tmp_path)
     assert found.student == first.student
     assert found.step == 5
@@ -66,7 +66,7 @@ def test_there_and_back(tmp_path, flavour):
 
 def test_without_moments(written, tmp_path):
     assert read_checkpoint(written, moments=False).moments is None
-    workdir.write(str(tmp_path), checkpoint_of(student(), moments=False, step=0))
+    workdir.write_checkpoint(str(tmp_path), checkpoint_of(student(), moments=False, step=0))
     found = read_checkpoint(tmp_path)
     assert (found.moments, found.step) == (None, 0)
     assert_same(found.params, params_of(student()))
@@ -76,7 +76,7 @@ def test_the_newest_step_or_the_one_named(run):
     other = run.parent / "other"
     other.mkdir()
     changed = params_of(student(), 9)
-    workdir.write(str(other), checkpoint_of(student(), step=12)._replace(params=changed))
+    workdir.write_checkpoint(str(other), checkpoint_of(student(), step=12)._replace(params=changed))
     shutil.move(other / "checkpoints" / "12", run / "checkpoints" / "12")
     (run / "checkpoints" / "13.orbax-checkpoint-tmp-1").mkdir()
     newest, older = read_checkpoint(run), read_checkpoint(f"{run}/checkpoints/5/")
@@ -164,7 +164,7 @@ def test_every_wrong_tensor_is_listed(tmp_path, where):
     tree["masked_spec_embed"][:3] = np.nan
     del tree["encoder"]["layer_norm"]["bias"]
     tree["surprise"] = np.zeros(2, np.float32)
-    workdir.write(str(tmp_path), first)
+    workdir.write_checkpoint(str(tmp_path), first)
     with pytest.raises(UserError) as raised:
         read_checkpoint(tmp_path)
     for words in (

@@ -66,7 +66,9 @@ def write(path: pathlib.Path, changed=None, seed: int = 0) -> str:
     records.write_info(
         str(path), {"train": records.Split(list(SHARDS), 1)}, about | {"splits": held}
     )
-    info = stored_codes.Info("rvq_vae", BOOKS, SIZE, HOP, "codec", about["fingerprint"], {}, {})
+    info = stored_codes.CodesInfo(
+        "rvq_vae", BOOKS, SIZE, HOP, "codec", about["fingerprint"], {}, {}
+    )
     shards = {"train": [f"train-{shard}" for shard in range(len(SHARDS))]}
     (folder / stored_codes.INFO).write_text(json.dumps(info._replace(shards=shards)._asdict()))
     return str(path)
@@ -135,7 +137,7 @@ def damage(kind: str, record: int, path: pathlib.Path) -> tuple[str, set[int], s
 
 def opened(directory: str, most: float = 1.0):
     source = records.open_source(directory, "train", most)
-    stored = {"rvq_vae": stored_codes.info(directory, "rvq_vae")}
+    stored = {"rvq_vae": stored_codes.read_info(directory, "rvq_vae")}
     return stored_codes.attach(source, directory, "train", stored, most)
 
 
@@ -299,7 +301,7 @@ def test_missing_files_are_refused_beyond_the_share(sound, tmp_path):
 def test_a_config_says_how_many_may_be_missing(sound, tmp_path):
     directory, *_ = damage("gone", 5, tmp_path / "data")
     config = small.config(data__dir=directory, data__num_samples=HOP * 5, data__max_faulty=0.5)
-    stored = {"rvq_vae": stored_codes.info(directory, "rvq_vae")}
+    stored = {"rvq_vae": stored_codes.read_info(directory, "rvq_vae")}
     assert len(*mix.open_datasets(config, "train", stored)) == COUNT
     config.data.max_faulty = 0.01
     with pytest.raises(UserError, match="lacks 1 of its 3"):
@@ -469,7 +471,7 @@ def test_noted_closes_the_stream(damaged):
     *directories, _ = damaged
     held = bad_records.BadRecords(None, [opened(directory) for directory in directories], 1.0)
     source = [opened(directory) for directory in directories]
-    stream = bad_records.noted(pipeline.train_stream(source, **CLIP, start=3), held, 3)
+    stream = bad_records.count_bad_records(pipeline.train_stream(source, **CLIP, start=3), held, 3)
     found = list(itertools.islice(stream, 4))
     assert held.replaced == sum((batch["faulty"] >= 0).sum() for batch in found) > 0
     stream.close()

@@ -12,20 +12,20 @@ from tests.pretraining.step_test import Run, music
 
 def test_good_labels_are_described():
     counts = np.array([[25, 25, 25, 25], [50, 50, 0, 0]])
-    line = code_checks.check("labels of x", counts, 100)
+    line = code_checks.check_codes("labels of x", counts, 100)
     assert line == "labels of x: 2 codebooks of 4, perplexity 4 2"
 
 
 def test_one_code_for_everything_is_refused():
     counts = np.array([[25, 25, 25, 25], [0, 0, 99, 1]])
     with pytest.raises(UserError, match=r"codebook 1 of 2 is degenerate: 99\.0% of 100 .* code 2"):
-        code_checks.check("x", counts, 100)
+        code_checks.check_codes("x", counts, 100)
 
 
 def test_codes_outside_the_codebook_are_counted():
     counts = np.array([[25, 25, 25, 25], [25, 25, 25, 5]])
     with pytest.raises(UserError, match=r"20 of 100 codes of codebook 1 lie outside its 4"):
-        code_checks.check("x", counts, 100)
+        code_checks.check_codes("x", counts, 100)
 
 
 def test_a_batch_is_checked_as_it_is_trained_on():

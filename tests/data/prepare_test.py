@@ -18,12 +18,14 @@ import soundfile
 from mert_jax import files, prepare
 from mert_jax.data import records
 from mert_jax.data.preparation import assemble, selection, sources, staging, workers
+from mert_jax.data.preparation.selection import PreparationSettings
 from mert_jax.data.preparation.staging import stage as real_stage
 from mert_jax.errors import UserError
-from mert_jax.prepare import Settings
 
 # Small chunks, so that short files make many records.
-SMALL = Settings(chunk_seconds=1.0, crop_seconds=0.32, min_seconds=0.5, validation_fraction=0.3)
+SMALL = PreparationSettings(
+    chunk_seconds=1.0, crop_seconds=0.32, min_seconds=0.5, validation_fraction=0.3
+)
 
 
 def noise(seed, seconds, sample_rate=24_000, channels=1):
@@ -526,7 +528,7 @@ def test_shards_are_filled_in_order():
 
 def test_selection_names_the_first_of_equal_files():
     def entry(name, track, samples=24_000):
-        return sources.Source(f"/{name}", name, 1, 1), sources.Outcome(track, samples)
+        return sources.SourceFile(f"/{name}", name, 1, 1), sources.Outcome(track, samples)
 
     chosen = selection.select([entry("a", "x"), entry("b", "x"), entry("c", "y", 100)], 1.0)
     assert [t.path for t in chosen.tracks] == ["a"]
@@ -629,9 +631,10 @@ class Free:
 
 _PEAK = """
 import re, resource, sys
-from mert_jax.prepare import Settings, prepare
+from mert_jax.data.preparation.selection import PreparationSettings
+from mert_jax.prepare import prepare
 if __name__ == "__main__":
-    prepare([sys.argv[1]], sys.argv[2], Settings(), 1)
+    prepare([sys.argv[1]], sys.argv[2], PreparationSettings(), 1)
     # ru_maxrss of this process would start at what pytest used
     own = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
     print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
@@ -663,7 +666,7 @@ def test_progress_is_said_while_a_long_file_is_decoded(tmp_path, monkeypatch):
     for name in ("partial", "audio"):
         (tmp_path / name).mkdir()
     said = []
-    source = sources.Source(str(tmp_path / "a.wav"), "a.wav", 1, 1)
+    source = sources.SourceFile(str(tmp_path / "a.wav"), "a.wav", 1, 1)
     outcome = staging.stage(source, said.append, str(tmp_path))
     assert outcome.samples == 60 * 24_000
     assert [samples for samples, _ in said] == sorted(samples for samples, _ in said)

@@ -62,7 +62,7 @@ def write_codec(folder: str) -> str:
     latents = np.asarray(jax.jit(network.apply)({"params": params()["encoder"]}, wave))[0]
     rows = np.random.default_rng(0).choice(latents, (3, 16), replace=False)
     spread = rows - latents.mean(0)
-    encodec_checkpoint.write(
+    encodec_checkpoint.write_encodec(
         folder, params() | {"codebooks": np.stack([rows[0], *(0.5 * spread[1:])])}
     )
     return folder
@@ -104,8 +104,8 @@ def whole_tracks(directory: str, teacher: Teacher) -> dict[str, np.ndarray]:
     return found
 
 
-def stored(directory: str) -> dict[str, stored_codes.Info]:
-    return {"rvq_vae": stored_codes.info(directory, "rvq_vae")}
+def stored(directory: str) -> dict[str, stored_codes.CodesInfo]:
+    return {"rvq_vae": stored_codes.read_info(directory, "rvq_vae")}
 
 
 def test_stored_codes_are_those_of_whole_tracks(dataset, teacher):
@@ -178,10 +178,10 @@ def test_a_second_run_encodes_nothing_and_new_tracks_only(
     soundfile.write(folder / "b.wav", music(4, 6), RATE)
     assert prepare(*flags).returncode == 0
     with pytest.raises(UserError, match="held other tracks"):
-        stored_codes.info(output, "rvq_vae")
+        stored_codes.read_info(output, "rvq_vae")
     encode.encode(output, checkpoint, Bar())
     assert set(encoded) == set(stored_tracks(output)) - {first}
-    assert stored_codes.info(output, "rvq_vae") is not None
+    assert stored_codes.read_info(output, "rvq_vae") is not None
 
 
 def _files(directory: str) -> dict[str, bytes]:
@@ -202,7 +202,9 @@ def test_an_interrupted_run_goes_on(dataset, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "_encode", cut)
     with pytest.raises(KeyboardInterrupt):
         encode.encode(copy, checkpoint, Bar())
-    assert stored_codes.info(copy, "rvq_vae") is None  # nothing that training would take for whole
+    assert (
+        stored_codes.read_info(copy, "rvq_vae") is None
+    )  # nothing that training would take for whole
     todo = []
     monkeypatch.setattr(
         encode, "_encode", lambda t, left, *x: (todo.extend(left), real(t, left, *x))[1]
@@ -211,7 +213,7 @@ def test_an_interrupted_run_goes_on(dataset, checkpoint, tmp_path, monkeypatch):
     assert len(todo) == len(SECONDS) - 1
     for split in ("train", "validation"):
         ours, theirs = (
-            stored_codes.Source(d, split, stored(d)["rvq_vae"]) for d in (copy, dataset)
+            stored_codes.CodesSource(d, split, stored(d)["rvq_vae"]) for d in (copy, dataset)
         )
         assert len(ours) == len(theirs)
         assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -224,7 +226,7 @@ def config_of(dataset: str, **overrides):
 
 def test_training_takes_stored_codes_without_a_checkpoint(dataset, teacher):
     config = config_of(dataset)
-    found = mix.stored_codes(config)
+    found = mix.find_stored_codes(config)
     made = build.make_teachers(config, found)
     student = build.student(config, made, found)
     assert student.heads[0] == mert_v1.Head("rvq_vae", 16 + 4, 3)
@@ -263,10 +265,10 @@ def test_computed_codes_hear_what_is_before_the_clip(dataset, checkpoint, teache
 
 
 def test_codes_of_another_codec_are_refused(dataset, tmp_path):
-    encodec_checkpoint.write(str(tmp_path), params())
+    encodec_checkpoint.write_encodec(str(tmp_path), params())
     config = config_of(dataset, teacher__rvq_vae__checkpoint=str(tmp_path))
     with pytest.raises(UserError, match="codes of another rvq_vae"):
-        build.make_teachers(config, mix.stored_codes(config))
+        build.make_teachers(config, mix.find_stored_codes(config))
 
 
 @pytest.fixture
@@ -284,7 +286,7 @@ def rewrite(path: str, **changes) -> None:
 
 def test_two_datasets_that_store_the_same_codec_need_no_checkpoint(dataset, another):
     config = config_of(f"{dataset},{another}")
-    found = mix.stored_codes(config)
+    found = mix.find_stored_codes(config)
     assert found["rvq_vae"].codec == stored(dataset)["rvq_vae"].codec
     # what the second one stores is read from its own files
     folder = stored_codes.folder(another, "rvq_vae")
@@ -317,9 +319,9 @@ def test_codes_that_not_all_datasets_store_are_computed_or_refused(
         said = f"{odd} does not store the codes of rvq_vae that"
         config = config_of(",".join(dirs))
         with pytest.raises(UserError, match=f"{said}.* --output={odd} --codes=CHECKPOINT"):
-            mix.stored_codes(config)
+            mix.find_stored_codes(config)
         config.teacher.rvq_vae.checkpoint = checkpoint
-        assert mix.stored_codes(config) == {}
+        assert mix.find_stored_codes(config) == {}
         assert said in capsys.readouterr().out
 
 
@@ -349,7 +351,7 @@ def test_codes_that_do_not_fit_the_audio_are_refused(dataset, tmp_path):
     with open(path, "w") as f:
         json.dump({"teacher": "rvq_vae"}, f)
     with pytest.raises(UserError, match="no description of codes"):
-        stored_codes.info(copy, "rvq_vae")
+        stored_codes.read_info(copy, "rvq_vae")
 
 
 def test_the_command_needs_a_dataset_and_a_codec(tmp_path, dataset):

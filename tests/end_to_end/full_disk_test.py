@@ -41,7 +41,7 @@ def test_a_disk_that_takes_no_more(dataset, finished, tmp_path):  # noqa: F811
     (said,) = done.stderr.splitlines()  # without the tracebacks of orbax's threads
     assert "a checkpoint could not be written" in said
     assert "the last whole one is of step 3. Make room and run the same command again" in said
-    assert manager.steps(str(workdir)) == [0, 3]
+    assert manager.checkpoint_steps(str(workdir)) == [0, 3]
     done = run("train", *flags(dataset, workdir))
     assert done.returncode == 0, done.stderr
     assert rows(workdir) == rows(finished[0])
@@ -84,7 +84,7 @@ def test_a_read_that_never_comes_back(dataset, tmp_path):  # noqa: F811
     assert "nothing has moved for 60 s" in errors
     assert "train.py" in errors
     assert "train.py" in (tmp_path / "run" / "stalled.0.txt").read_text()
-    last = manager.steps(str(tmp_path / "run"))[-1]
+    last = manager.checkpoint_steps(str(tmp_path / "run"))[-1]
     again = run(
         "train", *flags(dataset, tmp_path / "run", *steps[1:], f"--config.total_steps={last + 2}")
     )

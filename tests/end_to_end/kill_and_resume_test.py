@@ -55,7 +55,7 @@ def outcome(workdir):
         rows = [json.loads(line) for line in f]
     rows = [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
     bad = (workdir / "bad_steps.jsonl").read_text()
-    found = workdirs.read(str(workdir))
+    found = workdirs.read_checkpoint(str(workdir))
     return rows, bad, found.step, (found.params, found.moments)
 
 
@@ -100,4 +100,4 @@ def test_a_run_killed_at_random_moments(dataset, mixed, tmp_path, kills, total, 
     assert rows2 == rows
     assert bad2 == bad
     jax.tree.map(np.testing.assert_array_equal, state2, state)
-    assert total in manager.steps(str(hunted))
+    assert total in manager.checkpoint_steps(str(hunted))

@@ -44,7 +44,11 @@ def test_two_processes_train_as_one_does(dataset, finished, tmp_path):  # noqa: 
         ended = processes.finished(running)
     assert [code for code, *_ in ended] == [0, 0], ended
     assert_close(rows(workdir), rows(finished[0]), rtol=1e-5)
-    assert manager.steps(str(workdir)) == manager.steps(str(finished[0])) == [0, 3, 6]
+    assert (
+        manager.checkpoint_steps(str(workdir))
+        == manager.checkpoint_steps(str(finished[0]))
+        == [0, 3, 6]
+    )
     assert {path.name for path in workdir.iterdir()} == {
         path.name for path in finished[0].iterdir()
     }
@@ -71,7 +75,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(dataset, tmp_path):  # no
         ended = processes.finished(running)
     assert [code for code, *_ in ended] == [RESTART, RESTART], ended
     (stopped,) = (line for line in ended[0][1].splitlines() if "stopped and saved" in line)
-    last = manager.steps(str(tmp_path / "run"))[-1]
+    last = manager.checkpoint_steps(str(tmp_path / "run"))[-1]
     assert f"at step {last};" in stopped
     assert 2 < last < 20
 
@@ -88,5 +92,5 @@ def test_a_checkpoint_that_one_cannot_read_makes_all_begin_again(
         ended = processes.finished(running)
     assert [code for code, *_ in ended] == [RESTART, RESTART], ended
     assert "checkpoint 3 is damaged" in ended[0][2] + ended[1][2]
-    assert manager.steps(str(workdir)) == [0]
+    assert manager.checkpoint_steps(str(workdir)) == [0]
     assert len(os.listdir(workdir / "damaged")) == 1

@@ -119,8 +119,8 @@ def test_every_kind_of_checkpoint_is_loaded(tmp_path):
     made = checkpoint()
     made = made._replace(about=made.about._replace(sample_rate=16_000))
     (tmp_path / "hf").mkdir()
-    huggingface.write(str(tmp_path / "hf"), made)
-    workdir.write(str(tmp_path / "run"), made)
+    huggingface.write_checkpoint(str(tmp_path / "hf"), made)
+    workdir.write_checkpoint(str(tmp_path / "run"), made)
     (wave,) = music(2_000)
     expected = embedder.Model(made)(wave, sample_rate=16_000)
     for name in ("hf", "run"):

@@ -16,7 +16,7 @@ from mert_jax.data.decoding import decode
 from mert_jax.errors import UserError
 from mert_jax.extraction import embedder
 from mert_jax.extraction import run as running
-from mert_jax.extraction.embedder import Settings
+from mert_jax.extraction.embedder import EmbeddingSettings
 from tests.end_to_end.train_test import ENVIRONMENT
 from tests.extraction.embedder_test import RATE, checkpoint, music
 
@@ -28,7 +28,7 @@ def model(tmp_path_factory):
     """A Hugging Face directory."""
     path = tmp_path_factory.mktemp("model") / "hf"
     path.mkdir()
-    huggingface.write(str(path), checkpoint())
+    huggingface.write_checkpoint(str(path), checkpoint())
     return str(path)
 
 
@@ -48,7 +48,7 @@ def folder(tmp_path):
 
 
 def run(model, folder, output, dtype="float32", **settings):
-    return extract.extract(model, [str(folder)], str(output), Settings(**settings), dtype)
+    return extract.extract(model, [str(folder)], str(output), EmbeddingSettings(**settings), dtype)
 
 
 def arrays(path):
@@ -129,7 +129,7 @@ def test_long_files_are_those_of_the_model_in_chunks(model, folder, tmp_path):
 
 def test_it_goes_on_where_it_stopped(model, folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    original, made = running.Run._finish, []
+    original, made = running.ExtractionRun._finish, []
 
     def finish(self, recording, file):
         if len(made) == 2:
@@ -137,12 +137,12 @@ def test_it_goes_on_where_it_stopped(model, folder, tmp_path, monkeypatch, capsy
         made.append(recording.source.name)
         return original(self, recording, file)
 
-    monkeypatch.setattr(running.Run, "_finish", finish)
+    monkeypatch.setattr(running.ExtractionRun, "_finish", finish)
     with pytest.raises(KeyboardInterrupt):
         run(model, folder, out)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.npz")}
     assert len(before) == 2
-    monkeypatch.setattr(running.Run, "_finish", original)
+    monkeypatch.setattr(running.ExtractionRun, "_finish", original)
     report = run(model, folder, out)
     assert "2 of 5 files are done already" in capsys.readouterr().err
     assert report["embedded"] == 4

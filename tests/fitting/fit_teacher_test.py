@@ -106,7 +106,7 @@ def test_every_level_of_mel_rvq_leaves_less(dataset, tmp_path, clip):
     for split in ("train", "validation"):
         errors = [1, *(book.error for book in found.figures[split])]
         assert errors == sorted(errors, reverse=True)
-    fitted_file.save(str(tmp_path), "mel_rvq", found.tensors, found.settings)
+    fitted_file.write_fitted(str(tmp_path), "mel_rvq", found.tensors, found.settings)
     teacher = teachers.make("mel_rvq", checkpoint=str(tmp_path))
     codes = np.asarray(jax.jit(teacher.apply)(teacher.params, clip))
     assert codes.shape == (1, 151, 3)

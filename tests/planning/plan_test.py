@@ -72,7 +72,7 @@ def test_a_mistake_is_one_line(flags, words):
 def test_without_the_compiler_it_says_which_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -e \.\[plan\]"):
-        compiling.topology("v5e:2x2")
+        compiling.make_topology("v5e:2x2")
 
 
 def test_codes_can_be_computed_on_many_devices():
@@ -91,12 +91,12 @@ def with_stored_codes():
     """A plan of the student alone: codes come with the batch, and nothing is computed for them."""
     config = small.config(teachers=("rvq_vae",), model__num_layers=4)
     where = compiling.Topology("cpu:8", jax.devices(), None)
-    return config, where, compiling.compiled(config, where.devices, "stored")
+    return config, where, compiling.compile_step(config, where.devices, "stored")
 
 
 def test_flops_are_those_of_the_model_loops_included(with_stored_codes):
     config, where, compiled = with_stored_codes
-    plan = estimate.numbers(config, where, compiled)
+    plan = estimate.make_plan(config, where, compiled)
     assert plan["codes"] == "stored"
     assert 4 in [loop["trips"] for loop in plan["loops"]]
     # three passes: convolution 0 has no gradient by the wave, but is computed again
@@ -109,7 +109,7 @@ def test_the_batch_is_what_the_stream_delivers(with_stored_codes):
     assert compiled.batch["audio"].shape == (8, 16_000)
     assert compiled.batch["codes"]["rvq_vae"].shape == (8, frames, 8)
     size = 2 * 8 * 16_000 + 8 + 2 * 4 * 8 + 4 * 8 + 2 * 8 * frames * 8
-    assert estimate.numbers(config, where, compiled)["input_mb_per_host"] == size / 1e6
+    assert estimate.make_plan(config, where, compiled)["input_mb_per_host"] == size / 1e6
 
 
 @pytest.mark.parametrize("name", ["rvq_vae", "kmeans", "mel_rvq"])

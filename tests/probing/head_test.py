@@ -9,7 +9,7 @@ import pytest
 from mert_jax.probing import head, objectives
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
-QUICK = head.Settings(epochs=8, batch_size=16, rates=(1e-3, 3e-2), seeds=2)
+QUICK = head.HeadSettings(epochs=8, batch_size=16, rates=(1e-3, 3e-2), seeds=2)
 
 
 def layered(rng, n: int, layers: int = 3, width: int = 6, classes: int = 3, informative: int = 1):

@@ -181,7 +181,7 @@ def test_mistakes_say_where_the_weights_are(tmp_path):
 @pytest.mark.parametrize("model", ["MSD_musicnn", "MTT_musicnn"])
 def test_the_wheels_weights_give_what_tensorflow_gives(model):
     folder = pathlib.Path(os.environ["MERT_JAX_MUSICNN"]) / "musicnn" / model
-    tensors, params = tf_checkpoint.read(folder), musicnn.load(str(folder))
+    tensors, params = tf_checkpoint.read_tf_checkpoint(folder), musicnn.load(str(folder))
     golden, heard = np.load(GOLDEN), wave()
     np.testing.assert_array_equal(heard[::1000], golden["wave"])
     mel = musicnn.log_mel(params, heard)

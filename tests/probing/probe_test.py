@@ -19,7 +19,7 @@ from tests.extraction import embedder_test as embedding_test
 from tests.labelled_music import COUNTS, WRITERS, with_ffmpeg
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
-QUICK = head.Settings(epochs=25, rates=(3e-3, 3e-2), seeds=2)
+QUICK = head.HeadSettings(epochs=25, rates=(3e-3, 3e-2), seeds=2)
 
 
 def some_layers(computed: list | None = None, noise: int = 2) -> features.Features:
@@ -115,7 +115,7 @@ def command(*options: str) -> subprocess.CompletedProcess:
 
 
 def test_a_checkpoint_beside_its_untrained_self(tmp_path):
-    workdir.write(str(tmp_path / "run"), embedding_test.checkpoint())
+    workdir.write_checkpoint(str(tmp_path / "run"), embedding_test.checkpoint())
     data = WRITERS["NSynthP"](tmp_path / "data")
     done = command(
         f"--checkpoint={tmp_path / 'run'}", "--task=NSynthP", f"--data={data}",

@@ -23,18 +23,18 @@ def _no_cluster(monkeypatch):
 
 
 def test_a_process_by_itself():
-    assert distributed.found(None, None, None, 1) == distributed.Cluster("", 1, 0)
-    with distributed.connected(distributed.found(None, None, None, 1), 1):
+    assert distributed.find_cluster(None, None, None, 1) == distributed.Cluster("", 1, 0)
+    with distributed.connect(distributed.find_cluster(None, None, None, 1), 1):
         pass
 
 
 def test_flags_and_the_environment_name_a_cluster(monkeypatch):
-    assert distributed.found("here:8476", 4, 3, 1) == distributed.Cluster("here:8476", 4, 3)
+    assert distributed.find_cluster("here:8476", 4, 3, 1) == distributed.Cluster("here:8476", 4, 3)
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "there:1234")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
-    assert distributed.found(None, None, None, 1) == distributed.Cluster("there:1234", 2, 1)
-    assert distributed.found(None, None, 0, 1) == distributed.Cluster("there:1234", 2, 0)
+    assert distributed.find_cluster(None, None, None, 1) == distributed.Cluster("there:1234", 2, 1)
+    assert distributed.find_cluster(None, None, 0, 1) == distributed.Cluster("there:1234", 2, 0)
 
 
 def test_slurm_names_a_cluster(monkeypatch):
@@ -47,7 +47,7 @@ def test_slurm_names_a_cluster(monkeypatch):
         SLURM_STEP_NUM_NODES="2",
     ).items():
         monkeypatch.setenv(name, value)
-    cluster = distributed.found(None, None, None, 1)
+    cluster = distributed.find_cluster(None, None, None, 1)
     assert cluster.address.startswith("node7:")
     assert cluster[1:3] == (2, 1)
 
@@ -63,7 +63,7 @@ def test_slurm_names_a_cluster(monkeypatch):
 )
 def test_half_a_cluster_is_refused(given, message):
     with pytest.raises(UserError, match=message):
-        distributed.found(*given, 1)
+        distributed.find_cluster(*given, 1)
 
 
 def meet(number, present, timeout):

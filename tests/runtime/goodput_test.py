@@ -29,7 +29,7 @@ def work(workdir, clock, begin, steps, save_at=(), seconds=10.0):
                 clock.now += 3
             good.saved(number)
         good.write(number)
-    return goodput.read(str(workdir))
+    return goodput.read_goodput(str(workdir))
 
 
 def test_every_second_has_a_kind(tmp_path):
@@ -67,11 +67,13 @@ def test_steps_gone_back_from_are_lost(tmp_path):
     good.went_back()
     clock.now += 5
     good.write(2)
-    found = goodput.read(str(tmp_path))
+    found = goodput.read_goodput(str(tmp_path))
     assert (found["step"], found["lost"]) == (15, 7)
 
 
 def test_in_words(tmp_path):
-    assert goodput.line(goodput.read(str(tmp_path))) == "no time has been spent yet"
-    said = goodput.line(dict.fromkeys(goodput.KINDS, 0.0) | {"step": 2700, "data_wait": 900})
+    assert goodput.summary_line(goodput.read_goodput(str(tmp_path))) == "no time has been spent yet"
+    said = goodput.summary_line(
+        dict.fromkeys(goodput.KINDS, 0.0) | {"step": 2700, "data_wait": 900}
+    )
     assert said == "time: 1.00 h, of which step 75.0 %, data wait 25.0 %"

@@ -160,7 +160,7 @@ def test_a_run_there_is_killed_goes_on_and_is_read(line, dataset, finished, tmp_
     assert done.returncode == 0, done.stderr
     assert f"resuming {workdir} at step" in done.stdout
     assert rows_there("runs/first", tmp_path) == rows(finished[0])
-    assert manager.steps(workdir) == manager.steps(str(finished[0]))
+    assert manager.checkpoint_steps(workdir) == manager.checkpoint_steps(str(finished[0]))
 
     report = command("report", f"--workdir={workdir}")
     done = subprocess.run(report, capture_output=True, **options)

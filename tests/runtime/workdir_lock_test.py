@@ -34,10 +34,10 @@ def changed(path: str, value) -> dict:
 
 def test_claim_writes_the_config_once(tmp_path):
     workdir = tmp_path / "new" / "run"
-    workdir_lock.claim(str(workdir), CONFIG)
+    workdir_lock.lock_workdir(str(workdir), CONFIG)
     assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(CONFIG))
     assert sorted(os.listdir(workdir)) == ["config.json", "lock"]
-    workdir_lock.claim(str(workdir), changed("total_steps", 200))
+    workdir_lock.lock_workdir(str(workdir), changed("total_steps", 200))
     assert json.loads((workdir / "config.json").read_text())["total_steps"] == 100
 
 
@@ -49,8 +49,8 @@ def test_claim_writes_the_config_once(tmp_path):
     ],
 )
 def test_how_long_and_where_may_change(tmp_path, path, value):
-    workdir_lock.claim(str(tmp_path), CONFIG)
-    workdir_lock.claim(str(tmp_path), changed(path, value))
+    workdir_lock.lock_workdir(str(tmp_path), CONFIG)
+    workdir_lock.lock_workdir(str(tmp_path), changed(path, value))
 
 
 @pytest.mark.parametrize(
@@ -65,50 +65,50 @@ def test_how_long_and_where_may_change(tmp_path, path, value):
     ],
 )
 def test_other_settings_are_refused_with_both_values(tmp_path, path, value, said):
-    workdir_lock.claim(str(tmp_path), CONFIG)
+    workdir_lock.lock_workdir(str(tmp_path), CONFIG)
     with pytest.raises(UserError, match=said):
-        workdir_lock.claim(str(tmp_path), changed(path, value))
+        workdir_lock.lock_workdir(str(tmp_path), changed(path, value))
 
 
 def test_a_claim_is_given_up_before_the_run_begins_and_not_after(tmp_path):
-    workdir_lock.claim(str(tmp_path), CONFIG)
-    workdir_lock.release(str(tmp_path))
+    workdir_lock.lock_workdir(str(tmp_path), CONFIG)
+    workdir_lock.release_workdir(str(tmp_path))
     assert os.listdir(tmp_path) == []
-    workdir_lock.claim(str(tmp_path), changed("seed", 2))
+    workdir_lock.lock_workdir(str(tmp_path), changed("seed", 2))
     (tmp_path / "metrics.jsonl").write_text("")
-    workdir_lock.release(str(tmp_path))
+    workdir_lock.release_workdir(str(tmp_path))
     assert (tmp_path / "config.json").exists()
 
 
 def test_a_checkpoint_that_no_run_made_is_not_resumed(tmp_path):
     manager.Checkpoints(str(tmp_path), keep=1).close()
-    workdir_lock.claim(str(tmp_path), CONFIG)
+    workdir_lock.lock_workdir(str(tmp_path), CONFIG)
     os.unlink(tmp_path / "config.json")
     checkpoints = manager.Checkpoints(str(tmp_path), keep=1)
     checkpoints.save(3, {"x": jnp.zeros(2)})
     checkpoints.close()
-    assert manager.steps(str(tmp_path)) == [3]
+    assert manager.checkpoint_steps(str(tmp_path)) == [3]
     with pytest.raises(UserError, match=r"--config\.init_from="):
-        workdir_lock.claim(str(tmp_path), CONFIG, begun=True)
+        workdir_lock.lock_workdir(str(tmp_path), CONFIG, begun=True)
 
 
 def test_every_change_is_named(tmp_path):
-    workdir_lock.claim(str(tmp_path), CONFIG)
+    workdir_lock.lock_workdir(str(tmp_path), CONFIG)
     with pytest.raises(UserError, match=r"(?s)data.num_samples.*seed"):
-        workdir_lock.claim(str(tmp_path), changed("data.num_samples", 1) | {"seed": 3})
+        workdir_lock.lock_workdir(str(tmp_path), changed("data.num_samples", 1) | {"seed": 3})
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be used"):
-        workdir_lock.claim(str(tmp_path / "file" / "run"), CONFIG)
+        workdir_lock.lock_workdir(str(tmp_path / "file" / "run"), CONFIG)
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe"], ids=["cut off", "not text"])
 def test_a_config_that_cannot_be_read(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match="cannot be used"):
-        workdir_lock.claim(str(tmp_path), CONFIG)
+        workdir_lock.lock_workdir(str(tmp_path), CONFIG)
 
 
 def test_two_hosts_claim_one_directory_at_once(tmp_path, monkeypatch):
@@ -117,18 +117,18 @@ def test_two_hosts_claim_one_directory_at_once(tmp_path, monkeypatch):
     def while_another_claims(source, target):
         if host[0] == 0:
             host[0] = 1
-            workdir_lock.claim(str(tmp_path), CONFIG)
+            workdir_lock.lock_workdir(str(tmp_path), CONFIG)
         replace(source, target)
 
     monkeypatch.setattr(workdir_lock.jax, "process_index", lambda: host[0])
     monkeypatch.setattr(workdir_lock.os, "replace", while_another_claims)
-    workdir_lock.claim(str(tmp_path), CONFIG)
+    workdir_lock.lock_workdir(str(tmp_path), CONFIG)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "lock"]
 
 
 def test_a_second_run_on_a_workdir_is_refused_and_one_after_it_is_not(tmp_path):
-    held = workdir_lock.claim(str(tmp_path), CONFIG)
+    held = workdir_lock.lock_workdir(str(tmp_path), CONFIG)
     with pytest.raises(UserError, match=f"in use by another run \\(process {os.getpid()}\\)"):
-        workdir_lock.claim(str(tmp_path), CONFIG)
+        workdir_lock.lock_workdir(str(tmp_path), CONFIG)
     held.close()
-    workdir_lock.claim(str(tmp_path), CONFIG).close()
+    workdir_lock.lock_workdir(str(tmp_path), CONFIG).close()

@@ -41,7 +41,7 @@ def written() -> dict[str, np.ndarray]:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        encodec_checkpoint.write(folder, params())
+        encodec_checkpoint.write_encodec(folder, params())
         return load_file(f"{folder}/model.safetensors")
 
 
@@ -67,9 +67,9 @@ def assert_equal(ours: dict, theirs: dict) -> None:
 
 
 def test_there_and_back(tmp_path):
-    encodec_checkpoint.write(str(tmp_path), params())
-    assert_equal(encodec_checkpoint.read(str(tmp_path)), params())
-    assert_equal(encodec_checkpoint.read(str(tmp_path / "model.safetensors")), params())
+    encodec_checkpoint.write_encodec(str(tmp_path), params())
+    assert_equal(encodec_checkpoint.read_encodec(str(tmp_path)), params())
+    assert_equal(encodec_checkpoint.read_encodec(str(tmp_path / "model.safetensors")), params())
 
 
 def test_the_official_names(tmp_path):
@@ -77,7 +77,7 @@ def test_the_official_names(tmp_path):
     assert "decoder.model.3.convtr.convtr.weight_g" in official
     assert "encoder.model.1.block.1.conv.conv.weight_v" in official
     save_file(official, tmp_path / "official.safetensors")
-    assert_equal(encodec_checkpoint.read(str(tmp_path / "official.safetensors")), params())
+    assert_equal(encodec_checkpoint.read_encodec(str(tmp_path / "official.safetensors")), params())
 
 
 def test_an_encoder_alone_is_enough():
@@ -125,15 +125,15 @@ def test_the_32_khz_encodec_is_named(tmp_path):
         other[name] = np.ones((*other[name].shape[:2], 2 * ratio), np.float32)
     with pytest.raises(UserError, match="640 samples a frame"):
         encodec_checkpoint.from_state(other)
-    encodec_checkpoint.write(str(tmp_path), params())
+    encodec_checkpoint.write_encodec(str(tmp_path), params())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"sampling_rate": 32_000}))
     with pytest.raises(UserError, match="32000 Hz"):
-        encodec_checkpoint.read(str(tmp_path))
+        encodec_checkpoint.read_encodec(str(tmp_path))
 
 
 def test_the_teacher(tmp_path):
-    encodec_checkpoint.write(str(tmp_path), params())
+    encodec_checkpoint.write_encodec(str(tmp_path), params())
     teacher = teachers.make("rvq_vae", checkpoint=str(tmp_path))
     wave = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2000)), jnp.bfloat16)
     codes = jax.jit(teacher.apply)(teacher.params, wave)
@@ -146,7 +146,7 @@ def test_the_teacher(tmp_path):
 
 @pytest.mark.parametrize("books", [-1, 4])
 def test_books_that_are_not_there(tmp_path, books):
-    encodec_checkpoint.write(str(tmp_path), params())
+    encodec_checkpoint.write_encodec(str(tmp_path), params())
     with pytest.raises(UserError, match=f"books={books}.*3 codebooks"):
         teachers.make("rvq_vae", checkpoint=str(tmp_path), books=books)
 

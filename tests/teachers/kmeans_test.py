@@ -28,7 +28,7 @@ def _tensors() -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def checkpoint(tmp_path) -> str:
-    fitted_file.save(str(tmp_path), "kmeans", _tensors(), kmeans.SETTINGS | SIZES)
+    fitted_file.write_fitted(str(tmp_path), "kmeans", _tensors(), kmeans.SETTINGS | SIZES)
     return str(tmp_path)
 
 
@@ -69,8 +69,10 @@ def test_equal_teachers_are_equal_files(tmp_path):
     tensors = _tensors()
     # what is not contiguous must be written as it reads
     turned = {key: np.asfortranarray(value) for key, value in reversed(tensors.items())}
-    one = fitted_file.save(str(tmp_path / "a"), "kmeans", tensors, kmeans.SETTINGS | SIZES)
-    two = fitted_file.save(str(tmp_path / "b"), "kmeans", turned, SIZES | kmeans.SETTINGS | SIZES)
+    one = fitted_file.write_fitted(str(tmp_path / "a"), "kmeans", tensors, kmeans.SETTINGS | SIZES)
+    two = fitted_file.write_fitted(
+        str(tmp_path / "b"), "kmeans", turned, SIZES | kmeans.SETTINGS | SIZES
+    )
     with open(one, "rb") as a, open(two, "rb") as b:
         assert a.read() == b.read()
     assert os.listdir(tmp_path / "a") == [fitted_file.FILE]
@@ -90,7 +92,7 @@ def test_no_checkpoint_says_how_to_make_one():
 
 def test_all_that_is_wrong_with_the_arrays_is_told_at_once(tmp_path):
     wrong = {"log_mel_centres": np.zeros((30, 9)), "other": np.zeros(2)}
-    fitted_file.save(str(tmp_path), "kmeans", wrong, kmeans.SETTINGS | SIZES)
+    fitted_file.write_fitted(str(tmp_path), "kmeans", wrong, kmeans.SETTINGS | SIZES)
     words = (
         "chroma_centres is missing; other is not expected; "
         r"log_mel_centres is float32 \[30, 9\], not float32 \[30, 229\]"

@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory) -> tuple[str, dict[str, np.ndarray]]:
     }
     tensors = {key: value.astype(np.float32) for key, value in tensors.items()}
     directory = str(tmp_path_factory.mktemp("mel_rvq"))
-    fitted_file.save(directory, "mel_rvq", tensors, mel_rvq.SETTINGS | SIZES)
+    fitted_file.write_fitted(directory, "mel_rvq", tensors, mel_rvq.SETTINGS | SIZES)
     return directory, tensors
 
 

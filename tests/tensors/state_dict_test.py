@@ -26,7 +26,7 @@ def test_safetensors(tmp_path):
     kinds = (np.float32, np.float16, ml_dtypes.bfloat16, np.int64)
     state = {np.dtype(kind).name: X.astype(kind) for kind in kinds}
     save_file(state, tmp_path / "model.safetensors")
-    assert_same(state_dict.read(tmp_path / "model.safetensors"), state)
+    assert_same(state_dict.read_tensors(tmp_path / "model.safetensors"), state)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{", b"not a file of tensors at all"])
@@ -34,9 +34,9 @@ def test_safetensors(tmp_path):
 def test_broken_files(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name):
-        state_dict.read(tmp_path / name)
+        state_dict.read_tensors(tmp_path / name)
     with pytest.raises(UserError, match="elsewhere"):
-        state_dict.read(tmp_path / "elsewhere" / name)
+        state_dict.read_tensors(tmp_path / "elsewhere" / name)
 
 
 def test_safetensors_cut_short(tmp_path):
@@ -44,7 +44,7 @@ def test_safetensors_cut_short(tmp_path):
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-4])
     with pytest.raises(UserError, match="no readable safetensors file"):
-        state_dict.read(tmp_path / "model.safetensors")
+        state_dict.read_tensors(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,9 @@ def test_safetensors_cut_short(tmp_path):
     ],
 )
 def test_a_torch_file_that_is_no_state_dict(tmp_path, content, message):
-    torch_pickle.write(tmp_path / "run.pt", content)
+    torch_pickle.write_pickle(tmp_path / "run.pt", content)
     with pytest.raises(UserError, match=message):
-        state_dict.read(tmp_path / "run.pt")
+        state_dict.read_tensors(tmp_path / "run.pt")
 
 
 # folders -----------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def shard(folder, kind):
     """`STATE` in two files and an index, as transformers splits large models."""
     stem, end, write = {
         "safetensors": ("model", "safetensors", save_file),
-        "bin": ("pytorch_model", "bin", lambda state, path: torch_pickle.write(path, state)),
+        "bin": ("pytorch_model", "bin", lambda state, path: torch_pickle.write_pickle(path, state)),
     }[kind]
     files = {name: f"{stem}-{part}.{end}" for name, part in SHARDS.items()}
     for file in set(files.values()):
@@ -84,10 +84,10 @@ def shard(folder, kind):
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_a_folder_in_shards(tmp_path, kind):
     files = shard(tmp_path, kind)
-    assert_same(state_dict.read_folder(tmp_path), STATE)
+    assert_same(state_dict.read_tensor_folder(tmp_path), STATE)
     os.unlink(tmp_path / files[1])
     with pytest.raises(UserError, match="00002-of-00002"):
-        state_dict.read_folder(tmp_path)
+        state_dict.read_tensor_folder(tmp_path)
 
 
 @pytest.mark.parametrize("outside", ["../model.safetensors", "/etc/model.safetensors", "a/b"])
@@ -98,26 +98,26 @@ def test_an_index_that_names_a_file_outside_of_its_folder(tmp_path, outside):
     index = {"weight_map": dict.fromkeys(STATE, outside)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=f"outside of .*{outside}"):
-        state_dict.read_folder(folder)
+        state_dict.read_tensor_folder(folder)
 
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {}}', '{"weight_map": [1]}', "{}"])
 def test_a_broken_index(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
-        state_dict.read_folder(tmp_path)
+        state_dict.read_tensor_folder(tmp_path)
 
 
 def test_safetensors_are_preferred_to_torch(tmp_path):
-    torch_pickle.write(tmp_path / "pytorch_model.bin", {"x": X})
-    assert_same(state_dict.read_folder(tmp_path), {"x": X})
+    torch_pickle.write_pickle(tmp_path / "pytorch_model.bin", {"x": X})
+    assert_same(state_dict.read_tensor_folder(tmp_path), {"x": X})
     save_file({"x": X + 1}, tmp_path / "model.safetensors")
-    assert_same(state_dict.read_folder(tmp_path), {"x": X + 1})
+    assert_same(state_dict.read_tensor_folder(tmp_path), {"x": X + 1})
 
 
 def test_a_folder_without_weights(tmp_path):
     with pytest.raises(UserError, match=r"has no model\.safetensors or pytorch_model\.bin"):
-        state_dict.read_folder(tmp_path)
+        state_dict.read_tensor_folder(tmp_path)
 
 
 # writing -----------------------------------------------------------------------------------------
@@ -127,15 +127,15 @@ def test_transposed_and_sliced_arrays_are_written_as_they_read(tmp_path):
     x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     state = {"t": x.T, "swapped": x.swapaxes(0, 2), "slice": x[:, ::2], "back": x[::-1], "x": x}
     state |= {"number": np.array(2.5, np.float32), "half": x.T.astype(ml_dtypes.bfloat16)}
-    state_dict.write(tmp_path / "x.safetensors", state)
-    assert_same(state_dict.read(tmp_path / "x.safetensors"), state)
+    state_dict.write_tensors(tmp_path / "x.safetensors", state)
+    assert_same(state_dict.read_tensors(tmp_path / "x.safetensors"), state)
     assert_same(load_file(tmp_path / "x.safetensors"), state)
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path):
     before = os.umask(0o027)
     try:
-        state_dict.write(tmp_path / "x.safetensors", {"x": X})
+        state_dict.write_tensors(tmp_path / "x.safetensors", {"x": X})
         assert os.umask(0o027) == 0o027
     finally:
         os.umask(before)
@@ -144,4 +144,4 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path):
 
 def test_a_place_that_cannot_be_written(tmp_path):
     with pytest.raises(OSError, match=r"nowhere|No such file"):
-        state_dict.write(tmp_path / "nowhere" / "x.safetensors", {"x": X})
+        state_dict.write_tensors(tmp_path / "nowhere" / "x.safetensors", {"x": X})

@@ -26,7 +26,7 @@ NUMBERS = {
 
 
 def test_what_tensorflow_wrote():
-    found = tf_checkpoint.read(FILES, "all")
+    found = tf_checkpoint.read_tf_checkpoint(FILES, "all")
     assert len(found) == len(NUMBERS) + 3 + 20
     for name, dtype in NUMBERS.items():
         assert found[f"numbers/{name}"].dtype == dtype
@@ -46,12 +46,12 @@ def test_of_several_blocks_also_in_an_archive(tmp_path):
         for file in (tmp_path / "inner").iterdir():
             archive.write(file, f"inner/{file.name}")
     for folder in (tmp_path / "inner", zipfile.Path(tmp_path / "x.zip") / "inner"):
-        found = tf_checkpoint.read(folder)
+        found = tf_checkpoint.read_tf_checkpoint(folder)
         assert sorted(found) == sorted(tensors)
         for name, x in tensors.items():
             np.testing.assert_array_equal(found[name], x)
     with pytest.raises(UserError, match="has no TensorFlow checkpoint"):
-        tf_checkpoint.read(zipfile.Path(tmp_path / "x.zip") / "other")
+        tf_checkpoint.read_tf_checkpoint(zipfile.Path(tmp_path / "x.zip") / "other")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_of_several_blocks_also_in_an_archive(tmp_path):
 def test_what_is_not_read(tmp_path, options, said):
     tf_checkpoints.write(tmp_path, {"x": X.astype(np.float32)}, **options)
     with pytest.raises(UserError, match=said):
-        tf_checkpoint.read(tmp_path)
+        tf_checkpoint.read_tf_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_what_is_not_read(tmp_path, options, said):
 )
 def test_tensors_that_are_not_read(prefix, said):
     with pytest.raises(UserError, match=said):
-        tf_checkpoint.read(FILES, prefix)
+        tf_checkpoint.read_tf_checkpoint(FILES, prefix)
 
 
 def test_files_cut_short_or_garbled(tmp_path):
@@ -93,7 +93,7 @@ def test_files_cut_short_or_garbled(tmp_path):
         (tmp_path / ".index").write_bytes(garbled)
         (tmp_path / tf_checkpoint.DATA).write_bytes(data)
         try:
-            tf_checkpoint.read(tmp_path)
+            tf_checkpoint.read_tf_checkpoint(tmp_path)
         except UserError:
             refused += 1
     assert refused > 100
@@ -106,4 +106,4 @@ def test_files_cut_short_or_garbled(tmp_path):
         (tmp_path / ".index").write_bytes(cut_index)
         (tmp_path / tf_checkpoint.DATA).write_bytes(cut_data)
         with pytest.raises(UserError, match=said):
-            tf_checkpoint.read(tmp_path)
+            tf_checkpoint.read_tf_checkpoint(tmp_path)

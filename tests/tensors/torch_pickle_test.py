@@ -39,7 +39,7 @@ STATE = {
 
 @pytest.mark.parametrize("name", ["state_dict.pt", "state_dict_legacy.pt"])
 def test_what_torch_wrote(name):
-    read = torch_pickle.read(FILES / name)
+    read = torch_pickle.read_pickle(FILES / name)
     assert list(read) == list(STATE)
     for key, x in STATE.items():
         assert read[key].dtype == x.dtype
@@ -52,16 +52,16 @@ def test_a_file_cut_short(tmp_path, name, missing):
     whole = (FILES / name).read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[:-missing])
     with pytest.raises(UserError, match=r"cut\.pt"):
-        torch_pickle.read(tmp_path / "cut.pt")
+        torch_pickle.read_pickle(tmp_path / "cut.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{", b"not a file of tensors at all"])
 def test_files_of_something_else(tmp_path, content):
     (tmp_path / "model.pt").write_bytes(content)
     with pytest.raises(UserError, match=r"model\.pt"):
-        torch_pickle.read(tmp_path / "model.pt")
+        torch_pickle.read_pickle(tmp_path / "model.pt")
     with pytest.raises(UserError, match="elsewhere"):
-        torch_pickle.read(tmp_path / "elsewhere" / "model.pt")
+        torch_pickle.read_pickle(tmp_path / "elsewhere" / "model.pt")
 
 
 @pytest.mark.parametrize("file", sorted(FILES.glob("*.pt")), ids=lambda file: file.stem)
@@ -73,7 +73,7 @@ def test_a_garbled_file_is_read_or_refused(tmp_path, file):
             garbled[rng.randrange(len(garbled))] = rng.randrange(256)
         (tmp_path / "garbled.pt").write_bytes(garbled)
         try:
-            torch_pickle.read(tmp_path / "garbled.pt")
+            torch_pickle.read_pickle(tmp_path / "garbled.pt")
         except UserError:
             refused += 1
     assert refused > 100
@@ -127,7 +127,7 @@ class RunsCode:
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_code_is_refused_by_name(here, legacy, protocol):
     with pytest.raises(UserError, match=r"mkdir.*refused"):
-        torch_pickle.read(save("bad.pt", pickle.dumps({"x": RunsCode()}, protocol), legacy))
+        torch_pickle.read_pickle(save("bad.pt", pickle.dumps({"x": RunsCode()}, protocol), legacy))
     assert os.listdir(here) == ["bad.pt"]
 
 
@@ -163,7 +163,7 @@ def test_no_other_function_or_class_is_admitted(here, name):
     for legacy in (False, True):
         for opcodes in (asked, call(module, function, text("x"))):
             with pytest.raises(UserError, match=f"{function}.*refused"):
-                torch_pickle.read(save("bad.pt", pickled(opcodes), legacy))
+                torch_pickle.read_pickle(save("bad.pt", pickled(opcodes), legacy))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_no_other_function_or_class_is_admitted(here, name):
 def test_what_is_admitted_cannot_be_turned_against_us(here, opcodes):
     for legacy in (False, True):
         with pytest.raises(UserError, match=r"bad\.pt"):
-            torch_pickle.read(save("bad.pt", pickled(opcodes[1]), legacy))
+            torch_pickle.read_pickle(save("bad.pt", pickled(opcodes[1]), legacy))
     assert torch_pickle._tensor.__defaults__ is None
 
 
@@ -216,7 +216,7 @@ def test_the_memory_of_a_storage_cannot_be_swapped_below_its_tensors(here):
     state = b"(K\x01K\x01\x85ctorch\nFloatStorage\n\x89" + text("\0" * 4) + b"t"
     zip_of("bad.pt", members | {name: pickled(STORAGE, state, b"b")})
     with pytest.raises(UserError, match="state of a ndarray; refused"):
-        torch_pickle.read("bad.pt")
+        torch_pickle.read_pickle("bad.pt")
 
 
 def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
@@ -227,7 +227,7 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
     members[name] = members[name].replace(shape, b"K\x63K\x04\x86", 1)
     zip_of(tmp_path / "forged.pt", members)
     with pytest.raises(UserError, match=r"forged\.pt"):
-        torch_pickle.read(tmp_path / "forged.pt")
+        torch_pickle.read_pickle(tmp_path / "forged.pt")
 
 
 def test_big_endian_files_are_refused(here):
@@ -235,7 +235,7 @@ def test_big_endian_files_are_refused(here):
         archive.writestr("archive/data.pkl", pickle.dumps({}, 2))
         archive.writestr("archive/byteorder", b"big")
     with pytest.raises(UserError, match="byte order b'big'"):
-        torch_pickle.read("big.pt")
+        torch_pickle.read_pickle("big.pt")
 
 
 # fairseq's objects -------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def test_nothing_of_an_installed_fairseq_is_run(here, monkeypatch, package, lega
         "old": b"(" + f"i{package}\nDictionary\n".encode() + state,
     }
     for how, opcodes in made.items():
-        stub = torch_pickle.read(save("run.pt", pickled(opcodes), legacy))
+        stub = torch_pickle.read_pickle(save("run.pt", pickled(opcodes), legacy))
         assert isinstance(stub, torch_pickle.Stub)
         assert type(stub).__name__ == "Dictionary"
         assert stub.symbols == ["<s>"]
@@ -277,7 +277,7 @@ def test_nothing_of_an_installed_fairseq_is_run(here, monkeypatch, package, lega
 
 def test_a_dotted_name_in_an_admitted_package_leads_nowhere(here):
     asked = text("argparse") + text("_sys.modules") + b"\x93"
-    found = torch_pickle.read(save("x.pt", pickled(asked, b")R"), False))
+    found = torch_pickle.read_pickle(save("x.pt", pickled(asked, b")R"), False))
     assert isinstance(found, torch_pickle.Stub)
 
 
@@ -298,7 +298,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("version", ["2.0", "2.3"])
 def test_what_omegaconf_wrote(version):
-    content = torch_pickle.read(FILES / f"fairseq_omegaconf_{version}.pt")
+    content = torch_pickle.read_pickle(FILES / f"fairseq_omegaconf_{version}.pt")
     assert isinstance(content["cfg"], torch_pickle.Stub)
     assert content["args"] is None
     assert fairseq.plain(content["cfg"]) == {
@@ -319,7 +319,7 @@ def test_what_omegaconf_wrote(version):
 
 
 def test_what_argparse_wrote():
-    content = torch_pickle.read(FILES / "fairseq_namespace.pt")
+    content = torch_pickle.read_pickle(FILES / "fairseq_namespace.pt")
     expected = SETTINGS | {"sample_rate": 24000, "normalize": False}
     assert fairseq.plain(content["args"]) == expected
     assert fairseq.plain(content["cfg"]) is None
@@ -329,8 +329,8 @@ def test_what_argparse_wrote():
 
 
 def there_and_back(path, content):
-    torch_pickle.write(path, content)
-    return torch_pickle.read(path)
+    torch_pickle.write_pickle(path, content)
+    return torch_pickle.read_pickle(path)
 
 
 @pytest.mark.parametrize("name", torch_pickle.STORAGES)
@@ -396,10 +396,10 @@ def test_values_that_are_easily_confused(tmp_path):
 
 def test_equal_content_gives_equal_bytes(tmp_path, monkeypatch):
     content = {"a": X, "b": [1, {"c": X.T}], "d": "e"}
-    torch_pickle.write(tmp_path / "one.pt", content)
+    torch_pickle.write_pickle(tmp_path / "one.pt", content)
     monkeypatch.setattr("time.time", lambda: 2e9)
     copied = {"a": X.copy(), "b": [1, {"c": np.ascontiguousarray(X.T)}], "d": "e"}
-    torch_pickle.write(tmp_path / "two.pt", copied)
+    torch_pickle.write_pickle(tmp_path / "two.pt", copied)
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
 
 
@@ -408,7 +408,7 @@ def test_equal_content_gives_equal_bytes(tmp_path, monkeypatch):
 )
 def test_nothing_else_can_be_written(tmp_path, x):
     with pytest.raises(TypeError, match="no place in a torch file"):
-        torch_pickle.write(tmp_path / "x.pt", {"a": [x]})
+        torch_pickle.write_pickle(tmp_path / "x.pt", {"a": [x]})
 
 
 # torch's own reader ------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ def test_nothing_else_can_be_written(tmp_path, x):
 def test_torch_reads_what_we_write(tmp_path, mmap):
     torch = pytest.importorskip("torch", reason="torch is missing; pip install mert_jax[peers]")
     values = {"n": [5_000_000_000, -1, True, None, 0.1, "音"], "t": (1, {"a": []}), 0: {}}
-    torch_pickle.write(tmp_path / "x.pt", {"state": STATE, "values": values})
+    torch_pickle.write_pickle(tmp_path / "x.pt", {"state": STATE, "values": values})
     read = torch.load(tmp_path / "x.pt", weights_only=True, mmap=mmap)
     assert same(read["values"], values)
     assert list(read["state"]) == list(STATE)

@@ -41,7 +41,7 @@ class Lane(NamedTuple):
     found: list[np.ndarray]
 
 
-def encode(directory: str, checkpoint: str, bar: tqdm) -> stored_codes.Info:
+def encode(directory: str, checkpoint: str, bar: tqdm) -> stored_codes.CodesInfo:
     """Store the codes of every track of the dataset in `directory`; `bar` counts seconds of audio.
 
     Raises UserError for a checkpoint that cannot be read, and OSError where writing fails.
@@ -156,12 +156,12 @@ def _copy(directory: str, fingerprint: str, held: str) -> None:
     if not os.path.exists(path):
         return
     with open(path) as f:
-        before = stored_codes.Info(**json.load(f))
+        before = stored_codes.CodesInfo(**json.load(f))
     if before.fingerprint != fingerprint:
         return
     with open(os.path.join(root, "tracks.jsonl")) as f:
         lines = [json.loads(line) for line in f]
-    opened = {split: stored_codes.Source(directory, split, before) for split in before.shards}
+    opened = {split: stored_codes.CodesSource(directory, split, before) for split in before.shards}
     for line in lines:
         if os.path.exists(_path(held, line["track"])):
             continue
@@ -180,7 +180,7 @@ def _assemble(
     tracks: dict[str, Stored],
     sources: dict[str, Any],
     metadata: dict[str, Any],
-) -> stored_codes.Info:
+) -> stored_codes.CodesInfo:
     """Cut the tracks' codes into records like those of the audio, and say so in codes.json."""
     root = stored_codes.folder(directory, NAME)
     books = len(teacher.params["codebooks"])
@@ -213,7 +213,7 @@ def _assemble(
             os.replace(f"{path}.partial", path)
             shards[split].append(name)
         counts[split] = histogram.tolist()
-    made = stored_codes.Info(
+    made = stored_codes.CodesInfo(
         NAME, books, teacher.size, HOP, fingerprint, metadata["fingerprint"], counts, shards
     )
     _write(os.path.join(root, "tracks.jsonl"), "".join(json.dumps(x) + "\n" for x in manifest))

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 from mert_jax.constants import HOP_LENGTH, SAMPLE_RATE
 from mert_jax.data import records
 from mert_jax.data.preparation import assemble
-from mert_jax.data.preparation.sources import Outcome, Source
+from mert_jax.data.preparation.sources import Outcome, SourceFile
 
 _FORMAT = 1  # of the decoding and the records; a dataset of another one is not added to
 
 
-class Settings(NamedTuple):
+class PreparationSettings(NamedTuple):
     """What decides the content of a dataset, besides the music."""
 
     chunk_seconds: float = 30.0
@@ -43,7 +43,7 @@ class Selection(NamedTuple):
     left_out: list[tuple[str, str, str]]
 
 
-def select(files: Sequence[tuple[Source, Outcome]], min_seconds: float) -> Selection:
+def select(files: Sequence[tuple[SourceFile, Outcome]], min_seconds: float) -> Selection:
     """Choose among decoded files, in their order: long enough, and each content once."""
     chosen: dict[str, assemble.Track] = {}
     outcomes, left_out = [], []
@@ -63,7 +63,9 @@ def select(files: Sequence[tuple[Source, Outcome]], min_seconds: float) -> Selec
     return Selection(list(chosen.values()), outcomes, left_out)
 
 
-def describe(splits: dict[str, list[assemble.Track]], settings: Settings) -> dict[str, Any]:
+def describe(
+    splits: dict[str, list[assemble.Track]], settings: PreparationSettings
+) -> dict[str, Any]:
     """The metadata of a dataset, as `records.metadata` returns it."""
     chunk, overlap = settings.chunk_samples, settings.overlap_samples
     tracks = [t for split in splits.values() for t in split]

@@ -10,7 +10,7 @@ from mert_jax.data.decoding import is_audio_name
 from mert_jax.errors import UserError
 
 
-class Source(NamedTuple):
+class SourceFile(NamedTuple):
     """A file to decode: where it is, its name relative to the input, and how to see it changed."""
 
     path: str
@@ -32,20 +32,20 @@ class Outcome(NamedTuple):
     detail: str = ""
 
 
-class Found(NamedTuple):
+class SourceList(NamedTuple):
     """Sources sorted by name, and (name, reason, detail) of what needs no decoding."""
 
-    sources: list[Source]
+    sources: list[SourceFile]
     left_out: list[tuple[str, str, str]]
 
 
-def find(inputs: Sequence[str], exclude: str) -> Found:
+def find_sources(inputs: Sequence[str], exclude: str) -> SourceList:
     """List the audio files in directories (nested) and files, without those under `exclude`.
 
     Raises `UserError` for an input that is missing, cannot be listed or holds no file.
     """
     exclude = os.path.realpath(exclude)
-    sources: dict[str, Source] = {}
+    sources: dict[str, SourceFile] = {}
     left_out: dict[str, tuple[str, str, str]] = {}
     files = 0
     for given in inputs:
@@ -71,14 +71,14 @@ def find(inputs: Sequence[str], exclude: str) -> Found:
             if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
                 left_out[real] = (name, "unreadable", "not a regular file")
             elif alone or is_audio_name(path):
-                sources[real] = Source(real, name, status.st_size, status.st_mtime_ns)
+                sources[real] = SourceFile(real, name, status.st_size, status.st_mtime_ns)
             else:
                 suffix = os.path.splitext(path)[1].lower() or "no suffix"
                 left_out[real] = (name, "not audio", suffix)
     if not files and not left_out:
         raise UserError(f"no file in --input={','.join(inputs)}; give a directory with music in it")
     by_name = sorted(sources.values(), key=lambda source: (source.name, source.path))
-    return Found(by_name, sorted(left_out.values()))
+    return SourceList(by_name, sorted(left_out.values()))
 
 
 def _walk(root: str, exclude: str) -> Iterator[tuple[str, str]]:
@@ -102,12 +102,12 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def to_line(source: Source, outcome: Outcome) -> str:
+def to_line(source: SourceFile, outcome: Outcome) -> str:
     """One line of a journal of outcomes."""
     return json.dumps(source._asdict() | outcome._asdict()) + "\n"
 
 
-def read_lines(path: str) -> Iterator[tuple[Source, Outcome]]:
+def read_lines(path: str) -> Iterator[tuple[SourceFile, Outcome]]:
     """Read a journal of outcomes back; none where there is no such file.
 
     A line that was being written when the run was killed is left out: its file is decoded again.
@@ -122,5 +122,5 @@ def read_lines(path: str) -> Iterator[tuple[Source, Outcome]]:
                 fields = json.loads(line)
             except ValueError:
                 continue
-            source = Source(*(fields.pop(key) for key in Source._fields))
+            source = SourceFile(*(fields.pop(key) for key in SourceFile._fields))
             yield source, Outcome(**fields)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from mert_jax.constants import SAMPLE_RATE
 from mert_jax.data.decoding import SkippedFile, decode, to_int16
-from mert_jax.data.preparation.sources import Outcome, Source, read_lines
+from mert_jax.data.preparation.sources import Outcome, SourceFile, read_lines
 
 # Quieter than this everywhere (-80 dBFS), a track is silence, dithered perhaps.
 SILENCE_PEAK = 3
@@ -31,7 +31,7 @@ def journal_path(staging: str) -> str:
     return os.path.join(staging, "journal.jsonl")
 
 
-def stage(source: Source, report: Callable[[tuple[int, float]], None], staging: str) -> Outcome:
+def stage(source: SourceFile, report: Callable[[tuple[int, float]], None], staging: str) -> Outcome:
     """Decode a file into the staging directory; `report` gets (samples, fraction done) meanwhile.
 
     Raises OSError where the staging directory cannot be written.
@@ -51,7 +51,7 @@ def stage(source: Source, report: Callable[[tuple[int, float]], None], staging: 
 
 
 def _stage(
-    source: Source, staging: str, partial: str, report: Callable[[tuple[int, float]], None]
+    source: SourceFile, staging: str, partial: str, report: Callable[[tuple[int, float]], None]
 ) -> Outcome:
     digest = hashlib.blake2b(digest_size=8)
     samples = clipped = peak = 0
@@ -79,7 +79,7 @@ def _stage(
     return Outcome(track, samples, clipped, header.sample_rate, header.channels, header.format)
 
 
-def staged(staging: str) -> dict[str, tuple[Source, Outcome]]:
+def staged(staging: str) -> dict[str, tuple[SourceFile, Outcome]]:
     """Outcomes by path of the files an interrupted run had done, their samples still complete."""
     found = {}
     for source, outcome in read_lines(journal_path(staging)):
