@@ -1,13 +1,15 @@
 """Training our own codec: the loop, its figures, and the codec written in EnCodec's format."""
 
+import contextlib
 import functools
 import inspect
 import os
-import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mert_jax import sharding
@@ -17,9 +19,9 @@ from mert_jax.data import bad_records, pipeline, records
 from mert_jax.errors import UserError
 from mert_jax.fitting import codec_report, codec_step
 from mert_jax.fitting.codec_step import Codec, CodecState
-from mert_jax.pretraining import metrics
-from mert_jax.runtime import workdir_lock
-from mert_jax.runtime.signals import StopSignal
+from mert_jax.pretraining import loop, metrics
+from mert_jax.pretraining.run_log import StepDecision
+from mert_jax.runtime import goodput, workdir_lock
 from mert_jax.teachers import encodec_checkpoint
 
 
@@ -55,6 +57,35 @@ def run(config: ConfigDict, data_dir: str, output: str, seed: int) -> int:
     Run again, it resumes from output/training. Raises UserError for numbers that do not go
     together, another run's output, and data that cannot be read.
     """
+    check(config, data_dir)
+    source = records.open_source(data_dir, "train")
+    validation = records.open_source(data_dir, "validation")
+    mesh = sharding.make_mesh(-1, 1, 1)
+    sharding.check_batch(config.batch_size, mesh)
+    training = os.path.join(output, "training")
+    metadata = records.metadata(data_dir)
+    settings = config.to_dict() | {"seed": seed, "fingerprint": metadata["fingerprint"]}
+    resumes = bool(manager.checkpoint_steps(training))
+    lock = workdir_lock.lock_workdir(training, settings, begun=resumes)
+    options = inspect.signature(codec_step.make).parameters
+    codec = codec_step.make(**{name: config[name] for name in options})
+    num_samples = metadata["overlap_samples"] // HOP_LENGTH * HOP_LENGTH
+    held_out = codec_report.held_out_clips(validation, num_samples)
+    with lock, jax.set_mesh(mesh):
+        trainer = CodecTraining(config, codec, source, held_out, mesh, seed)
+        state, request = trainer.train(training)
+        if request:
+            return 128 + request
+        codebooks = codec_step.codebooks(state.quantizer)
+        encodec_checkpoint.write_encodec(
+            output, jax.device_get(state.params | {"codebooks": codebooks})
+        )
+        codec_report.report(output, training, codec, state, held_out)
+    return 0
+
+
+def check(config: ConfigDict, data_dir: str) -> None:
+    """Raise UserError for numbers that do not go together, or with the dataset."""
     for name in ("total_steps", "batch_size", "log_every", "eval_every", "filters", "books"):
         if config[name] < 1:
             raise UserError(f"--config.{name}={config[name]}; it must be at least 1")
@@ -69,120 +100,135 @@ def run(config: ConfigDict, data_dir: str, output: str, seed: int) -> int:
             f"--config.num_samples={config.num_samples}, and {data_dir} was prepared for clips of "
             f"{overlap} at most"
         )
-    source = records.open_source(data_dir, "train")
-    validation = records.open_source(data_dir, "validation")
-    mesh = sharding.make_mesh(-1, 1, 1)
-    sharding.check_batch(config.batch_size, mesh)
-    training = os.path.join(output, "training")
-    fingerprint = records.metadata(data_dir)["fingerprint"]
-    settings = config.to_dict() | {"seed": seed, "fingerprint": fingerprint}
-    held = workdir_lock.lock_workdir(
-        training, settings, begun=bool(manager.checkpoint_steps(training))
-    )
-    options = inspect.signature(codec_step.make).parameters
-    c = codec_step.make(**{name: config[name] for name in options})
-    clips = dict(num_samples=overlap // HOP_LENGTH * HOP_LENGTH)
-    held_out = codec_report.held_out_clips(validation, **clips)
-    with held, jax.set_mesh(mesh):
-        state, code = train(config, training, c, source, held_out, mesh, seed)
-        if code:
-            return code
-        params = jax.device_get(state.params | {"codebooks": codec_step.codebooks(state.quantizer)})
-        encodec_checkpoint.write_encodec(output, params)
-        codec_report.report(output, training, c, state, held_out)
-    return 0
 
 
-def train(
-    config: ConfigDict,
-    training: str,
-    c: Codec,
-    source: Any,
-    held_out: np.ndarray,
-    mesh: Any,
-    seed: int,
-) -> tuple[CodecState, int]:
-    """The loop over batches; the last state and the exit code, 0 when `total_steps` are done."""
-    init = functools.partial(codec_step.init, c, jax.random.key(seed))
-    shardings = sharding.state_shardings(init, mesh)
-    checkpoints = manager.Checkpoints(training, config.checkpoint.keep)
-    start = checkpoints.latest_step or 0
-    if start:
-        state = checkpoints.restore(jax.eval_shape(init), shardings)
-        print(f"resuming {training} at step {start} of {config.total_steps}", flush=True)
-    else:
-        state = jax.jit(init, out_shardings=shardings)()
-    if start >= config.total_steps:
-        checkpoints.close()
-        return state, 0
-    step = jax.jit(
-        functools.partial(codec_step.train_step, c=c),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
-    stream = pipeline.train_stream(
-        [source],
-        num_samples=config.num_samples,
-        hop=HOP_LENGTH,
-        batch_size=config.batch_size,
-        seed=seed,
-        start=start,
-        threads=config.threads,
-    )
-    stream = bad_records.count_bad_records(
-        stream, bad_records.BadRecords(None, [source], start=start), start
-    )
-    put = lambda batch: sharding.global_batch(batch["audio"], config.batch_size, mesh)
-    key = jax.random.key(seed + 1)
-    policy = manager.SavePolicy(
-        config.checkpoint.every_steps, config.checkpoint.every_minutes, time.monotonic
-    )
-    seconds = config.batch_size * config.num_samples / SAMPLE_RATE
-    speed = metrics.Speed(start, config.total_steps, audio_seconds=seconds, flops=0)
-    writer = metrics.Writer(training, start, tensorboard=False)
-    stop = StopSignal()
-    for number, audio in enumerate(pipeline.prefetch(stream, put), start + 1):
-        state, found = step(state, audio, key)
-        last = number == config.total_steps or stop.signal
-        evaluate_now = number % config.eval_every == 0 or number == config.total_steps
-        if number % config.log_every == 0 or evaluate_now:
-            row = {"step": number, **{k: np.asarray(v).tolist() for k, v in found.items()}}
-            if not np.isfinite(row["loss"] + row["grad_norm"]):
-                checkpoints.close()
-                raise UserError(
-                    f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {number}: "
-                    f"stopped; the last checkpoint is of step {checkpoints.latest_step}. Lower "
-                    "--config.learning_rate, in a new --output"
-                )
-            rate = speed.measure(number)["audio_seconds_per_second"]
-            row["audio_seconds_per_second"] = rate
-            line = (
-                f"step {number}/{config.total_steps}  loss {row['loss']:.3f} = log-mel "
-                f"{row['mel_distance']:.3f} + wave {row['wave_distance']:.4f} x "
-                f"{config.wave_weight:g} + commitment {row['commitment']:.5f}  revived "
-                f"{sum(row['dead'])}  {rate:.0f} s/s  eta {speed.eta(number)}"
+class CodecTraining:
+    """The training of a codec, as the `loop.Trainer` that makes its updates."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        codec: Codec,
+        source: Any,
+        held_out: np.ndarray,
+        mesh: Mesh,
+        seed: int,
+    ):
+        self._config, self._codec, self._source = config, codec, source
+        self._held_out, self._mesh, self._seed = held_out, mesh, seed
+        self._key, self._request = jax.random.key(seed + 1), 0
+
+    def train(self, training: str) -> tuple[CodecState, int]:
+        """Train in the workdir `training`; return the last state, and the signal or 0."""
+        config = self._config
+        init = functools.partial(codec_step.init, self._codec, jax.random.key(self._seed))
+        shardings = sharding.state_shardings(init, self._mesh)
+        saves = config.checkpoint
+        intervals = loop.Intervals(
+            config.total_steps,
+            config.log_every,
+            config.eval_every,
+            saves.every_steps,
+            saves.every_minutes,
+        )
+        with contextlib.closing(manager.Checkpoints(training, saves.keep)) as checkpoints:
+            start = checkpoints.latest_step or 0
+            if start:
+                state = checkpoints.restore(jax.eval_shape(init), shardings)
+                print(f"resuming {training} at step {start} of {config.total_steps}", flush=True)
+            else:
+                state = jax.jit(init, out_shardings=shardings)()
+            if start >= config.total_steps:
+                return state, 0
+            step = functools.partial(codec_step.train_step, c=self._codec)
+            self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+            seconds = config.batch_size * config.num_samples / SAMPLE_RATE
+            self._speed = metrics.Speed(start, config.total_steps, audio_seconds=seconds, flops=0)
+            self._checkpoints = checkpoints
+            clock = goodput.Goodput(training)
+            state, request = loop.run(
+                self,
+                state,
+                intervals,
+                saver=loop.Saver(checkpoints, intervals, clock, self._speed, lambda: None),
+                clock=clock,
+                speed=self._speed,
+                log=metrics.Writer(training, start, tensorboard=False),
+                publish=clock.write,
+                beat=lambda: None,
             )
-            if evaluate_now:
-                row |= {
-                    f"validation_{name}": value
-                    for name, value in codec_report.evaluate(c, state, held_out)["trained"].items()
-                }
-                line += (
-                    f"\n  validation: log-mel distance {row['validation_mel_distance']:.3f}, "
-                    f"SI-SDR {row['validation_si_sdr']:.2f} dB"
-                )
-                speed.pause()
-            writer.write(row)
-            print(line, flush=True)
-        if policy.due(number, policy.overdue) or last:
-            checkpoints.save(number, state)
-            policy.saved()
-        if last:
-            break
-    stream.close()
-    checkpoints.close()
-    writer.close()
-    if stop.signal and number < config.total_steps:
-        print(f"stopped and saved at step {number}; run the same command to go on", flush=True)
-        return state, 128 + stop.signal
-    return state, 0
+        if request:
+            print(f"stopped and saved at step {state.step}; run the same command to go on")
+        return state, request
+
+    def position(self, state: CodecState) -> int:
+        """Return the number of the next batch, the updates made so far."""
+        return int(state.step)
+
+    def batches(self, position: int) -> Iterator[jax.Array]:
+        """Return the batches of int16 clips [B, N] from number `position` on."""
+        config = self._config
+        stream = pipeline.train_stream(
+            [self._source],
+            num_samples=config.num_samples,
+            hop=HOP_LENGTH,
+            batch_size=config.batch_size,
+            seed=self._seed,
+            start=position,
+            threads=config.threads,
+        )
+        faults = bad_records.BadRecords(None, [self._source], start=position)
+
+        def put(batch: Any) -> jax.Array:
+            return sharding.global_batch(batch["audio"], config.batch_size, self._mesh)
+
+        return pipeline.prefetch(bad_records.count_bad_records(stream, faults, position), put)
+
+    def update(self, state: CodecState, batch: jax.Array, request: int) -> tuple[CodecState, Any]:
+        """Make one update; a request is honoured after it, on the one host there is."""
+        self._request = request
+        return self._step(state, batch, self._key)
+
+    def decide(self, step: int, batch: int, result: Any, last: bool) -> StepDecision:
+        """Pass the request on: this training has no guard to roll it back."""
+        return StepDecision(None, self._request)
+
+    def roll_back(self, state: CodecState, streak: Any) -> CodecState:
+        """Never called: `decide` finds no streaks."""
+        raise NotImplementedError
+
+    def may_save(self, result: Any) -> bool:
+        """Return True: every state may be saved."""
+        return True
+
+    def row(self, step: int, state: CodecState, result: Any, evaluate: bool) -> loop.Row:
+        """Return the row of metrics.jsonl. Raises UserError if the loss is no longer finite."""
+        row = {"step": step, **{name: np.asarray(x).tolist() for name, x in result.items()}}
+        if not np.isfinite(row["loss"] + row["grad_norm"]):
+            raise UserError(
+                f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {step}: "
+                f"stopped; the last checkpoint is of step {self._checkpoints.latest_step}. Lower "
+                "--config.learning_rate, in a new --output"
+            )
+        rate = self._speed.measure(step)["audio_seconds_per_second"]
+        row["audio_seconds_per_second"] = rate
+        if evaluate:
+            figures = codec_report.evaluate(self._codec, state, self._held_out)["trained"]
+            row |= {f"validation_{name}": value for name, value in figures.items()}
+            self._speed.pause()
+        return row
+
+    def line(self, row: loop.Row, eta: str) -> str:
+        """Return the console's line of a row."""
+        line = (
+            f"step {row['step']}/{self._config.total_steps}  loss {row['loss']:.3f} = log-mel "
+            f"{row['mel_distance']:.3f} + wave {row['wave_distance']:.4f} x "
+            f"{self._config.wave_weight:g} + commitment {row['commitment']:.5f}  revived "
+            f"{sum(row['dead'])}  {row['audio_seconds_per_second']:.0f} s/s  eta {eta}"
+        )
+        if "validation_mel_distance" in row:
+            line += (
+                f"\n  validation: log-mel distance {row['validation_mel_distance']:.3f}, "
+                f"SI-SDR {row['validation_si_sdr']:.2f} dB"
+            )
+        return line

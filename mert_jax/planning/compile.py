@@ -23,7 +23,7 @@ from mert_jax.errors import UserError
 from mert_jax.hardware import TPUS, Chip
 from mert_jax.models import mert_v1
 from mert_jax.planning import abstract_teachers
-from mert_jax.pretraining import build, program
+from mert_jax.pretraining import build
 
 
 class Topology(NamedTuple):
@@ -123,7 +123,7 @@ def compile_step(config: ConfigDict, devices: Sequence[Any], choice: str = "") -
     stored = abstract_teachers.stored_codes(config, choice)
     teachers = abstract_teachers.make(config, stored)
     student = build.student(config, teachers, stored)
-    made = program.make(config, student, teachers, mesh)
+    made = build.make_experiment(config, student, teachers, mesh)
     state = jax.tree.map(_placed, made.abstract, made.shardings)
     whole = functools.partial(_placed, sharding=sharding.replicated(mesh))
     teacher_params = jax.tree.map(whole, {name: t.params for name, t in teachers.items()})
@@ -177,7 +177,7 @@ def batch(
         "looped": shape((rows,), jnp.bool_),
         "record": shape((rows,), jnp.int32),
         "faulty": shape((rows,), jnp.int32),
-        "wishes": shape((mesh.size,), jnp.int32, PartitionSpec(sharding.AXES)),
+        "requests": shape((mesh.size,), jnp.int32, PartitionSpec(sharding.AXES)),
         "codes": {
             name: shape((rows, frames, info.books), jnp.uint16) for name, info in stored.items()
         },

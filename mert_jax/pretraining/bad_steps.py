@@ -1,4 +1,4 @@
-"""What the guard did not let pass: which steps, on which records, and when to go back."""
+"""The updates that the guard rejected, with their records, and streaks of them."""
 
 import os
 from typing import Any, NamedTuple
@@ -11,17 +11,17 @@ FILE = "bad_steps.jsonl"
 
 
 class BadStreak(NamedTuple):
-    """A run of steps that were all bad: the first, and the batch after the last."""
+    """Consecutive rejected steps: the first, and the batch after the last."""
 
     first_step: int
     next_batch: int
 
 
 class BadSteps:
-    """Writes the steps that were bad to WORKDIR/bad_steps.jsonl, with their batch's record ids.
+    """Writes rejected steps to WORKDIR/bad_steps.jsonl, with the ids of their records.
 
-    `start` is the batch the run begins with: lines of it and later ones are dropped. All hosts of a
-    run look, the one that `writes` keeps the file.
+    `start` is the batch that the run begins with: lines of it and later ones are dropped. All hosts
+    watch for streaks of `most` steps; the host that `writes` keeps the file.
     """
 
     def __init__(self, workdir: str, most: int, start: int = 0, writes: bool = True):
@@ -30,8 +30,7 @@ class BadSteps:
             self._ledger = JsonlFile(os.path.join(workdir, FILE), lambda row: row["batch"] < start)
 
     def note(self, step: int, batch: int, result: Any) -> BadStreak | None:
-        """Look at the verdict on `step`: the course to give up, if as many as `most` in a row were
-        bad."""
+        """Return the streak that `step` completes, None while it has fewer than `most` steps."""
         streak = int(result["guard"].streak)
         if not streak:
             return None

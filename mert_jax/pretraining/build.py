@@ -1,13 +1,17 @@
-"""From a config to the things a run is made of; with `datasets`, the one place that reads it."""
+"""From a config to student, teachers, objective, optimiser and compiled steps."""
 
+import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mert_jax import sharding, teachers
@@ -286,7 +290,6 @@ def about(
 def describe(config: ConfigDict, student: mert_v1.Student, table: bool) -> str:
     """The number of parameters, computed without making any; with `table`, each of them."""
     from clu import parameter_overview
-    from flax import linen as nn
 
     params = jax.eval_shape(lambda: nn.unbox(student.init(jax.random.key(0), jnp.zeros((1, 4000)))))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -299,3 +302,39 @@ def describe(config: ConfigDict, student: mert_v1.Student, table: bool) -> str:
         return line
     overview = parameter_overview.get_parameter_overview(params["params"], include_stats=False)
     return f"{overview}\n{line}"
+
+
+class Experiment(NamedTuple):
+    """The functions and layouts that a config comes to on a mesh.
+
+    init: () -> the state of a new run; abstract, shardings: its shapes and layout; context: samples
+    before each clip that teachers hear; train_step, eval_step: as in `step`, jitted.
+    """
+
+    init: Callable[[], TrainState]
+    abstract: TrainState
+    shardings: TrainState
+    context: int
+    train_step: Callable[..., Any]
+    eval_step: Callable[..., Any]
+
+
+def make_experiment(
+    config: ConfigDict, student: mert_v1.Student, teachers: Mapping[str, Teacher], mesh: Mesh
+) -> Experiment:
+    """Return the experiment of a config, its student and teachers, compiling nothing yet."""
+    optimizer = make_optimizer(config)
+    boxed = functools.partial(init, config, student, optimizer)
+
+    def unboxed() -> TrainState:
+        return nn.unbox(boxed())
+
+    shardings = sharding.state_shardings(boxed, mesh)
+    minimised = objective(config, student, dict(teachers))
+    compiled = step.compiled(
+        minimised, optimizer, config.accumulation, config.group, config.guard.factor, shardings
+    )
+    # initialised where it will lie: no device ever holds all of it
+    sharded = jax.jit(unboxed, out_shardings=shardings)
+    context = max(minimised.context.values(), default=0)
+    return Experiment(sharded, jax.eval_shape(unboxed), shardings, context, *compiled)

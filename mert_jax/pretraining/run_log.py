@@ -1,4 +1,4 @@
-"""What a run writes down step by step, and what the steps say to do next."""
+"""The record of a run, step by step, and the decisions that follow from it."""
 
 import collections
 from collections.abc import Sequence
@@ -10,24 +10,22 @@ from mert_jax.data.bad_records import BadRecords
 from mert_jax.pretraining.bad_steps import BadSteps, BadStreak
 from mert_jax.pretraining.metrics import Writer
 
-LAG = 1  # steps between the newest and the one whose verdict is waited for
-SAVE = 1  # a host's wish; a larger one is the signal that asks it to stop
+LAG = 1  # steps are judged this many steps late, so that the devices need not wait
+SAVE = 1  # a host's request to save; a larger one is the number of the signal that stops it
 
 
 class StepDecision(NamedTuple):
-    """What to do after a step: give up a course of bad steps, fulfil the largest of the hosts'
-    wishes (0: there is none)."""
+    """Roll back a streak of rejected steps, or honour the strongest request of a host (0: none)."""
 
-    course: BadStreak | None
-    wish: int
+    streak: BadStreak | None
+    request: int
 
 
 class RunLog:
-    """Metrics, updates that were not made, and records that could not be used.
+    """Records metrics, skipped updates, and records that could not be used.
 
-    Steps are looked at `LAG` steps late, so that the devices need not wait, and by all hosts alike,
-    so that they do the same; the first host writes. `step` and `batch` are those the run begins
-    with: lines of later ones are dropped.
+    All hosts judge the same steps and come to the same decisions; the first host alone writes. The
+    run begins with `step` and `batch`: lines of later ones are dropped.
     """
 
     def __init__(
@@ -47,20 +45,23 @@ class RunLog:
         self._replaced = BadRecords(workdir, sources, max_faulty, batch, first)
         self._waiting: collections.deque[tuple[int, int, Any]] = collections.deque()
 
-    def note(self, step: int, batch: int, result: Any, last: bool) -> StepDecision:
-        """Remember `step`'s result, and look at those before it; at all of them where it is the
-        `last` one or a host wishes to stop. Raises UserError where too many clips are faulty."""
+    def decide(self, step: int, batch: int, result: Any, last: bool) -> StepDecision:
+        """Add `step`'s result, then judge the steps before it.
+
+        All steps are judged if this is the `last` one or a host asks to stop. Raises UserError if
+        too many clips had to be replaced.
+        """
         self._waiting.append((step, batch, result))
-        wish = 0
-        while len(self._waiting) > (0 if last or wish > SAVE else LAG):
+        request = 0
+        while len(self._waiting) > (0 if last or request > SAVE else LAG):
             step, batch, result = self._waiting.popleft()
             notes = {name: np.asarray(x) for name, x in result["notes"].items()}
-            wish = max(wish, int(notes["wishes"].max()))
+            request = max(request, int(notes["requests"].max()))
             self._replaced.note(step, batch, notes)
-            if course := self._skipped.note(step, batch, result):
-                self._waiting.clear()  # of the same course
-                return StepDecision(course, wish)
-        return StepDecision(None, wish)
+            if streak := self._skipped.note(step, batch, result):
+                self._waiting.clear()  # of the same streak
+                return StepDecision(streak, request)
+        return StepDecision(None, request)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
@@ -68,7 +69,7 @@ class RunLog:
             self._metrics.write(row)
 
     def back_to(self, step: int) -> None:
-        """Drop the metrics after `step`, which will come again."""
+        """Drop the metrics after `step`, which will be computed again."""
         if self._metrics:
             self._metrics.back_to(step)
 

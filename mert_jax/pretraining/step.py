@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from mert_jax.checkpoints.train_state import TrainState, initial_guard
+from mert_jax.constants import FULL_SCALE
 from mert_jax.pretraining import guard, losses
 from mert_jax.sharding import placed
 
@@ -20,9 +21,9 @@ Array = jax.Array
 
 
 BOOKS = 0x626F  # folded into a step's key: the draw of codebooks
-# what a step hands back of its batch, so that every host learns what the others had: record ids,
-# the faulty ones among them, and what each host wishes for
-NOTES = ("record", "faulty", "wishes")
+# parts of a batch that a step returns, so that every host knows those of all: record ids, the
+# faulty ones among them, and each host's request to save or stop
+NOTES = ("record", "faulty", "requests")
 
 
 def begin(params: Any, optimizer: optax.GradientTransformation, window: int) -> TrainState:
@@ -174,7 +175,7 @@ def loss_fn(
 ) -> tuple[Array, Sums]:
     """The summed objective of int16 `audio` [B, context + N] with global row numbers `rows` [B] and
     stored `codes`, by teacher [B, T, K]."""
-    wave = audio.astype(jnp.float32) / 32768
+    wave = audio.astype(jnp.float32) / FULL_SCALE
     before = max(objective.context.values(), default=0)
     num_frames = objective.num_frames(wave.shape[-1] - before)
     target = targets(objective, teacher_params, wave, num_frames, codes)
@@ -258,8 +259,8 @@ def train_step(
     return TrainState(state.step + 1, state.batch + 1, params, opt_state, watched), metrics
 
 
-def redirected(state: TrainState, batch: int, rollbacks: int) -> TrainState:
-    """`state`, to go on with another batch, and with so many rollbacks behind it."""
+def redirect(state: TrainState, batch: int, rollbacks: int) -> TrainState:
+    """Return `state` with another next batch and number of rollbacks."""
     place = lambda new, old: placed(np.int32(new), old.sharding)
     watched = state.guard._replace(rollbacks=place(rollbacks, state.guard.rollbacks))
     return state._replace(batch=place(batch, state.batch), guard=watched)

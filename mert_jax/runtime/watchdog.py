@@ -46,11 +46,11 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         self._over = True
-        self.pat()
+        self.beat()
         if self._thread.is_alive():
             self._thread.join()
 
-    def pat(self) -> None:
+    def beat(self) -> None:
         """Say that the run is moving."""
         self._patted.set()
 

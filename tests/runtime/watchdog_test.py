@@ -21,14 +21,14 @@ def test_it_is_quiet_while_the_run_moves_and_after_it():
     with watchdog.Watchdog(0.5, barked.set) as dog:
         for _ in range(15):
             time.sleep(0.05)
-            dog.pat()
+            dog.beat()
     time.sleep(0.6)
     assert not barked.is_set()
 
 
 def test_0_never_barks():
     with watchdog.Watchdog(0, lambda: pytest.fail("barked")) as dog:
-        dog.pat()
+        dog.beat()
 
 
 STALLED = """

@@ -1,0 +1,160 @@
+"""The loop over batches that pretraining and the training of a codec share."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+from mert_jax.checkpoints.manager import Checkpoints, SavePolicy
+from mert_jax.errors import RESTART
+from mert_jax.pretraining.bad_steps import BadStreak
+from mert_jax.pretraining.metrics import Speed
+from mert_jax.pretraining.run_log import SAVE, StepDecision
+from mert_jax.runtime.goodput import Goodput
+from mert_jax.runtime.signals import StopSignal
+
+Row = dict[str, Any]
+
+
+class Intervals(NamedTuple):
+    """When a run ends, logs, evaluates and saves, in steps (and minutes; 0: never)."""
+
+    total_steps: int
+    log_every: int
+    eval_every: int
+    save_every_steps: int
+    save_every_minutes: float
+
+
+class Trainer(Protocol):
+    """What is trained: the loop knows its states, batches and results by these methods alone."""
+
+    def position(self, state: Any) -> int:
+        """Return the number of the next batch."""
+
+    def batches(self, position: int) -> Iterator[Any]:
+        """Return batches `position`, `position` + 1, ..., without end."""
+
+    def update(self, state: Any, batch: Any, request: int) -> tuple[Any, Any]:
+        """Make one update; `request` is SAVE, the number of a signal, or 0."""
+
+    def decide(self, step: int, batch: int, result: Any, last: bool) -> StepDecision:
+        """Judge the steps so far, and return the strongest request of any host."""
+
+    def roll_back(self, state: Any, streak: BadStreak) -> Any:
+        """Return an earlier state, to go on from after a streak of bad steps."""
+
+    def may_save(self, result: Any) -> bool:
+        """Return False within a streak of bad steps, whose states must not push out others."""
+
+    def row(self, step: int, state: Any, result: Any, evaluate: bool) -> Row:
+        """Return the metrics of a step, and of the validation split on request."""
+
+    def line(self, row: Row, eta: str) -> str:
+        """Return the console's line of a row."""
+
+
+class Saver:
+    """Saves states when they are due, and tells the clock and the speed meter of it."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        intervals: Intervals,
+        clock: Goodput,
+        speed: Speed,
+        before: Callable[[], None],
+    ):
+        """`before` is called before each save: what a checkpoint counts on must be written."""
+        self._checkpoints, self._clock, self._speed, self._before = (
+            checkpoints,
+            clock,
+            speed,
+            before,
+        )
+        steps, minutes = intervals.save_every_steps, intervals.save_every_minutes
+        self._policy = SavePolicy(steps, minutes, time.monotonic)
+        self.check = checkpoints.check
+
+    @property
+    def overdue(self) -> bool:
+        """True once the minutes between saves have passed, by this host's clock."""
+        return self._policy.overdue
+
+    def due(self, step: int, requested: bool) -> bool:
+        """Return True if the step's number or a request asks for a save, until one is made."""
+        return self._policy.due(step, requested)
+
+    def save(self, step: int, state: Any) -> None:
+        """Start saving `state`."""
+        with self._clock.time_of("save"):
+            self._before()
+            self._checkpoints.save(step, state)
+        self._clock.saved(step)
+        self._policy.saved()
+        self._speed.pause()
+
+    def wait(self) -> None:
+        """Wait until every save is on disk."""
+        with self._clock.time_of("save"):
+            self._checkpoints.wait()
+
+
+def run(
+    trainer: Trainer,
+    state: Any,
+    intervals: Intervals,
+    *,
+    saver: Saver,
+    clock: Goodput,
+    speed: Speed,
+    log: Any,
+    publish: Callable[[int], None],
+    beat: Callable[[], None],
+) -> tuple[Any, int]:
+    """Train from `state` to `total_steps` or a stop request; return the last state and the signal.
+
+    `log` takes rows (write, back_to, close), `publish` is called after each row, and `beat` before
+    each step. The signal is 0 for a finished run; the last state is saved in either case.
+    """
+    step, position = int(state.step), trainer.position(state)
+    stop, stopping = StopSignal(), False
+    stream, kind = trainer.batches(position), "compile"
+    clock.begin(step)
+    while step < intervals.total_steps and not stopping:
+        beat()
+        saver.check()
+        with clock.time_of("data_wait"):
+            batch = next(stream)
+        with clock.time_of(kind):
+            state, result = trainer.update(state, batch, stop.signal or SAVE * saver.overdue)
+        step, position, kind = step + 1, position + 1, "step"
+        last = step == intervals.total_steps
+        decision = trainer.decide(step, position - 1, result, last)
+        if decision.streak:
+            state = trainer.roll_back(state, decision.streak)
+            step, position = int(state.step), trainer.position(state)
+            stream.close()
+            stream = trainer.batches(position)
+            log.back_to(step)
+            speed.pause()
+            continue
+        stopping = decision.request > SAVE
+        evaluate = step % intervals.eval_every == 0 or last
+        if step % intervals.log_every == 0 or evaluate:
+            row = trainer.row(step, state, result, evaluate)
+            log.write(row)
+            publish(step)
+            print(trainer.line(row, speed.eta(step)), flush=True)
+        due = saver.due(step, decision.request == SAVE)
+        if last or stopping or (due and trainer.may_save(result)):
+            saver.save(step, state)
+    stream.close()
+    saver.wait()
+    log.close()
+    return state, decision.request if step < intervals.total_steps else 0
+
+
+def exit_code(request: int) -> int:
+    """Return the exit code of a run that a signal stopped: RESTART for SIGTERM."""
+    return RESTART if request == signal.SIGTERM else 128 + request
