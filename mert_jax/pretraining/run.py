@@ -168,7 +168,7 @@ class Pretraining:
         return state
 
     def _check_labels(self, state: TrainState) -> None:
-        """Print the perplexities of each dataset's codes; give the workdir up if they are useless."""
+        """Print the perplexity of each dataset's codes; release the workdir if they are useless."""
         directories = mix.dataset_directories(self._config)
         try:
             with self._clock.time_of("compile"):

@@ -334,7 +334,7 @@ def test_a_file_that_was_put_right_is_read(sound, tmp_path):
 
 def test_too_many_open_files_are_no_fault_of_the_record(sound):
     code = (
-        "import resource; from mert_jax import records; "
+        "import resource; from mert_jax.data import records; "
         f"source = records.open_source({sound!r}, 'train'); source[0]; files = []; "
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
         "try:\n  while True: files.append(open('/dev/null'))\n"
@@ -479,9 +479,9 @@ def test_noted_closes_the_stream(damaged):
 
 MANY = """
 import itertools, pathlib, sys
-from mert_jax import data, records
+from mert_jax.data import pipeline, records
 source = records.open_source(sys.argv[1], "train")
-stream = data.train_stream([source], num_samples=320, hop=320, batch_size=8, seed=0, threads=2)
+stream = pipeline.train_stream([source], num_samples=320, hop=320, batch_size=8, seed=0, threads=2)
 ids = [int(x) for batch in itertools.islice(stream, 8) for x in batch["record"]]
 assert len(set(ids)) == 64 and max(ids) > 5_000_000 and len(source) == 10_000_000, ids
 # the peak of this process: getrusage's begins with that of the one that started it

@@ -117,7 +117,7 @@ def test_tfds_opens_it(dataset):
 
 def test_reading_needs_no_tensorflow_and_no_jax(dataset):
     code = (
-        "import sys; from mert_jax import records; "
+        "import sys; from mert_jax.data import records; "
         f"print(len(records.open_source({str(dataset[0])!r}, 'train')[0]['audio'])); "
         "assert not {'tensorflow', 'torch', 'jax'} & set(sys.modules)"
     )
@@ -146,7 +146,7 @@ def test_a_record_costs_two_bytes_a_sample():
 
 def test_equal_records_have_equal_bytes():
     code = (
-        "import numpy as np, hashlib; from mert_jax import records; "
+        "import numpy as np, hashlib; from mert_jax.data import records; "
         "r = records.encode('a', 'b', 3, np.arange(9, dtype=np.int16)); "
         "print(hashlib.sha256(r).hexdigest())"
     )

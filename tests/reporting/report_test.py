@@ -71,7 +71,7 @@ class Elements(html.parser.HTMLParser):
 def test_files_and_headline_figures(tmp_path, capsys):
     rows = make_rows(50, {100: 49.0, 200: 45.5, 500: 46.25})
     rows[-1]["validation_masked_accuracy"] = [0.5, 0.25]
-    report.main(save(tmp_path, rows, CONFIG))
+    report.report(save(tmp_path, rows, CONFIG))
     assert {f.name for f in tmp_path.iterdir()} == {
         *("metrics.jsonl", "config.json", "report.png", "report.html")
     }
@@ -281,12 +281,12 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path):
 )
 def test_rows_that_are_not_metrics(tmp_path, changes, said):
     with pytest.raises(UserError, match=said):
-        report.main(save(tmp_path, [{"step": 10}, changes]))
+        report.report(save(tmp_path, [{"step": 10}, changes]))
 
 
 def test_a_workdir_must_be_named():
     with pytest.raises(UserError, match="--workdir=DIR is needed"):
-        report.main(None)
+        report.report(None)
 
 
 def test_a_cut_off_last_line_is_left_out(tmp_path):
@@ -303,14 +303,14 @@ def test_a_file_that_cannot_be_used(tmp_path, name, said):
     workdir = save(tmp_path, make_rows(1))
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=said):
-        report.main(workdir)
+        report.report(workdir)
 
 
 def test_warnings_are_printed_and_on_the_page(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "png", lambda *args, **options: b"")
     rows = make_rows(2)
     rows[-1]["masked_accuracy"] = [0.0, 0.0]
-    report.main(save(tmp_path, rows))
+    report.report(save(tmp_path, rows))
     warned = capsys.readouterr().out.split("\nwarning: ")[1].strip()
     assert "codebook 0, 1" in warned
     assert warned in (tmp_path / "report.html").read_text()
@@ -321,7 +321,7 @@ def test_where_the_time_went_is_printed_and_on_the_page(tmp_path, capsys, monkey
     workdir = save(tmp_path, make_rows(2))
     spent = dict.fromkeys(goodput.KINDS, 0.0) | {"step": 2700.0, "lost": 900.0}
     (tmp_path / "goodput.json").write_text(json.dumps(spent))
-    report.main(workdir)
+    report.report(workdir)
     said = "time: 1.00 h, of which step 75.0 %, lost 25.0 %"
     assert said in capsys.readouterr().out
     assert said in (tmp_path / "report.html").read_text()

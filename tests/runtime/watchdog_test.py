@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from mert_jax.errors import RESTART
 from mert_jax.runtime import watchdog
 
 
@@ -33,12 +34,12 @@ def test_0_never_barks():
 
 STALLED = """
 import sys, time
-from mert_jax import watchdog
+from mert_jax.runtime import watchdog
 
 def a_read_that_never_returns():
     time.sleep(600)
 
-with watchdog.Watchdog(0.3, lambda: watchdog.end(sys.argv[1], 0, 0.3)):
+with watchdog.Watchdog(0.3, lambda: watchdog.end_stalled_run(sys.argv[1], 0, 0.3)):
     a_read_that_never_returns()
 """
 
@@ -47,7 +48,7 @@ def test_a_stall_leaves_the_stacks_of_all_threads_and_the_code_to_start_again(tm
     done = subprocess.run(
         [sys.executable, "-c", STALLED, str(tmp_path)], capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == watchdog.RESTART == 75
+    assert done.returncode == RESTART == 75
     for said in (done.stderr, (tmp_path / "stalled.0.txt").read_text()):
         assert "nothing has moved for 0 s" in said
         assert "a_read_that_never_returns" in said
@@ -61,4 +62,4 @@ def test_a_disk_that_takes_nothing_does_not_keep_it_from_ending(tmp_path):
         text=True,
         timeout=60,
     )
-    assert done.returncode == watchdog.RESTART
+    assert done.returncode == RESTART
