@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 # What the peer's time over ours must reach on a CPU with two cores. More was aimed at for the
-# student and the step: README, "How fast it is", says why it is not reached.
+# student and the step: docs/benchmarks.md says why it is not reached.
 BARS = {
     "cqt_nnaudio": 60.0,
     "rvq_vae": 2.0,

@@ -1,4 +1,4 @@
-"""Plans side by side: the table, its reading, the picture; and that the README shows this table."""
+"""Plans side by side: table, limits, picture; docs/tpu.md shows this table."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from mert_jax import plans
 from mert_jax.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "plans"
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "tpu.md"
 
 
 @pytest.fixture
@@ -19,9 +19,9 @@ def plan():
     return json.loads((FOLDER / "95m_v5e-8.json").read_text())
 
 
-def test_the_readme_has_the_table_of_the_plans_that_were_made():
+def test_the_page_has_the_table_of_the_plans_that_were_made():
     named = [plans.read(str(path)) for path in FOLDER.glob("*.json")]
-    lines = set(README.read_text().splitlines())
+    lines = set(PAGE.read_text().splitlines())
     assert [line for line in plans.table(named) if line not in lines] == []
 
 
