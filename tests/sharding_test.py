@@ -14,7 +14,7 @@ from mert_jax import sharding
 from mert_jax.errors import UserError
 from mert_jax.pretraining import build, step
 from tests import small
-from tests.pretraining.step_test import music
+from tests.small_run import music
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

@@ -7,7 +7,7 @@ from mert_jax.data import code_checks
 from mert_jax.errors import UserError
 from mert_jax.pretraining import build
 from tests import small
-from tests.pretraining.step_test import Run, music
+from tests.small_run import Run, music
 
 
 def test_good_labels_are_described():

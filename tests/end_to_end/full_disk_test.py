@@ -12,19 +12,10 @@ import pytest
 
 from mert_jax.checkpoints import manager
 from mert_jax.errors import RESTART
-from tests.end_to_end.train_test import (  # noqa: F401 (fixtures)
-    ENVIRONMENT,
-    command,
-    dataset,
-    finished,
-    flags,
-    music,
-    rows,
-    run,
-)
+from tests.runs import ENVIRONMENT, command, flags, rows, run
 
 
-def test_a_disk_that_takes_no_more(dataset, finished, tmp_path):  # noqa: F811
+def test_a_disk_that_takes_no_more(dataset, finished, tmp_path):
     """No file may grow beyond what the metrics need: the operating system refuses the next
     checkpoint, as on a full disk. With room again, the run ends as one that had it all along."""
     workdir = tmp_path / "full"
@@ -57,7 +48,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_read_that_never_comes_back(dataset, tmp_path):  # noqa: F811
+def test_a_read_that_never_comes_back(dataset, tmp_path):
     """The processes that read are stopped: a minute later the watchdog ends the run, and the same
     command goes on from its last checkpoint."""
     steps = ("--config.total_steps=100000", "--config.checkpoint.every_steps=2")

@@ -1,6 +1,5 @@
 """A run that is killed again and again ends as the one that never was: bit for bit."""
 
-import json
 import random
 import signal
 import subprocess
@@ -14,9 +13,8 @@ from mert_jax.checkpoints import manager
 from mert_jax.checkpoints import workdir as workdirs
 from mert_jax.errors import RESTART
 from tests.data.stored_codes_test import write_codec
-from tests.end_to_end.train_test import ENVIRONMENT, command, dataset, flags, music, run  # noqa: F401 (fixtures)
+from tests.runs import ENVIRONMENT, command, flags, read_jsonl, rows, run
 
-CLOCK = ("audio_seconds_per_second", "mfu")  # of metrics.jsonl, all that depends on it
 # a guard this strict skips, goes back and passes over batches on sound data too
 OPTIONS = (
     # those that a stop adds must not push out those to go back to
@@ -32,7 +30,7 @@ KILLS = [
 
 
 @pytest.fixture(scope="module")
-def mixed(music, dataset, tmp_path_factory):  # noqa: F811
+def mixed(music, dataset, tmp_path_factory):
     """Flags for all that makes a batch: two datasets of unequal shares, of a few steps an epoch,
     stored codes, and two micro-batches."""
     codec = write_codec(str(tmp_path_factory.mktemp("codec")))
@@ -51,12 +49,9 @@ def mixed(music, dataset, tmp_path_factory):  # noqa: F811
 
 def outcome(workdir):
     """What a run leaves: its metrics without the clock's, its bad steps, and its last state."""
-    with open(workdir / "metrics.jsonl") as f:
-        rows = [json.loads(line) for line in f]
-    rows = [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
-    bad = (workdir / "bad_steps.jsonl").read_text()
-    found = workdirs.read_checkpoint(str(workdir))
-    return rows, bad, found.step, (found.params, found.moments)
+    bad = read_jsonl(workdir / "bad_steps.jsonl")
+    checkpoint = workdirs.read_checkpoint(str(workdir))
+    return rows(workdir), bad, checkpoint.step, (checkpoint.params, checkpoint.moments)
 
 
 def run_until(line, process):
@@ -70,7 +65,7 @@ def run_until(line, process):
 
 
 @pytest.mark.parametrize(("kills", "total", "guarded"), KILLS)
-def test_a_run_killed_at_random_moments(dataset, mixed, tmp_path, kills, total, guarded):  # noqa: F811
+def test_a_run_killed_at_random_moments(dataset, mixed, tmp_path, kills, total, guarded):
     calm, hunted = tmp_path / "calm", tmp_path / "hunted"
     options = (*OPTIONS, *mixed, f"--config.total_steps={total}")
     started = command("train", *flags(dataset, hunted, *options))
@@ -95,9 +90,10 @@ def test_a_run_killed_at_random_moments(dataset, mixed, tmp_path, kills, total, 
         assert process.returncode in (0, -how, RESTART), errors
     done = subprocess.run(started, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    (rows, bad, step, state), (rows2, bad2, step2, state2) = outcome(calm), outcome(hunted)
+    metrics, bad, step, state = outcome(calm)
+    metrics2, bad2, step2, state2 = outcome(hunted)
     assert step == step2 == total
-    assert rows2 == rows
+    assert metrics2 == metrics
     assert bad2 == bad
     jax.tree.map(np.testing.assert_array_equal, state2, state)
     assert total in manager.checkpoint_steps(str(hunted))

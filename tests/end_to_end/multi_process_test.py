@@ -9,10 +9,10 @@ import numpy as np
 from mert_jax.checkpoints import manager
 from mert_jax.errors import RESTART
 from tests import processes
-from tests.end_to_end.train_test import command, dataset, finished, flags, music, rows  # noqa: F401 (fixtures)
+from tests.runs import command, flags, rows
 
 
-def start(number, devices, dataset, workdir, *extra):  # noqa: F811
+def start(number, devices, dataset, workdir, *extra):
     line = command("train", *flags(dataset, workdir, *extra))
     return processes.started(line, number, devices)
 
@@ -38,7 +38,7 @@ def without_the_last(workdir, copy):
     return copy
 
 
-def test_two_processes_train_as_one_does(dataset, finished, tmp_path):  # noqa: F811
+def test_two_processes_train_as_one_does(dataset, finished, tmp_path):
     workdir = tmp_path / "two"
     with start(2, 1, dataset, workdir) as running:
         ended = processes.finished(running)
@@ -56,7 +56,7 @@ def test_two_processes_train_as_one_does(dataset, finished, tmp_path):  # noqa: 
     assert "step 6/6" not in ended[1][1]
 
 
-def test_four_processes_go_on_where_one_was(dataset, finished, tmp_path):  # noqa: F811
+def test_four_processes_go_on_where_one_was(dataset, finished, tmp_path):
     workdir = without_the_last(finished[0], tmp_path / "four")
     with start(4, 2, dataset, workdir, *mesh(2, 2, 2)) as running:
         ended = processes.finished(running)
@@ -65,7 +65,7 @@ def test_four_processes_go_on_where_one_was(dataset, finished, tmp_path):  # noq
     assert_close(rows(workdir), rows(finished[0]), rtol=1e-4)
 
 
-def test_a_signal_to_one_stops_all_after_the_same_step(dataset, tmp_path):  # noqa: F811
+def test_a_signal_to_one_stops_all_after_the_same_step(dataset, tmp_path):
     extra = ("--config.total_steps=100000", "--config.checkpoint.every_steps=0")
     with start(2, 1, dataset, tmp_path / "run", *extra) as running:
         for line in running[0].stdout:
@@ -81,8 +81,8 @@ def test_a_signal_to_one_stops_all_after_the_same_step(dataset, tmp_path):  # no
 
 
 def test_a_checkpoint_that_one_cannot_read_makes_all_begin_again(
-    dataset,  # noqa: F811
-    finished,  # noqa: F811
+    dataset,
+    finished,
     tmp_path,
 ):
     workdir = without_the_last(finished[0], tmp_path / "damaged")

@@ -5,14 +5,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 
-import numpy as np
 import pytest
-import soundfile
 
-from tests import small
+from tests.runs import ENVIRONMENT, command, flags, read_jsonl, rows, run
 
 CONTRACT = {
     *("step", "loss", "loss_codes", "loss_cqt", "features_penalty", "masked_accuracy"),
@@ -20,79 +16,9 @@ CONTRACT = {
 }
 
 
-def command(module, *flags):
-    return [sys.executable, "-m", f"mert_jax.{module}", *flags]
-
-
-# two devices compile faster than eight, a program without most optimisations twice as fast, and
-# runs of the same step need not compile it again
-ENVIRONMENT = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    "JAX_COMPILATION_CACHE_DIR": os.path.join(tempfile.gettempdir(), "mert_jax_test_cache"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-}
-
-
-def run(module, *flags):
-    return subprocess.run(
-        command(module, *flags), capture_output=True, text=True, timeout=300, env=ENVIRONMENT
-    )
-
-
-def flags(dataset, workdir, *extra):
-    return [
-        *("--config=configs/tiny.py", f"--workdir={workdir}", f"--config.data.dir={dataset}"),
-        *(*small.command_line(), *extra),
-    ]
-
-
-def rows(workdir):
-    """The metrics that do not depend on the clock."""
-    with open(workdir / "metrics.jsonl") as f:
-        found = [json.loads(line) for line in f]
-    return [
-        {k: v for k, v in row.items() if k not in ("audio_seconds_per_second", "mfu")}
-        for row in found
-    ]
-
-
-@pytest.fixture(scope="module")
-def music(tmp_path_factory):
-    """Four tracks of plucked partials, one shorter than a clip."""
-    folder = tmp_path_factory.mktemp("music")
-    rng = np.random.default_rng(0)
-    for track, seconds in enumerate((9, 8, 7, 1.1)):
-        t = np.arange(int(seconds * 24_000)) / 24_000
-        pluck, partials = np.exp(-2 * (t % 0.5)), rng.uniform(80, 900, 5)
-        tones = [np.sin(2 * np.pi * f * t) * pluck for f in partials]
-        wave = 0.1 * np.sum(tones, 0) + 0.003 * rng.normal(size=t.size)
-        soundfile.write(folder / f"{track}.wav", wave, 24_000)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def dataset(music, tmp_path_factory):
-    """The tracks, prepared."""
-    output = tmp_path_factory.mktemp("prepared") / "data"
-    done = run("prepare", f"--input={music}", f"--output={output}", "--crop_seconds=2")
-    assert done.returncode == 0, done.stderr
-    return output
-
-
-@pytest.fixture(scope="module")
-def finished(dataset, tmp_path_factory):
-    """The workdir of a finished run, and what it printed."""
-    workdir = tmp_path_factory.mktemp("run") / "workdir"
-    done = run("train", *flags(dataset, workdir))
-    assert done.returncode == 0, done.stderr
-    return workdir, done.stdout
-
-
 def test_metrics_are_those_of_the_contract(finished):
     workdir, printed = finished
-    with open(workdir / "metrics.jsonl") as f:
-        found = [json.loads(line) for line in f]
+    found = read_jsonl(workdir / "metrics.jsonl")
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
     for row in found:
         assert set(row) >= CONTRACT
@@ -211,8 +137,7 @@ def test_an_exploding_learning_rate_is_skipped_gone_back_from_and_stopped(datase
     )
     done = run("train", *flags(dataset, workdir, *explode))
     assert done.returncode == 2
-    with open(workdir / "bad_steps.jsonl") as f:
-        bad = [json.loads(line) for line in f]
+    bad = read_jsonl(workdir / "bad_steps.jsonl")
     first, step = bad[0]["batch"], bad[0]["step"]
     assert f"going back to step {step - 1}, and on with batch {first + 2}" in done.stdout
     assert f"step {step}, after going back 1 times" in done.stderr

@@ -17,8 +17,8 @@ from mert_jax.errors import UserError
 from mert_jax.extraction import embedder
 from mert_jax.extraction import run as running
 from mert_jax.extraction.embedder import EmbeddingSettings
-from tests.end_to_end.train_test import ENVIRONMENT
 from tests.extraction.embedder_test import RATE, checkpoint, music
+from tests.runs import ENVIRONMENT
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

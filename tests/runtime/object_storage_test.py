@@ -13,20 +13,18 @@ from mert_jax.checkpoints import manager
 from mert_jax.checkpoints.reading import read_checkpoint
 from mert_jax.errors import RetryableError, UserError
 from mert_jax.runtime.remote_workdir import RemoteWorkdir
-from tests.end_to_end.train_test import (  # noqa: F401 (fixtures)
-    ENVIRONMENT,
-    command,
-    dataset,
-    finished,
-    flags,
-    music,
-    rows,
-)
-from tests.object_store import BUCKET, server, upload  # noqa: F401 (fixture)
+from tests.object_store import BUCKET, serving, upload
+from tests.runs import ENVIRONMENT, command, flags, rows
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as line:
+        yield line
 
 
 @pytest.fixture
-def line(server):  # noqa: F811
+def line(server):
     yield server
     server.delay, server.cut_every, server.dead = 0.0, 0, False
 
@@ -144,7 +142,7 @@ def rows_there(workdir, tmp_path):
     return rows(tmp_path)
 
 
-def test_a_run_there_is_killed_goes_on_and_is_read(line, dataset, finished, tmp_path):  # noqa: F811
+def test_a_run_there_is_killed_goes_on_and_is_read(line, dataset, finished, tmp_path):
     """Dataset, metrics and checkpoints in a bucket: the same rows as on the local disk."""
     upload(dataset, f"{BUCKET}/data")
     workdir = f"{BUCKET}/runs/first"
@@ -180,7 +178,7 @@ def test_a_run_there_is_killed_goes_on_and_is_read(line, dataset, finished, tmp_
 
 
 @pytest.mark.slow
-def test_a_run_over_a_line_that_is_cut_again_and_again(line, dataset, finished, tmp_path):  # noqa: F811
+def test_a_run_over_a_line_that_is_cut_again_and_again(line, dataset, finished, tmp_path):
     """What the libraries do not mend themselves ends the run, and it goes on where it was."""
     train = command("train", *flags(dataset, f"{BUCKET}/runs/cut"))
     line.cut_every = 40

@@ -1,0 +1,48 @@
+"""Runs commands as their user does, with the flags of a small training run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests import small
+
+CLOCK = ("audio_seconds_per_second", "mfu")  # the metrics that depend on the clock
+# two devices compile faster than eight, and a program without most optimisations twice as fast
+ENVIRONMENT = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}
+
+
+def command(module: str, *flags: str) -> list[str]:
+    """The command line of `python -m mert_jax.MODULE`."""
+    return [sys.executable, "-m", f"mert_jax.{module}", *flags]
+
+
+def run(module: str, *flags: str) -> subprocess.CompletedProcess:
+    """Run a command to its end on two devices."""
+    return subprocess.run(
+        command(module, *flags), capture_output=True, text=True, timeout=300, env=ENVIRONMENT
+    )
+
+
+def flags(dataset, workdir, *extra: str) -> list[str]:
+    """The flags of `train` for six steps of the small student; `extra` ones override."""
+    return [
+        *("--config=configs/tiny.py", f"--workdir={workdir}", f"--config.data.dir={dataset}"),
+        *(*small.command_line(), *extra),
+    ]
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """All rows of a file."""
+    with open(path) as file:
+        return [json.loads(line) for line in file]
+
+
+def rows(workdir: Path) -> list[dict]:
+    """The logged metrics that do not depend on the clock."""
+    logged = read_jsonl(workdir / "metrics.jsonl")
+    return [{key: x for key, x in row.items() if key not in CLOCK} for row in logged]
