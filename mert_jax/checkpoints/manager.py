@@ -1,7 +1,11 @@
-"""Saving and restoring a run: when, where, and whether what comes back is what was saved."""
+"""Saves and restores checkpoints with Orbax, verified by checksums.
+
+This is the only module that imports Orbax: a move to another version of its API is one file.
+"""
 
 import contextlib
 import logging
+import os
 import sys
 import time
 import warnings
@@ -19,30 +23,31 @@ from jax.experimental import multihost_utils
 from mert_jax import object_storage
 from mert_jax.errors import RetryableError, UserError
 
-STATE, CHECKSUMS = "default", "checksums"  # what a checkpoint consists of
+STATE, CHECKSUMS = "default", "checksums"  # the items of a checkpoint
 
 
-def _news(record: logging.LogRecord) -> bool:
-    """False for tracebacks that orbax's threads and event loops print of errors that they raise."""
-    theirs = "orbax" in record.pathname or record.name == "asyncio"
-    return absl.logging.get_verbosity() > absl.logging.WARNING or not (theirs and record.exc_info)
+def _orbax_filter(record: logging.LogRecord) -> bool:
+    """Return False for a traceback that Orbax's threads log of an error that they also raise."""
+    from_orbax = "orbax" in record.pathname or record.name == "asyncio"
+    verbose = absl.logging.get_verbosity() > absl.logging.WARNING
+    return verbose or not (from_orbax and record.exc_info)
 
 
-def _unraisable(unraisable: Any) -> None:
-    """Leave out what tensorstore prints where a failed save has closed orbax's event loop."""
+def _unraisable_hook(unraisable: Any) -> None:
+    """Drop tensorstore's complaint about the event loop that a failed save of Orbax has closed."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
-def _quiet() -> None:
-    """Let a save that fails speak with one voice: that of the error it ends in."""
-    absl.logging.get_absl_handler().addFilter(_news)
-    sys.unraisablehook = _unraisable
+def _silence_orbax() -> None:
+    """Report a failed save once, by the exception it raises, and not by Orbax's threads too."""
+    absl.logging.get_absl_handler().addFilter(_orbax_filter)
+    sys.unraisablehook = _unraisable_hook
     warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
 
 
 class SavePolicy:
-    """Whether a save is due, by steps and by minutes; the clock (seconds) is an argument."""
+    """Decides when a save is due, by steps and by minutes; `clock` returns seconds."""
 
     def __init__(self, every_steps: int, every_minutes: float, clock: Callable[[], float]):
         self._steps, self._seconds, self._clock = every_steps, 60 * every_minutes, clock
@@ -50,30 +55,34 @@ class SavePolicy:
 
     @property
     def overdue(self) -> bool:
-        """True when the minutes since the last save are over (0: never), by this host's clock."""
+        """True when `every_minutes` have passed since the last save on this host (0: never)."""
         return 0 < self._seconds <= self._clock() - self._last
 
     def due(self, step: int, asked: bool) -> bool:
-        """True when `every_steps` divides `step` (0: never) or a host has `asked`, until `saved`:
-        what cannot be saved now is saved later."""
+        """Return True when `every_steps` divides `step` (0: never) or a host `asked` for a save.
+
+        A due save stays due until `saved` is called, so that a postponed save is not lost.
+        """
         self._due |= asked or (self._steps > 0 and step % self._steps == 0)
         return self._due
 
     def saved(self) -> None:
-        """It was."""
+        """Record a completed save and restart the timer."""
         self._last, self._due = self._clock(), False
 
 
 def checkpoint_steps(workdir: str) -> list[int]:
-    """Steps of the finished checkpoints in WORKDIR/checkpoints."""
+    """Return the steps of the finished checkpoints in WORKDIR/checkpoints, in ascending order."""
     directory = epath.Path(object_storage.absolute(workdir)) / object_storage.CHECKPOINTS
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 
 def checksum(x: jax.Array) -> jax.Array:
-    """A number, uint32, in which any changed or displaced bit of `x` shows: the sum of its words,
-    each times twice its index plus one. How `x` is sharded does not matter: the sum is of integers,
-    modulo 2**32."""
+    """Return sum_i words[i] * (2 i + 1) modulo 2**32 as a uint32 scalar.
+
+    Any single changed word alters it, since its odd weight is invertible modulo 2**32. An integer
+    sum does not depend on the order of summation, hence not on how `x` is sharded.
+    """
     x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
     unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
     words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
@@ -87,7 +96,7 @@ _all_checksums = jax.jit(lambda leaves: jnp.stack([checksum(x) for x in leaves])
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """The checksum of each array of `tree`, by its path."""
+    """Return the checksum of each array of `tree`, keyed by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     sums = np.asarray(_all_checksums([jnp.asarray(x) for _, x in leaves])).tolist()
@@ -95,20 +104,21 @@ def checksums(tree: Any) -> dict[str, int]:
 
 
 def verify(tree: Any, expected: Mapping[str, int]) -> None:
-    """Raise ValueError where arrays of `tree` are not those whose checksums were kept."""
-    found = checksums(tree)
-    if wrong := [path for path, number in found.items() if expected.get(path) != number]:
-        raise ValueError(f"{len(wrong)} of {len(found)} arrays are not as saved, {wrong[0]} first")
+    """Raise ValueError if an array of `tree` does not have the `expected` checksum."""
+    actual = checksums(tree)
+    if wrong := [path for path, number in actual.items() if expected.get(path) != number]:
+        raise ValueError(
+            f"{len(wrong)} of {len(actual)} arrays differ from what was saved, first {wrong[0]}"
+        )
 
 
 @contextlib.contextmanager
-def said_as(kind: type[Exception]) -> Iterator[None]:
-    """Whatever orbax and tensorstore raise for files that are missing, cut short or garbled, as a
-    `kind` of one line."""
+def translate_errors(kind: type[Exception]) -> Iterator[None]:
+    """Raise what Orbax and tensorstore say of missing or damaged files as `kind`, in one line."""
     try:
         yield
     except Exception as e:
-        # orbax wraps some errors in an Exception of no class of its own; others are not about files
+        # Orbax wraps some errors in a plain Exception; other classes are not about files
         if type(e) is not Exception and not isinstance(
             e, OSError | ValueError | KeyError | TypeError | AttributeError
         ):
@@ -116,55 +126,59 @@ def said_as(kind: type[Exception]) -> Iterator[None]:
         raise kind(" ".join(str(e.__cause__ or e).split())[:300]) from e
 
 
-class Damaged(Exception):
-    """A checkpoint that cannot be read, or is not as it was saved."""
+class DamagedCheckpoint(Exception):
+    """A checkpoint that cannot be read or differs from what was saved."""
 
 
-class Preserved(NamedTuple):
-    """Which checkpoints stay: the newest `keep`, as many of steps that `every_steps` divides, which
-    those that a stop adds must not push out, and all that `keep_every` divides (0: none)."""
+class PreservationPolicy(NamedTuple):
+    """Keeps the newest checkpoints and those of regular steps; 0 disables a rule.
+
+    keep: the newest so many stay
+    keep_every: all whose step it divides stay
+    every_steps: the newest `keep` whose step it divides stay as well: checkpoints that stopped
+        runs add in between must not evict them
+    """
 
     keep: int
     keep_every: int
     every_steps: int
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """For each of `checkpoints`, oldest first (orbax calls it)."""
+        """Return for each of `checkpoints`, oldest first, whether it stays; Orbax calls this."""
         del context
-        steps = [each.step for each in checkpoints]
-        divided = lambda by: [step for step in steps if by and step % by == 0]
-        newest = lambda some: some[-self.keep :]
-        stay = {*newest(steps), *newest(divided(self.every_steps)), *divided(self.keep_every)}
-        return [step in stay for step in steps]
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        regular = [step for step in steps if self.every_steps and step % self.every_steps == 0]
+        milestones = [step for step in steps if self.keep_every and step % self.keep_every == 0]
+        preserved = {*steps[-self.keep :], *regular[-self.keep :], *milestones}
+        return [step in preserved for step in steps]
 
 
 class Checkpoints:
-    """The checkpoints of a run, in WORKDIR/checkpoints/STEP; saves are asynchronous and atomic.
-
-    `Preserved` says which of them stay.
-    """
+    """The checkpoints of a run, in WORKDIR/checkpoints/STEP; saves are asynchronous and atomic."""
 
     def __init__(self, workdir: str, keep: int, keep_every: int = 0, every_steps: int = 0):
-        _quiet()
-        self._workdir, self._every = workdir, every_steps
+        _silence_orbax()
+        self._workdir, self._every_steps = workdir, every_steps
         self._manager = ocp.CheckpointManager(
             f"{object_storage.absolute(workdir)}/{object_storage.CHECKPOINTS}",
             item_names=(STATE, CHECKSUMS),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=Preserved(keep, keep_every, every_steps),
+                preservation_policy=PreservationPolicy(keep, keep_every, every_steps),
                 create=True,
-                cleanup_tmp_directories=True,  # what a killed run was writing
+                cleanup_tmp_directories=True,  # partial saves of a killed run
             ),
         )
 
     @property
     def latest_step(self) -> int | None:
-        """Completed steps of the newest checkpoint, None where there is none."""
+        """The step of the newest checkpoint, None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
-        """Begin to save `state`, unless this step is saved already; UserError where the save before
-        it could not be written."""
+        """Start to save `state`; do nothing if this step is saved already.
+
+        Raises UserError (RetryableError in object storage) if the previous save failed.
+        """
         if step == self._manager.latest_step():
             return
         sums = checksums(state)
@@ -173,18 +187,20 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def check(self) -> None:
-        """Raise UserError if a save that was begun could not be written."""
+        """Raise UserError if a save that was started has failed."""
         with self._writing():
             self._manager.check_for_errors()
 
     def restore(self, state: Any, shardings: Any, before: int | None = None) -> Any:
-        """The newest state that is whole, of a step below `before` where that is given, laid out by
-        `shardings`; `state` gives shapes and dtypes (abstract).
+        """Return the newest intact state, as arrays with `shardings`.
 
-        With `before`, steps that `every_steps` divides come first: a run that was stopped in
-        between, and saved there, goes back to where one that was not would. Damaged ones are named
-        and, once another was found whole, moved to WORKDIR/damaged. Raises UserError where there is
-        none, and Again where a host of several could not read its part.
+        `state` gives shapes and dtypes (abstract arrays). With `before`, only steps below it are
+        considered, those that `every_steps` divides first: a run that was stopped and saved in
+        between then rolls back to the same step as a run that was not. Damaged checkpoints are
+        reported and, once an intact one has been read, moved to WORKDIR/damaged.
+
+        Raises UserError if no checkpoint is left, RetryableError if one of several hosts could not
+        read its part.
         """
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -194,45 +210,48 @@ class Checkpoints:
         self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True)
         if before is not None:
-            regular = lambda step: self._every > 0 and step % self._every == 0
-            steps = sorted((s for s in steps if s < before), key=regular, reverse=True)
+            earlier = [step for step in steps if step < before]
+            regular = [s for s in earlier if self._every_steps > 0 and s % self._every_steps == 0]
+            steps = regular + [step for step in earlier if step not in regular]
         damaged: dict[int, str] = {}
         for step in steps:
             try:
-                found = self._read(step, target, others=len(steps) > len(damaged) + 1)
-            except Damaged as e:
+                restored = self._read(step, target, others=len(steps) > len(damaged) + 1)
+            except DamagedCheckpoint as e:
                 damaged[step] = str(e)
                 print(f"checkpoint {step} is damaged: {e}", flush=True)
                 continue
             self._set_aside(damaged)
-            return found
+            return restored
         if not damaged:
             raise UserError(
-                f"{self._workdir}/checkpoints has none of before step {before} to go back to: save "
-                "more often (checkpoint.every_steps), or keep more (checkpoint.keep)"
+                f"{self._workdir}/checkpoints has no checkpoint before step {before} to roll back "
+                "to: save more often (checkpoint.every_steps) or keep more (checkpoint.keep)"
             )
         raise UserError(
             f"none of the {len(damaged)} checkpoints in {self._workdir}/checkpoints can be used "
             f"({'; '.join(f'{step}: {why}' for step, why in damaged.items())}); nothing was "
-            "changed. Bring one back, or begin anew in another workdir"
+            "changed. Bring back a copy of one, or start again in another workdir"
         )
 
     def _read(self, step: int, target: Any, others: bool) -> Any:
         items = {STATE: ocp.args.StandardRestore(target), CHECKSUMS: ocp.args.JsonRestore()}
         try:
-            with said_as(Damaged):
-                found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Damaged as e:
+            with translate_errors(DamagedCheckpoint):
+                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except DamagedCheckpoint as e:
             if jax.process_count() == 1 or not others:
                 raise
-            # the other hosts may have read their parts, and wait for this one: all begin again
+            # other hosts may have read their parts and wait for this one: all must start again
             self._move(step)
             raise RetryableError(f"checkpoint {step} is damaged: {e}; it was set aside") from e
-        with said_as(Damaged):  # on all hosts alike
-            verify(found[STATE], found[CHECKSUMS])
-        return found[STATE]
+        # outside of the block above: a checksum fails on all hosts alike, without a restart
+        with translate_errors(DamagedCheckpoint):
+            verify(restored[STATE], restored[CHECKSUMS])
+        return restored[STATE]
 
     def _set_aside(self, steps: Iterable[int]) -> None:
+        """Move damaged checkpoints away, on process 0, and make all hosts forget them."""
         for step in steps:
             if jax.process_index() == 0:
                 self._move(step)
@@ -242,37 +261,75 @@ class Checkpoints:
 
     def _move(self, step: int) -> None:
         workdir = epath.Path(object_storage.absolute(self._workdir))
-        kept = workdir / "damaged" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another host was faster
-            (workdir / object_storage.CHECKPOINTS / str(step)).rename(kept)
-            print(f"moved it to {kept}", flush=True)
+        target = workdir / "damaged" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another host moved it first
+            (workdir / object_storage.CHECKPOINTS / str(step)).rename(target)
+            print(f"moved it to {target}", flush=True)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
+        """Raise a failed save as UserError, or as RetryableError in object storage."""
         try:
-            with said_as(OSError):
+            with translate_errors(OSError):
                 yield
         except OSError as e:
             remote = object_storage.is_remote(self._workdir)
-            good = checkpoint_steps(self._workdir)
+            steps = checkpoint_steps(self._workdir)
             raise (RetryableError if remote else UserError)(
                 f"a checkpoint could not be written to {self._workdir}/checkpoints: {e}; the last "
-                f"whole one is of step {good[-1] if good else 'none'}. "
+                f"whole one is of step {steps[-1] if steps else 'none'}. "
                 f"{'R' if remote else 'Make room and r'}un the same command again"
             ) from e
 
     def forget(self, above: int) -> None:
-        """Delete the checkpoints of steps above `above`: those of a course that was given up."""
+        """Delete the checkpoints of steps above `above`, which a rollback has abandoned."""
         for step in [s for s in self._manager.all_steps() if s > above]:
             self._manager.delete(step)
 
     def wait(self) -> None:
-        """Wait until everything is on disk; UserError where it could not be written."""
+        """Wait until every save is on disk. Raises UserError if one has failed."""
         with self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait as `wait` does, and end."""
+        """Wait for every save, as `wait` does, and release the manager's threads."""
         self.wait()
         self._manager.close()
+
+
+def read_arrays(directory: str, step: int, moments: bool) -> dict[str, Any]:
+    """Return the verified state of a checkpoint in `directory` as nested dicts of numpy arrays.
+
+    It has `params` and, with `moments`, `opt_state` reduced to Adam's `mu` and `nu`; shapes need
+    not be known beforehand. Raises UserError if the checkpoint cannot be read.
+    """
+    handlers = {STATE: ocp.PyTreeCheckpointHandler(), CHECKSUMS: ocp.JsonCheckpointHandler()}
+    reader = ocp.CheckpointManager(os.path.abspath(directory), item_handlers=handlers)
+    try:
+        with translate_errors(DamagedCheckpoint):
+            request = _partial_restore(reader.item_metadata(step)[STATE], moments)
+            items = {STATE: request, CHECKSUMS: ocp.args.JsonRestore()}
+            restored = reader.restore(step, args=ocp.args.Composite(**items))
+            verify(restored[STATE], restored[CHECKSUMS])
+        return restored[STATE]
+    except DamagedCheckpoint as e:
+        raise UserError(f"{directory}/{step} cannot be read: {e}") from e
+    finally:
+        reader.close()
+
+
+def _partial_restore(metadata: Any, moments: bool) -> ocp.args.PyTreeRestore:
+    """Request the parameters and, with `moments`, Adam's moments as numpy arrays."""
+    request = {"params": metadata["params"]}
+    if moments:
+        request["opt_state"] = [
+            {key: part[key] for key in ("mu", "nu")} if part and "mu" in part else None
+            for part in metadata["opt_state"] or ()
+        ]
+    arguments = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+        request,
+        is_leaf=lambda x: hasattr(x, "shape"),
+    )
+    return ocp.args.PyTreeRestore(request, restore_args=arguments, partial_restore=True)

@@ -192,6 +192,18 @@ def weight_norm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return renamed
 
 
+def problems(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """List every tensor that is missing, unexpected, of another shape or not finite."""
+    lines = [f"missing {name}" for name in shapes if name not in tensors]
+    lines += [f"unexpected {name}" for name in tensors if name not in shapes]
+    for name in (name for name in shapes if name in tensors):
+        if tensors[name].shape != shapes[name]:
+            lines.append(f"{name} is {list(tensors[name].shape)}, not {list(shapes[name])}")
+        elif bad := np.count_nonzero(~np.isfinite(tensors[name])):
+            lines.append(f"{name} has {bad} values that are not finite")
+    return lines
+
+
 def refuse(problems: list[str], path: str) -> None:
     """Raise UserError with all `problems` of the checkpoint `path`, if there are any."""
     if problems:
@@ -213,25 +225,23 @@ def _from_state(
 ) -> Any:
     state = {name: x for name, x in weight_norm(state).items() if not BUFFERS.search(name)}
     parameters = abstract(student)
-    shapes = {name: x.shape for name, x in parameters.items()}
     names = _names(parameters, style)
-    problems = [f"missing {name}" for name in names if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in names]
-    for name, (ours, layer) in names.items():
-        shape = shapes[ours][1:] if layer is not None else shapes[ours]
-        expected = _to_torch(ours, np.broadcast_to(np.float32(0), shape)).shape
-        if name in state and state[name].shape != expected:
-            problems.append(f"{name} is {list(state[name].shape)}, not {list(expected)}")
-        elif name in state and (bad := np.count_nonzero(~np.isfinite(state[name]))):
-            problems.append(f"{name} has {bad} values that are not finite")
-    refuse(problems, path)
-    pieces: dict[str, list[np.ndarray]] = {}
-    for name, (ours, layer) in names.items():
-        shape = shapes[ours][1:] if layer is not None else shapes[ours]
-        pieces.setdefault(ours, []).append(_from_torch(ours, state[name], shape))
+    shapes = {
+        name: parameters[ours].shape[0 if layer is None else 1 :]
+        for name, (ours, layer) in names.items()
+    }
+    expected = {
+        name: _to_torch(names[name][0], np.broadcast_to(np.float32(0), shape)).shape
+        for name, shape in shapes.items()
+    }
+    refuse(problems(state, expected), path)
+    # the layers of a stacked parameter come in order, since `_names` lists them so
+    layers: dict[str, list[np.ndarray]] = {}
+    for name, (ours, _) in names.items():
+        layers.setdefault(ours, []).append(_from_torch(ours, state[name], shapes[name]))
     flat = {
         ours: np.stack(xs) if ours.startswith("encoder/layers/") else xs[0]
-        for ours, xs in pieces.items()
+        for ours, xs in layers.items()
     }
     return traverse_util.unflatten_dict(flat, sep="/")
 

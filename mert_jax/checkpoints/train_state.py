@@ -1,4 +1,7 @@
-"""Everything that a checkpoint of a run holds."""
+"""The state that a training checkpoint stores.
+
+Checkpoints on disk contain these classes' field names: a renamed field makes them unreadable.
+"""
 
 from typing import Any, NamedTuple
 
@@ -6,44 +9,54 @@ import jax
 import jax.numpy as jnp
 import optax
 
-Array = jax.Array
-
 
 class Guard(NamedTuple):
-    """norms: gradient norms of the last W updates that were accepted, [W], NaN before there are so
-    many; skipped: updates that were not, since the run began; streak: of them, those in a row until
-    now; rollbacks: times that the run went back to an earlier checkpoint."""
+    """History of accepted and rejected updates, used to detect abnormal gradients.
 
-    norms: Array
-    skipped: Array
-    streak: Array
-    rollbacks: Array
+    norms: gradient norms of the last W accepted updates, f32 [W], NaN in unused entries
+    skipped: number of updates rejected since the run began, i32
+    streak: number of consecutive updates rejected up to now, i32
+    rollbacks: number of times the run returned to an earlier checkpoint, i32
+    """
+
+    norms: jax.Array
+    skipped: jax.Array
+    streak: jax.Array
+    rollbacks: jax.Array
 
 
 def initial_guard(window: int) -> Guard:
-    """A guard that has seen nothing yet, and remembers `window` norms."""
+    """Return the guard of a new run, with room for `window` gradient norms."""
     zero = jnp.zeros((), jnp.int32)
     return Guard(jnp.full((window,), jnp.nan, jnp.float32), zero, zero, zero)
 
 
 class AdamState(NamedTuple):
+    """Adam's update count and its first and second moments, shaped like the parameters."""
+
     count: jax.Array
     mu: optax.Params
     nu: optax.Params
 
 
 def optimizer_state(adam: AdamState, updates: int | jax.Array) -> tuple[Any, ...]:
-    """The state of `make`'s optimiser with these moments, `updates` into its schedule."""
+    """Return the state of `optimizer.make`'s chain with these moments after `updates` updates."""
     empty = optax.EmptyState()
     return empty, adam, empty, optax.ScaleByScheduleState(jnp.asarray(updates, jnp.int32))
 
 
 class TrainState(NamedTuple):
-    """Everything a checkpoint holds: completed steps, the number of the next batch (further on than
-    the step where batches were passed over), parameters, optimiser state, and the guard."""
+    """The complete state of a training run.
 
-    step: Array
-    batch: Array
+    step: number of completed steps, i32
+    batch: index of the next batch, i32; ahead of `step` once a rollback has skipped batches
+    params: the student's parameters
+    opt_state: the optimizer's state; () in a converted checkpoint without moments
+    guard: history of accepted and rejected updates
+    """
+
+    step: jax.Array
+    batch: jax.Array
     params: Any
     opt_state: Any
     guard: Guard

@@ -1,7 +1,7 @@
-"""Checkpoints of ours: a run's workdir, or what `convert --to=orbax` made, which is like one.
+"""Reads and writes workdirs: those of runs, and those that `convert --to=orbax` writes.
 
-WORKDIR/model.json says what the student is, WORKDIR/checkpoints/STEP holds its state as
-`step.TrainState`. A run has config.json and metrics.jsonl besides.
+WORKDIR/model.json describes the student, WORKDIR/checkpoints/STEP holds a `TrainState`. A run also
+has config.json and metrics.jsonl.
 """
 
 import contextlib
@@ -10,47 +10,48 @@ import json
 import os
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from mert_jax import files
-from mert_jax.checkpoints import manager as checkpoint
-from mert_jax.checkpoints import tensor_names
+from mert_jax.checkpoints import manager, tensor_names
 from mert_jax.checkpoints.in_memory import About, Checkpoint, architecture, student_of
 from mert_jax.checkpoints.train_state import AdamState, TrainState, initial_guard, optimizer_state
-from mert_jax.constants import MODEL_FILE
+from mert_jax.constants import CONFIG_FILE, MODEL_FILE
 from mert_jax.errors import UserError
-from mert_jax.files import read_jsonl
 from mert_jax.models.mert_v1 import Student
+from mert_jax.object_storage import CHECKPOINTS
 from mert_jax.tensors import state_dict
 
-# of About, what model.json holds; the rest lies in the run's own files
-KEPT = (
+# fields of About that model.json stores; the others come from the run's own files
+DESCRIPTION_FIELDS = (
     *("sample_rate", "do_normalize", "dtype", "flat_moments", "special_codes", "row_orders"),
     *("teachers", "licence", "data", "lineage"),
 )
 
 
 def write_description(workdir: str, student: Student, about: About) -> None:
-    """Write WORKDIR/model.json, what `read` needs beside the weights."""
-    content = {"student": architecture(student)} | {key: getattr(about, key) for key in KEPT}
+    """Write WORKDIR/model.json, which `read_checkpoint` needs beside the weights."""
+    fields = {key: getattr(about, key) for key in DESCRIPTION_FIELDS}
     path = os.path.join(workdir, MODEL_FILE)
-    with files.atomic_write(path, replace=True) as temporary, open(temporary, "w") as f:
-        json.dump(content, f, indent=1)
+    with files.atomic_write(path, replace=True) as temporary, open(temporary, "w") as file:
+        json.dump({"student": architecture(student)} | fields, file, indent=1)
 
 
 def read_about(workdir: str) -> About:
-    """What WORKDIR/model.json says beside the student; UserError where it says nothing."""
-    content = state_dict.read_json(os.path.join(workdir, MODEL_FILE))
-    return About(**{key: content[key] for key in KEPT if key in content})
+    """Return the fields of `About` that WORKDIR/model.json stores. Raises UserError without it."""
+    return _about(state_dict.read_json(os.path.join(workdir, MODEL_FILE)))
 
 
-def locate(path: str) -> tuple[str, int]:
-    """The workdir of `path`, which is one or WORKDIR/checkpoints/STEP, and the step: the newest or
-    the one named. UserError where there is none."""
+def _about(description: dict[str, Any]) -> About:
+    return About(**{key: description[key] for key in DESCRIPTION_FIELDS if key in description})
+
+
+def _locate(path: str) -> tuple[str, int]:
+    """Split WORKDIR (at its newest step) or WORKDIR/checkpoints/STEP into workdir and step.
+
+    Raises UserError if there is no checkpoint.
+    """
     if os.path.exists(os.path.join(path, "_CHECKPOINT_METADATA")):
         step = os.path.basename(os.path.normpath(path))
         if not step.isdecimal():
@@ -58,106 +59,57 @@ def locate(path: str) -> tuple[str, int]:
                 f"{path} is a checkpoint away from its run: put it at WORKDIR/checkpoints/STEP"
             )
         return os.path.dirname(os.path.dirname(os.path.abspath(path))), int(step)
-    steps = checkpoint.checkpoint_steps(path)
+    steps = manager.checkpoint_steps(path)
     if not steps:
-        raise UserError(f"{path} has no finished checkpoint in checkpoints/ yet")
-    return path, max(steps)
+        raise UserError(f"{path} has no finished checkpoint in {CHECKPOINTS}/ yet")
+    return path, steps[-1]
 
 
 def read_checkpoint(path: str, moments: bool = True) -> Checkpoint:
-    """The newest checkpoint of a workdir, or WORKDIR/checkpoints/STEP itself.
+    """Read the newest checkpoint of a workdir, or WORKDIR/checkpoints/STEP itself.
 
-    Raises UserError as `formats.read` does.
+    Raises UserError as `reading.read_checkpoint` does.
     """
-    workdir, step = locate(path)
-    content = state_dict.read_json(os.path.join(workdir, MODEL_FILE))
+    workdir, step = _locate(path)
+    description = state_dict.read_json(os.path.join(workdir, MODEL_FILE))
     try:
-        student = student_of(content["student"])
-        about = About(**{key: content[key] for key in KEPT if key in content})
+        student, about = student_of(description["student"]), _about(description)
     except (KeyError, TypeError) as e:
         raise UserError(f"{workdir}/{MODEL_FILE} does not describe a student: {e!r}") from e
-    state = _restore(os.path.join(workdir, "checkpoints"), step, moments)
+    state = manager.read_arrays(os.path.join(workdir, CHECKPOINTS), step, moments)
     params = _checked(state["params"], student, f"{workdir}, step {step}")
-    found = None
-    if adam := [x for x in state.get("opt_state") or () if x]:
-        found = tuple(_checked(adam[0][key], student, f"{workdir}, {key}") for key in ("mu", "nu"))
-    run = os.path.join(workdir, "config.json")
-    rows = read_jsonl(os.path.join(workdir, "metrics.jsonl"))
+    adam = None
+    # the optimizer's other parts have no arrays that were asked for
+    if parts := [part for part in state.get("opt_state") or () if part]:
+        adam = tuple(_checked(parts[0][key], student, f"{workdir}, {key}") for key in ("mu", "nu"))
+    config = os.path.join(workdir, CONFIG_FILE)
+    rows = files.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
     about = about._replace(
-        config=state_dict.read_json(run) if os.path.exists(run) else {},
+        config=state_dict.read_json(config) if os.path.exists(config) else {},
         metrics=next((row for row in reversed(rows) if row["step"] <= step), {}),
         lineage=(*about.lineage, f"{os.path.basename(os.path.abspath(workdir))} (step {step})"),
     )
-    return Checkpoint(student, params, found, step, about)
-
-
-def _restore(directory: str, step: int, moments: bool) -> dict[str, Any]:
-    """The state as nested dicts and lists of numpy arrays, the optimiser's without `moments` left
-    out."""
-    handlers = {
-        checkpoint.STATE: ocp.PyTreeCheckpointHandler(),
-        checkpoint.CHECKSUMS: ocp.JsonCheckpointHandler(),
-    }
-    manager = ocp.CheckpointManager(os.path.abspath(directory), item_handlers=handlers)
-    try:
-        with checkpoint.said_as(checkpoint.Damaged):
-            tree = manager.item_metadata(step)[checkpoint.STATE]
-            items = {
-                checkpoint.STATE: _wanted(tree, moments),
-                checkpoint.CHECKSUMS: ocp.args.JsonRestore(),
-            }
-            found = manager.restore(step, args=ocp.args.Composite(**items))
-            checkpoint.verify(found[checkpoint.STATE], found[checkpoint.CHECKSUMS])
-        return found[checkpoint.STATE]
-    except checkpoint.Damaged as e:
-        raise UserError(f"{directory}/{step} cannot be read: {e}") from e
-    finally:
-        manager.close()
-
-
-def _wanted(tree: Any, moments: bool) -> ocp.args.PyTreeRestore:
-    """What of a saved state to read, as numpy arrays: parameters and, if asked for, `moments`."""
-    wanted = {"params": tree["params"]}
-    if moments:
-        wanted["opt_state"] = [
-            {key: part[key] for key in ("mu", "nu")} if part and "mu" in part else None
-            for part in tree["opt_state"] or ()
-        ]
-    arguments = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-        wanted,
-        is_leaf=lambda x: hasattr(x, "shape"),
-    )
-    return ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
+    return Checkpoint(student, params, adam, step, about)
 
 
 def _checked(params: Any, student: Student, path: str) -> Any:
-    """`params` itself, if it is `student`'s and finite; UserError with all that is not."""
+    """Return `params` unchanged. Raises UserError with every tensor that is wrong for `student`."""
     flat = traverse_util.flatten_dict(params, sep="/")
     shapes = {name: x.shape for name, x in tensor_names.abstract(student).items()}
-    problems = [f"missing {name}" for name in shapes if name not in flat]
-    problems += [f"unexpected {name}" for name in flat if name not in shapes]
-    for name in shapes.keys() & flat.keys():
-        if flat[name].shape != shapes[name]:
-            problems.append(f"{name} is {list(flat[name].shape)}, not {list(shapes[name])}")
-        elif bad := np.count_nonzero(~np.isfinite(flat[name])):
-            problems.append(f"{name} has {bad} values that are not finite")
-    tensor_names.refuse(problems, path)
+    tensor_names.refuse(tensor_names.problems(flat, shapes), path)
     return params
 
 
-def write_checkpoint(path: str, content: Checkpoint) -> None:
-    """Fill the directory `path` with a workdir that holds `content`; OSError where the disk does
-    not take it."""
-    step = jnp.int32(content.step)
+def write_checkpoint(path: str, checkpoint: Checkpoint) -> None:
+    """Fill the directory `path` with a workdir of one checkpoint. Raises OSError if that fails."""
+    step = jnp.int32(checkpoint.step)
     opt_state: Any = ()
-    if content.moments:
-        adam = AdamState(step, *content.moments)
-        opt_state = optimizer_state(adam, step)
+    if checkpoint.moments:
+        opt_state = optimizer_state(AdamState(step, *checkpoint.moments), step)
     try:
-        with contextlib.closing(checkpoint.Checkpoints(path, keep=1)) as checkpoints:
-            state = TrainState(step, step, content.params, opt_state, initial_guard(1))
-            checkpoints.save(content.step, state)
-    except (ValueError, RuntimeError) as e:  # tensorstore's words for a full disk
+        with contextlib.closing(manager.Checkpoints(path, keep=1)) as checkpoints:
+            state = TrainState(step, step, checkpoint.params, opt_state, initial_guard(1))
+            checkpoints.save(checkpoint.step, state)
+    except (ValueError, RuntimeError) as e:  # what tensorstore raises on a full disk
         raise OSError(errno.EIO, str(e)) from e
-    write_description(path, content.student, content.about)
+    write_description(path, checkpoint.student, checkpoint.about)

@@ -166,7 +166,7 @@ def test_going_back_takes_one_from_before_and_forgets_the_rest(tmp_path):
     assert restored(checkpoints) == 6
     checkpoints.forget(above=4)
     assert manager.checkpoint_steps(str(tmp_path)) == [2, 4]
-    with pytest.raises(UserError, match="none of before step 2 to go back to"):
+    with pytest.raises(UserError, match="no checkpoint before step 2 to roll back"):
         restored(checkpoints, before=2)
     checkpoints.close()
 
