@@ -1,4 +1,4 @@
-"""Checkpoints from one form to another: every direction, at full size too, and every failure."""
+"""Conversion between checkpoint formats: every direction, full-size models, and failures."""
 
 import hashlib
 import json
@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mert_jax import convert
-from mert_jax.checkpoints import fairseq, in_memory, stablehlo, tensor_names
+from mert_jax.checkpoints import conversion, fairseq, in_memory, stablehlo, tensor_names
 from mert_jax.checkpoints.reading import read_checkpoint
 from mert_jax.errors import UserError
 from mert_jax.tensors import state_dict, torch_pickle
@@ -39,8 +38,8 @@ def sources(request, tmp_path_factory):
     headless = hf_student(**options)
     hf_folder(folder / "hf", headless, hf_state(headless, np.float16))
     (folder / "hf" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
-    convert.convert(str(folder / "x.pt"), str(folder / "run"), "orbax")
-    convert.convert(str(folder / "hf"), str(folder / "run_of_hf"), "orbax")
+    conversion.convert(str(folder / "x.pt"), str(folder / "run"), "orbax")
+    conversion.convert(str(folder / "hf"), str(folder / "run_of_hf"), "orbax")
     return folder
 
 
@@ -55,7 +54,7 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("source", ["x.pt", "run"])
 def test_fairseq_to_ours_to_fairseq(sources, tmp_path, source, capsys):
-    convert.convert(str(sources / source), str(tmp_path / "back.pt"), "fairseq")
+    conversion.convert(str(sources / source), str(tmp_path / "back.pt"), "fairseq")
     before, after = (
         torch_pickle.read_pickle(path) for path in (sources / "x.pt", tmp_path / "back.pt")
     )
@@ -71,7 +70,7 @@ def test_fairseq_to_ours_to_fairseq(sources, tmp_path, source, capsys):
 
 @pytest.mark.parametrize("source", ["hf", "run_of_hf"])
 def test_hugging_face_to_ours_to_hugging_face(sources, tmp_path, source):
-    convert.convert(str(sources / source), str(tmp_path / "back"), "hf")
+    conversion.convert(str(sources / source), str(tmp_path / "back"), "hf")
     before, after = (
         state_dict.read_tensor_folder(path) for path in (sources / "hf", tmp_path / "back")
     )
@@ -82,7 +81,7 @@ def test_hugging_face_to_ours_to_hugging_face(sources, tmp_path, source):
 
 @pytest.mark.parametrize("source", ["x.pt", "run"])
 def test_fairseq_to_hugging_face(sources, tmp_path, source):
-    convert.convert(str(sources / source), str(tmp_path / "hf"), "hf")
+    conversion.convert(str(sources / source), str(tmp_path / "hf"), "hf")
     assert_official_mapping(sources / "x.pt", tmp_path / "hf", "95m")
 
 
@@ -105,15 +104,15 @@ def assert_official_mapping(file, folder, size: str) -> None:
 
 def test_a_directory_without_heads_makes_no_fairseq_file(small, tmp_path):
     with pytest.raises(UserError, match="this checkpoint has: none"):
-        convert.convert(small, str(tmp_path / "x.pt"), "fairseq")
+        conversion.convert(small, str(tmp_path / "x.pt"), "fairseq")
     assert os.listdir(tmp_path) == []
 
 
 def test_moments_and_licence_are_as_asked(sources, tmp_path):
-    convert.convert(str(sources / "x.pt"), str(tmp_path / "run"), "orbax", "mit", moments=False)
+    conversion.convert(str(sources / "x.pt"), str(tmp_path / "run"), "orbax", "mit", moments=False)
     found = read_checkpoint(tmp_path / "run")
     assert (found.moments, found.step, found.about.licence) == (None, 7, "mit")
-    convert.convert(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
+    conversion.convert(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
     text = (tmp_path / "hf" / "README.md").read_text()
     assert "license: mit" in text
     assert "Goes back to x.pt (fairseq); run (step 7)." in text
@@ -211,7 +210,7 @@ def test_a_program_that_computes_something_else_is_not_written(small, tmp_path, 
 
     monkeypatch.setattr(state_dict, "write_tensors", tampered)
     with pytest.raises(UserError, match=r"differs from the student by .*: not written"):
-        convert.convert(small, str(tmp_path / "hlo"), "stablehlo")
+        conversion.convert(small, str(tmp_path / "hlo"), "stablehlo")
     assert os.listdir(tmp_path) == []
 
 
@@ -225,7 +224,7 @@ def test_a_full_disk_leaves_nothing_behind(sources, tmp_path, to):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 1024, before[1]))
         with pytest.raises(UserError, match="out cannot be written"):
-            convert.convert(str(sources / "x.pt"), str(tmp_path / "out"), to)
+            conversion.convert(str(sources / "x.pt"), str(tmp_path / "out"), to)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.listdir(tmp_path) == []
@@ -237,7 +236,7 @@ def test_an_output_that_exists_is_left_alone(small, tmp_path, directory):
     path.mkdir() if directory else path.write_text("mine")
     for to in ("hf", "fairseq", "orbax", "stablehlo"):
         with pytest.raises(UserError, match="out exists already; choose another output"):
-            convert.convert(small, str(path), to)
+            conversion.convert(small, str(path), to)
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(path) == [] if directory else path.read_text() == "mine"
 

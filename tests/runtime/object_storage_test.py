@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mert_jax import convert, object_storage
-from mert_jax.checkpoints import manager
+from mert_jax import object_storage
+from mert_jax.checkpoints import conversion, manager
 from mert_jax.checkpoints.reading import read_checkpoint
 from mert_jax.errors import RetryableError, UserError
 from mert_jax.runtime.remote_workdir import RemoteWorkdir
@@ -171,10 +171,10 @@ def test_a_run_there_is_killed_goes_on_and_is_read(line, dataset, finished, tmp_
     assert read_checkpoint(f"{workdir}/checkpoints/3").step == 3
     a, b = (x.params["encoder"]["layer_norm"]["scale"] for x in (local, remote))
     assert (a == b).all()
-    convert.convert(workdir, str(tmp_path / "hf"), "hf")
+    conversion.convert(workdir, str(tmp_path / "hf"), "hf")
     assert read_checkpoint(str(tmp_path / "hf")).params.keys() <= remote.params.keys()
     with pytest.raises(UserError, match="on a local disk"):
-        convert.convert(workdir, f"{BUCKET}/hf", "hf")
+        conversion.convert(workdir, f"{BUCKET}/hf", "hf")
 
 
 @pytest.mark.slow
