@@ -10,32 +10,15 @@ from mert_jax.checkpoints import huggingface, in_memory, workdir
 from mert_jax.errors import UserError
 from mert_jax.extraction import embedder
 from mert_jax.models.mert_v1 import hidden_states
-from tests import checkpoint_samples as checkpoints
+from tests.extraction.small_student import RATE, checkpoint, music
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
-RATE = 1_200  # frames a second of the small student: 24 kHz, every 20 samples
 CONTEXT = 8 / RATE  # what the positions reach
-
-
-def checkpoint(flavour="95m", normalised=False):
-    student = checkpoints.student(**checkpoints.FLAVOURS[flavour])
-    params = jax.tree.map(lambda x: 0.3 * x, checkpoints.params_of(student))
-    about = in_memory.About(do_normalize=normalised)
-    return in_memory.Checkpoint(student, params, None, 5, about)
 
 
 @pytest.fixture(scope="module", params=["95m", "330m"])
 def small(request):
     return embedder.Model(checkpoint(request.param))
-
-
-def music(*lengths, seed=0):
-    """Noise that grows louder, with an offset: parts of it have other norms than the whole."""
-    rng = np.random.default_rng(seed)
-    return [
-        (0.1 * rng.normal(size=n) * np.linspace(0.1, 1, n) + 0.02).astype(np.float32)
-        for n in lengths
-    ]
 
 
 def alone(model, wave):

@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from mert_jax import extract
 from mert_jax.checkpoints import huggingface
 from mert_jax.data.decoding import decode
 from mert_jax.errors import UserError
-from mert_jax.extraction import embedder
-from mert_jax.extraction import run as running
+from mert_jax.extraction import embedder, reading
 from mert_jax.extraction.embedder import EmbeddingSettings
-from tests.extraction.embedder_test import RATE, checkpoint, music
+from mert_jax.extraction.folder import extract, output_names
+from mert_jax.extraction.run import ExtractionRun
+from tests.extraction.small_student import RATE, checkpoint, music
 from tests.runs import ENVIRONMENT
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -48,7 +48,7 @@ def folder(tmp_path):
 
 
 def run(model, folder, output, dtype="float32", **settings):
-    return extract.extract(model, [str(folder)], str(output), EmbeddingSettings(**settings), dtype)
+    return extract(model, [str(folder)], str(output), EmbeddingSettings(**settings), dtype)
 
 
 def arrays(path):
@@ -129,20 +129,20 @@ def test_long_files_are_those_of_the_model_in_chunks(model, folder, tmp_path):
 
 def test_it_goes_on_where_it_stopped(model, folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    original, made = running.ExtractionRun._finish, []
+    original, names = ExtractionRun._finish, []
 
     def finish(self, recording, file):
-        if len(made) == 2:
+        if len(names) == 2:
             raise KeyboardInterrupt
-        made.append(recording.source.name)
+        names.append(recording.source.name)
         return original(self, recording, file)
 
-    monkeypatch.setattr(running.ExtractionRun, "_finish", finish)
+    monkeypatch.setattr(ExtractionRun, "_finish", finish)
     with pytest.raises(KeyboardInterrupt):
         run(model, folder, out)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.npz")}
     assert len(before) == 2
-    monkeypatch.setattr(running.ExtractionRun, "_finish", original)
+    monkeypatch.setattr(ExtractionRun, "_finish", original)
     report = run(model, folder, out)
     assert "2 of 5 files are done already" in capsys.readouterr().err
     assert report["embedded"] == 4
@@ -172,11 +172,11 @@ def test_files_of_one_name(model, tmp_path):
     run(model, root, tmp_path / "out")
     found = {p.name for p in (tmp_path / "out").rglob("*.npz")}
     assert found == {"x.wav.npz", "x.flac.npz", "y.npz"}
-    assert extract.outputs(["a.wav", "a.wav", "b"]) == ["a.wav.npz", "a.wav~2.npz", "b.npz"]
+    assert output_names(["a.wav", "a.wav", "b"]) == ["a.wav.npz", "a.wav~2.npz", "b.npz"]
 
 
 def test_a_file_that_shrinks_between_its_two_readings(model, folder, tmp_path, monkeypatch):
-    original = running.reading.rows
+    original = reading.rows
 
     def rows(recording, *rest):
         if recording.source.name == "album/c.ogg":
@@ -184,7 +184,7 @@ def test_a_file_that_shrinks_between_its_two_readings(model, folder, tmp_path, m
             moments.samples += 9_000
         return original(recording, *rest)
 
-    monkeypatch.setattr(running.reading, "rows", rows)
+    monkeypatch.setattr(reading, "rows", rows)
     report = run(model, folder, tmp_path / "out", chunk=300 / RATE, context=20 / RATE)
     assert [x["reason"] for x in report["failed"]] == ["not audio", "changed"]
     assert report["embedded"] == 3
@@ -236,7 +236,7 @@ def test_a_full_disk(model, folder, tmp_path):
     arguments = command(model, folder, tmp_path / "out")
     done = subprocess.run([*limited, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 2, done.stderr
-    assert re.search(r"^error: cannot write .*/out: .*what is done is kept", done.stderr, re.M)
+    assert re.search(r"^error: cannot write .*/out: .*finished files are kept", done.stderr, re.M)
     for path in (tmp_path / "out").rglob("*.npz"):  # whole or not there
         arrays(path)
     assert started(model, folder, tmp_path / "out").returncode == 1

@@ -15,7 +15,7 @@ from mert_jax.errors import UserError
 from mert_jax.extraction import embedder
 from mert_jax.probing import beats, features, head, sampling
 from mert_jax.tasks.registry import get_task
-from tests.extraction import embedder_test as embedding_test
+from tests.extraction.small_student import checkpoint
 from tests.labelled_music import COUNTS, WRITERS, with_ffmpeg
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -115,7 +115,7 @@ def command(*options: str) -> subprocess.CompletedProcess:
 
 
 def test_a_checkpoint_beside_its_untrained_self(tmp_path):
-    workdir.write_checkpoint(str(tmp_path / "run"), embedding_test.checkpoint())
+    workdir.write_checkpoint(str(tmp_path / "run"), checkpoint())
     data = WRITERS["NSynthP"](tmp_path / "data")
     done = command(
         f"--checkpoint={tmp_path / 'run'}", "--task=NSynthP", f"--data={data}",
@@ -134,7 +134,7 @@ def test_a_checkpoint_beside_its_untrained_self(tmp_path):
 def test_a_students_frames_of_some_layers_go_into_beats(tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "TRAIN", 1024)
     monkeypatch.setattr(sampling, "VALID", 256)
-    model = embedder.Model(embedding_test.checkpoint())
+    model = embedder.Model(checkpoint())
     made = features.student(model, layers=(2, 0))
     task = get_task("GTZANBeatTracking")
     short = task._replace(
