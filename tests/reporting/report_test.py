@@ -1,4 +1,4 @@
-"""The report says what metrics.jsonl says, in files that need nothing else."""
+"""The report shows the figures of metrics.jsonl in files that need no network."""
 
 import html.parser
 import json
@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 from matplotlib import figure, image
 
-from mert_jax import report
 from mert_jax.errors import UserError
-from mert_jax.reporting import plots
+from mert_jax.reporting import plots, report, summary
 from mert_jax.runtime import goodput
 
 CONFIG = {"batch_size": 36, "total_steps": 500, "data": {"num_samples": 240_000}}
 
 
 def parts(loss: float, books: int) -> dict:
-    """The metrics of one kind, training or validation."""
+    """Return the metrics of one kind, training or validation."""
     return {
         "loss": loss,
         "loss_codes": loss - 1,
@@ -33,7 +32,7 @@ def parts(loss: float, books: int) -> dict:
 
 
 def make_rows(count: int, validation: dict[int, float] | None = None, books: int = 2) -> list[dict]:
-    """`count` rows, 10 steps apart; `validation`: step -> loss."""
+    """Return `count` rows, 10 steps apart; `validation` maps a step to its loss."""
     rows = []
     for step in range(10, 10 * count + 1, 10):
         row = {"step": step, **parts(50 - step / 100, books), "grad_norm": 1.0 + step % 3}
@@ -54,7 +53,7 @@ def save(workdir, rows: list[dict], config: dict | None = None) -> str:
 
 
 class Elements(html.parser.HTMLParser):
-    """Every element with its attributes, every text."""
+    """Collects every element with its attributes, and every text."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -71,7 +70,7 @@ class Elements(html.parser.HTMLParser):
 def test_files_and_headline_figures(tmp_path, capsys):
     rows = make_rows(50, {100: 49.0, 200: 45.5, 500: 46.25})
     rows[-1]["validation_masked_accuracy"] = [0.5, 0.25]
-    report.report(save(tmp_path, rows, CONFIG))
+    report.write_report(save(tmp_path, rows, CONFIG))
     assert {f.name for f in tmp_path.iterdir()} == {
         *("metrics.jsonl", "config.json", "report.png", "report.html")
     }
@@ -79,7 +78,7 @@ def test_files_and_headline_figures(tmp_path, capsys):
     assert min(height, width) > 1000
     printed = re.sub(" +", " ", capsys.readouterr().out)
     page = Elements((tmp_path / "report.html").read_text())
-    for what, much in {
+    for label, value in {
         "steps": "500 of 500",
         "audio seen": "50.0 h",  # 500 updates of 36 clips of 10 s
         "median speed": "360 s of audio a second",  # of 120, 130, ... 600
@@ -90,8 +89,8 @@ def test_files_and_headline_figures(tmp_path, capsys):
         "validation masked accuracy": "0.3750",
         "always the most frequent code": "0.1250",
     }.items():
-        assert f"\n{what} {much}\n" in printed
-        assert page.texts[page.texts.index(what) + 1] == much
+        assert f"\n{label} {value}\n" in printed
+        assert page.texts[page.texts.index(label) + 1] == value
     assert str(tmp_path / "report.png") in printed
     assert str(tmp_path / "report.html") in printed
     assert "warning" not in printed
@@ -100,12 +99,12 @@ def test_files_and_headline_figures(tmp_path, capsys):
     assert "data.num_samples 240000" in texts
 
 
-def test_the_page_needs_no_network_and_escapes_what_it_is_told(tmp_path):
+def test_the_page_needs_no_network_and_escapes_its_text(tmp_path):
     workdir = save(tmp_path / "<b>run & co", make_rows(3), {"data": {"dir": "<script>alert()"}})
-    rows, config = report.load(workdir)
-    said = ["<b>collapsed</b>"]
-    figures = report.summarize(rows, config)
-    page = Elements(report.page(plots.panels(rows)[:2], figures, said, config, workdir))
+    rows, config = summary.read_run(workdir)
+    warnings = ["<b>collapsed</b>"]
+    figures = summary.summarize(rows, config)
+    page = Elements(report.page(plots.panels(rows)[:2], figures, warnings, config, workdir))
     tags = {tag for tag, _ in page.elements}
     assert not tags & {"b", "script", "link", "iframe", "object"}
     assert "img" in tags
@@ -120,7 +119,7 @@ def test_the_page_needs_no_network_and_escapes_what_it_is_told(tmp_path):
     assert "<b>collapsed</b>" in page.texts
 
 
-def test_a_panel_for_everything_there_is():
+def test_panels_follow_the_metrics():
     rows = make_rows(5, {50: 1.0})
     assert [panel.title for panel in plots.panels(rows)] == [
         *("Loss", "Loss of the codes", "Loss of cqt", "Masked accuracy"),
@@ -129,12 +128,12 @@ def test_a_panel_for_everything_there_is():
     ]
     for row in rows:
         row |= {"loss_chroma": 0.1, "mfu": 0.4, "loss_codes_rvq": 2.0, "loss_codes_kmeans": 1.0}
-    made = {panel.title: panel for panel in plots.panels(rows)}
-    assert {"Loss of cqt", "Loss of chroma", "Model FLOPs utilisation"} < made.keys()
-    assert [line.label for line in made["Loss of the codes"].lines] == [
+    panels = {panel.title: panel for panel in plots.panels(rows)}
+    assert {"Loss of cqt", "Loss of chroma", "Model FLOPs utilisation"} < panels.keys()
+    assert [line.label for line in panels["Loss of the codes"].lines] == [
         *("training", "validation", "rvq", "kmeans")
     ]
-    accuracy = made["Masked accuracy"]
+    accuracy = panels["Masked accuracy"]
     assert [line.label for line in accuracy.lines[accuracy.books :]] == [
         *("mean, validation", "most frequent code")
     ]
@@ -156,10 +155,10 @@ def test_each_dataset_of_several_has_its_validation_loss():
 
 def test_a_teacher_of_features_alone_has_no_codebooks():
     rows = make_rows(3, {30: 1.0}, books=0)
-    made, figures = plots.panels(rows), report.summarize(rows, {})
-    assert "Masked accuracy" not in [panel.title for panel in made]
-    assert report.warnings(rows, figures) == []
-    assert "<td>mean</td><td>0</td>" in report.page(made[:1], figures, [], {}, "")
+    panels, figures = plots.panels(rows), summary.summarize(rows, {})
+    assert "Masked accuracy" not in [panel.title for panel in panels]
+    assert summary.list_warnings(rows, figures) == []
+    assert "<td>mean</td><td>0</td>" in report.page(panels[:1], figures, [], {}, "")
 
 
 @pytest.mark.filterwarnings("error")
@@ -168,8 +167,8 @@ def test_draws_any_number_of_rows_and_codebooks_without_a_warning(count, books):
     rows = make_rows(count, {10: 50.0}, books)
     rows[-1] |= {"loss": float("nan"), "grad_norm": float("inf")}
     rows[-1]["prediction_perplexity"] = [1] * books
-    made = plots.panels(rows)
-    assert plots.png(made, rows[-1]["step"], title=r"$\frac$").startswith(b"\x89PNG")
+    panels = plots.panels(rows)
+    assert plots.png(panels, rows[-1]["step"], title=r"$\frac$").startswith(b"\x89PNG")
 
 
 def test_long_runs_are_thinned_to_means_within_their_range():
@@ -209,41 +208,41 @@ def test_axes_of_a_panel():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"validation_prediction_perplexity": [100.0, 1.2]}, "Collapsed student.* codebook 1"),
         ({"validation_code_perplexity": [1.5, 200.0]}, "Collapsed teacher.* codebook 0"),
         ({"validation_masked_accuracy": [0.1, 0.125]}, "no better than .* codebook 0, 1"),
         ({"validation_loss": float("nan")}, "validation_loss is not finite in 1 of 2 rows"),
         ({"grad_norm": None}, "grad_norm is not finite in 1 of 6 rows"),
-        # only what was measured last counts
+        # only the last measurement counts
         ({"masked_accuracy": [0.0, 0.0], "prediction_perplexity": [1.0, 1.0]}, None),
     ],
 )
-def test_warns_of_collapse(changes, said):
+def test_warns_of_collapse(changes, message):
     rows = make_rows(6, {30: 4.0, 60: 3.0})
-    assert report.warnings(rows, report.summarize(rows, {})) == []
+    assert summary.list_warnings(rows, summary.summarize(rows, {})) == []
     rows[-1] |= changes
-    warned = report.warnings(rows, report.summarize(rows, {}))
-    assert len(warned) == bool(said)
-    if said:
-        assert re.search(said, warned[0])
+    warnings = summary.list_warnings(rows, summary.summarize(rows, {}))
+    assert len(warnings) == bool(message)
+    if message:
+        assert re.search(message, warnings[0])
 
 
-def test_without_validation_the_last_step_is_judged():
+def test_without_validation_the_last_step_counts():
     rows = make_rows(4)
     rows[-1]["masked_accuracy"] = [0.1, 0.9]
-    figures = report.summarize(rows, {})
+    figures = summary.summarize(rows, {})
     assert (figures["kind"], figures["kind_step"]) == ("training", 40)
     assert (figures["first"], figures["best"], figures["hours"]) == (None, None, None)
-    assert "training accuracy is no better" in report.warnings(rows, figures)[0]
+    assert "training accuracy is no better" in summary.list_warnings(rows, figures)[0]
 
 
-def test_validation_that_is_never_finite():
+def test_a_validation_loss_that_is_never_finite():
     rows = make_rows(4, {20: float("nan"), 40: float("inf")})
-    figures = report.summarize(rows, CONFIG)
+    figures = summary.summarize(rows, CONFIG)
     assert (figures["first"], figures["best"]) == (None, None)
-    assert dict(report.headline(figures))["last validation loss"] == "nan at step 40"
+    assert dict(summary.headline(figures))["last validation loss"] == "nan at step 40"
 
 
 def test_mistakes_end_in_one_line_and_code_2(tmp_path):
@@ -263,65 +262,65 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path):
         )
         for arg in cases
     ]
-    for process, said in zip(started, cases.values(), strict=True):
+    for process, message in zip(started, cases.values(), strict=True):
         error = process.communicate()[1]
-        assert said in error
+        assert message in error
         assert error.startswith("error: ")
         assert error.count("\n") == 1
         assert process.returncode == 2
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"step": None}, "line 2 is not the metrics of a step"),
         ({"step": 20}, "holds nothing to plot"),
         ({"step": 20, "loss": "low"}, "loss is not"),
     ],
 )
-def test_rows_that_are_not_metrics(tmp_path, changes, said):
-    with pytest.raises(UserError, match=said):
-        report.report(save(tmp_path, [{"step": 10}, changes]))
+def test_rows_that_are_not_metrics(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        report.write_report(save(tmp_path, [{"step": 10}, changes]))
 
 
 def test_a_workdir_must_be_named():
     with pytest.raises(UserError, match="--workdir=DIR is needed"):
-        report.report(None)
+        report.write_report(None)
 
 
 def test_a_cut_off_last_line_is_left_out(tmp_path):
     workdir = save(tmp_path, make_rows(3))
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write('{"step": 40, "loss": 1')
-    assert report.load(workdir) == (make_rows(3), {})
+    assert summary.read_run(workdir) == (make_rows(3), {})
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("report.png", "cannot be written"), ("config.json", "cannot be read")]
+    ("name", "message"), [("report.png", "cannot be written"), ("config.json", "cannot be read")]
 )
-def test_a_file_that_cannot_be_used(tmp_path, name, said):
+def test_a_file_that_cannot_be_used(tmp_path, name, message):
     workdir = save(tmp_path, make_rows(1))
     (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=said):
-        report.report(workdir)
+    with pytest.raises(UserError, match=message):
+        report.write_report(workdir)
 
 
 def test_warnings_are_printed_and_on_the_page(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "png", lambda *args, **options: b"")
+    monkeypatch.setattr(plots, "png", lambda *args, **options: b"")
     rows = make_rows(2)
     rows[-1]["masked_accuracy"] = [0.0, 0.0]
-    report.report(save(tmp_path, rows))
+    report.write_report(save(tmp_path, rows))
     warned = capsys.readouterr().out.split("\nwarning: ")[1].strip()
     assert "codebook 0, 1" in warned
     assert warned in (tmp_path / "report.html").read_text()
 
 
-def test_where_the_time_went_is_printed_and_on_the_page(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "png", lambda *args, **options: b"")
+def test_goodput_is_printed_and_on_the_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plots, "png", lambda *args, **options: b"")
     workdir = save(tmp_path, make_rows(2))
     spent = dict.fromkeys(goodput.KINDS, 0.0) | {"step": 2700.0, "lost": 900.0}
     (tmp_path / "goodput.json").write_text(json.dumps(spent))
-    report.report(workdir)
-    said = "time: 1.00 h, of which step 75.0 %, lost 25.0 %"
-    assert said in capsys.readouterr().out
-    assert said in (tmp_path / "report.html").read_text()
+    report.write_report(workdir)
+    line = "time: 1.00 h, of which step 75.0 %, lost 25.0 %"
+    assert line in capsys.readouterr().out
+    assert line in (tmp_path / "report.html").read_text()
