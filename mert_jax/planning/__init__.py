@@ -1,1 +1,1 @@
-"""What `python -m mert_jax.plan` is made of."""
+"""Plans of a training run: memory, time bounds and estimates from a compiled step."""

@@ -1,4 +1,4 @@
-"""Plans side by side: table, limits, picture; docs/tpu.md shows this table."""
+"""The table and the picture of plans, and the copy of the table in the README."""
 
 import json
 import subprocess
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mert_jax import plans
 from mert_jax.errors import UserError
+from mert_jax.planning import table
 
 FOLDER = Path(__file__).parents[1] / "plans"
-PAGE = Path(__file__).parents[2] / "docs" / "tpu.md"
+README = Path(__file__).parents[2] / "docs" / "tpu.md"
 
 
 @pytest.fixture
@@ -19,20 +19,20 @@ def plan():
     return json.loads((FOLDER / "95m_v5e-8.json").read_text())
 
 
-def test_the_page_has_the_table_of_the_plans_that_were_made():
-    named = [plans.read(str(path)) for path in FOLDER.glob("*.json")]
-    lines = set(PAGE.read_text().splitlines())
-    assert [line for line in plans.table(named) if line not in lines] == []
+def test_the_readme_has_the_table_of_the_plans():
+    named = [table.read_plan(str(path)) for path in FOLDER.glob("*.json")]
+    lines = set(README.read_text().splitlines())
+    assert [line for line in table.table(named) if line not in lines] == []
 
 
-def test_a_row_says_what_its_plan_does(plan):
-    cells = dict(zip(plans.HEADINGS, plans.row("mine", plan), strict=True))
+def test_the_cells_of_a_plan(plan):
+    cells = dict(zip(table.HEADINGS, table.table_row("mine", plan), strict=True))
     assert cells["chips"] == "8 (v5e:2x4)"
     assert float(cells["step, ms"]) == pytest.approx(1e3 * plan["estimated_step_time_s"], rel=1e-2)
     per_host = plan["batch_size"] / plan["estimated_step_time_s"]
     assert int(cells["clips/s a host"]) == pytest.approx(per_host, rel=1e-2)
     plan |= {"accumulation": 4, "micro_batch_per_device": 14.0}
-    assert plans.row("mine", plan)[3] == "4 x 14"
+    assert table.table_row("mine", plan)[3] == "4 x 14"
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def test_a_row_says_what_its_plan_does(plan):
         ({"compute_bound_s": 0.06}, "matrix units"),
     ],
 )
-def test_what_limits(plan, changes, limit):
-    assert plans.limit(plan | changes) == limit
+def test_limit(plan, changes, limit):
+    assert table.limit(plan | changes) == limit
 
 
 def command(*arguments):
@@ -67,17 +67,17 @@ def test_the_command_prints_a_table_and_draws(tmp_path, plan):
 
 def test_a_line_joins_plans_of_one_kind(plan):
     alone = plan | {"num_devices": 16, "topology": "v4:2x2x4"}
-    memory = plans.picture([plan, alone, plan | {"num_devices": 64}]).axes[0]
+    memory = table.draw([plan, alone, plan | {"num_devices": 64}]).axes[0]
     assert [line.get_xdata().tolist() for line in memory.lines] == [[8, 64]]
-    memory = plans.picture([plan, alone]).axes[0]  # no line: points
+    memory = table.draw([plan, alone]).axes[0]  # without any line, points
     assert [line.get_xdata().tolist() for line in memory.lines] == [[8], [16]]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"estimated_step_time_s": null}'])
-def test_what_is_no_plan_is_refused(tmp_path, text):
+def test_a_file_that_is_not_a_plan(tmp_path, text):
     path = tmp_path / "some.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"some\.json is no plan of a TPU"):
-        plans.read(str(path))
-    with pytest.raises(UserError, match="is no file"):
-        plans.paths([str(path), "nowhere*.json"])
+    with pytest.raises(UserError, match=r"some\.json is not a plan of a TPU"):
+        table.read_plan(str(path))
+    with pytest.raises(UserError, match="matches no file"):
+        table.expand([str(path), "nowhere*.json"])

@@ -1,0 +1,157 @@
+"""Plans side by side: a Markdown table, and a picture of how they grow with the number of chips."""
+
+import glob
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from matplotlib import figure, ticker
+
+from mert_jax import files
+from mert_jax.errors import UserError
+from mert_jax.hardware import GIB
+
+HEADINGS = (
+    "plan",
+    "chips",
+    "clips an update",
+    "a chip",
+    "step, ms",
+    "MFU",
+    "memory, GiB",
+    "traffic a clip, GB",
+    "matrix units, memory and links busy, %",
+    "run, days",
+    "clips/s a host",
+    "limit",
+)
+Plan = dict[str, Any]
+
+
+def print_table(patterns: Sequence[str], picture: str | None = None) -> None:
+    """Print the table of the plans that the patterns match, and draw them into `picture`."""
+    plans = [read_plan(path) for path in expand(patterns)]
+    print("\n".join(table(plans)), flush=True)
+    if picture:
+        with files.atomic_write(picture, replace=True) as path:
+            draw([plan for _, plan in plans]).savefig(path, format="png", dpi=130)
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """Return the files that the patterns match. Raises UserError for a pattern without a match."""
+    paths = []
+    for pattern in patterns or [""]:
+        matches = sorted(glob.glob(pattern))
+        if not matches:
+            raise UserError(f"--plans={pattern} matches no file; give the output of mert_jax.plan")
+        paths += matches
+    return paths
+
+
+def read_plan(path: str) -> tuple[str, Plan]:
+    """Return the name and the plan of a file. Raises UserError if it is not a plan of a TPU."""
+    try:
+        with open(path) as file:
+            plan = json.load(file)
+        busy_shares(plan)
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise UserError(
+            f"{path} is not a plan of a TPU ({e!r}); write one by python -m mert_jax.plan "
+            f"--topology=v5e:2x4 ... > {path}"
+        ) from e
+    return os.path.basename(path).removesuffix(".json"), plan
+
+
+def busy_shares(plan: Plan) -> dict[str, float]:
+    """Return the least share of the estimated step for which each part of a chip is busy."""
+    step = plan["estimated_step_time_s"]
+    return {
+        "matrix units": plan["compute_bound_s"] / step,
+        "memory traffic": plan["memory_bound_s"] / step,
+        "links": plan["collective_bound_s"] / step,
+    }
+
+
+def limit(plan: Plan) -> str:
+    """Return the part of a chip that limits the step.
+
+    Memory if less than a tenth of it is free, vector units if no other part is busy for half of
+    the step.
+    """
+    if plan["hbm_peak_gib"] > 0.9 * plan["hbm_capacity_gib"]:
+        return "memory"
+    name, share = max(busy_shares(plan).items(), key=lambda pair: pair[1])
+    return name if share > 0.5 else "vector units"
+
+
+def table(plans: Iterable[tuple[str, Plan]]) -> list[str]:
+    """Return the lines of a Markdown table, one row a plan."""
+    rows = [HEADINGS, ["---"] * len(HEADINGS), *(table_row(*pair) for pair in plans)]
+    return [f"| {' | '.join(cells)} |" for cells in rows]
+
+
+def table_row(name: str, plan: Plan) -> list[str]:
+    """Return the cells of a plan."""
+    step = plan["estimated_step_time_s"]
+    clips = f"{plan['micro_batch_per_device']:g}"
+    if plan["accumulation"] > 1:
+        clips = f"{plan['accumulation']} x {clips}"
+    return [
+        name,
+        f"{plan['num_devices']} ({plan['topology']})",
+        f"{plan['batch_size']}",
+        clips,
+        f"{1e3 * step:.{0 if step >= 0.1 else 1}f}",
+        f"{plan['estimated_mfu']:.3f}",
+        f"{plan['hbm_peak_gib']:.1f} of {plan['hbm_capacity_gib']:.4g}",
+        f"{plan['hbm_traffic_gb_per_clip']:.2f}",
+        ", ".join(f"{100 * share:.0f}" for share in busy_shares(plan).values()),
+        f"{plan['estimated_days']:.2f}",
+        f"{plan['batch_size'] / plan['num_hosts'] / step:.0f}",
+        limit(plan),
+    ]
+
+
+# of the picture: a title, and the value of a plan
+PANELS: dict[str, Callable[[Plan], float]] = {
+    "Memory of a chip, GiB": lambda plan: plan["hbm_peak_gib"],
+    "Collectives a micro-batch and chip, GiB": lambda plan: (
+        sum(plan["collective_bytes"].values()) / plan["accumulation"] / GIB
+    ),
+    "Computing for each second of collectives, s": lambda plan: (
+        plan["estimated_step_time_s"] / plan["collective_bound_s"]
+    ),
+}
+
+
+def draw(plans: Sequence[Plan]) -> figure.Figure:
+    """Draw memory, collectives and computing time for each second of them, against chips.
+
+    Plans of one kind of chip, model and micro-batch make a line. Kinds with a single number of
+    chips are drawn, as points, only if no kind has several.
+    """
+    lines: dict[str, list[Plan]] = {}
+    for plan in sorted(plans, key=lambda plan: plan["num_devices"]):
+        kind = plan["topology"].partition(":")[0]
+        flops = round(plan["model_flops_per_step"] / plan["batch_size"] / 1e9)
+        clips = f"{plan['micro_batch_per_device']:g} clips"
+        label = f"{kind}, {flops} GFLOP a clip, {clips}, codes {plan['codes']}"
+        lines.setdefault(label, []).append(plan)
+    sizes = {label: [plan["num_devices"] for plan in line] for label, line in lines.items()}
+    several = {label: line for label, line in lines.items() if len(set(sizes[label])) > 1}
+    lines = several or lines
+    chips = sorted({n for label in lines for n in sizes[label]})
+    picture = figure.Figure((17, 4.2), layout="constrained")
+    for axes, (title, value) in zip(picture.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        for label, line in lines.items():
+            axes.plot(sizes[label], [value(plan) for plan in line], marker="o", label=label)
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set(xlabel="chips", xscale="log", ylim=(0, None))
+        axes.xaxis.set_major_locator(ticker.FixedLocator(chips))
+        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%d"))
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.grid(color="#e8e8e8", lw=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    picture.axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return picture
