@@ -1,4 +1,4 @@
-"""The table and the picture of plans, and the copy of the table in the README."""
+"""The table and the picture of plans, and the copy of the table in the docs."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from mert_jax.errors import UserError
 from mert_jax.planning import table
 
 FOLDER = Path(__file__).parents[1] / "plans"
-README = Path(__file__).parents[2] / "docs" / "tpu.md"
+PAGE = Path(__file__).parents[2] / "docs" / "tpu.md"
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def plan():
 
 def test_the_readme_has_the_table_of_the_plans():
     named = [table.read_plan(str(path)) for path in FOLDER.glob("*.json")]
-    lines = set(README.read_text().splitlines())
+    lines = set(PAGE.read_text().splitlines())
     assert [line for line in table.table(named) if line not in lines] == []
 
 
