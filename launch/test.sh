@@ -10,7 +10,7 @@ selection=(-m "not slow and not hours and not peers")
 if [ "${1:-}" = --with-peers ]; then
     shift
     extras+=(peers)
-    selection=(-m "not hours")
+    selection=(-m "not slow and not hours")
 fi
 source launch/environment.sh
 install "${extras[@]}"
