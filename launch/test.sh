@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs the linter and the tests: `bash launch/test.sh [--with-peers] [PYTEST_ARGS]`.
-# --with-peers adds the long tests and the comparisons with PyTorch's libraries; `-m hours` runs only
+# --with-peers adds the comparisons with PyTorch's libraries; `-m hours` runs only
 # those that take more than ten minutes each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
