@@ -1,7 +1,7 @@
-"""Which updates may be trusted: one that is not finite, or far out of line, changes nothing.
+"""Rejection of updates that are not finite or whose gradient norm is far above the usual.
 
-All of it runs inside the jitted step, on numbers that are in the state: a run that is stopped and
-resumed judges as one that was not.
+It runs inside the jitted step on numbers of the state, so that a resumed run decides as one that
+was never stopped.
 """
 
 import jax
@@ -13,8 +13,10 @@ Array = jax.Array
 
 
 def limit(guard: Guard, factor: float) -> Array:
-    """The largest gradient norm that is accepted: `factor` times the running median; infinite until
-    an eighth of the window is known, and where `factor` is 0."""
+    """Return the largest accepted gradient norm, `factor` times the running median.
+
+    It is infinite until an eighth of the window is known, and if `factor` is 0.
+    """
     window = guard.norms.shape[0]
     known = jnp.isfinite(guard.norms).sum()
     bound = factor * jnp.nanmedian(guard.norms)
@@ -22,12 +24,12 @@ def limit(guard: Guard, factor: float) -> Array:
 
 
 def accepts(guard: Guard, loss: Array, norm: Array, factor: float) -> Array:
-    """Whether an update of this loss and gradient norm may be made, bool."""
+    """Return True if an update with this loss and gradient norm may be made."""
     return jnp.isfinite(loss) & jnp.isfinite(norm) & (norm <= limit(guard, factor))
 
 
 def after(guard: Guard, norm: Array, accepted: Array) -> Guard:
-    """The guard once the update was made or, where it was not `accepted`, skipped."""
+    """Return the guard after an update was made or, if not `accepted`, skipped."""
     norms = jnp.append(guard.norms[1:], norm.astype(guard.norms.dtype))
     skipped = jnp.where(accepted, 0, 1)
     return guard._replace(

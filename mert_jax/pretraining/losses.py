@@ -1,7 +1,6 @@
-"""The parts of the objective: sums over masked frames, with their counts kept apart.
+"""The parts of the objective, as sums over masked frames in at least float32.
 
-Shapes: B clips, T frames, K codebooks, V classes, d projection width, F feature bins. Everything is
-computed in at least float32.
+Shapes: B clips, T frames, K codebooks, V classes, d projection width, F feature bins.
 """
 
 import math
@@ -16,8 +15,9 @@ Array = jax.Array
 class CodeLoss(NamedTuple):
     """Sums over masked frames for each codebook.
 
-    cross_entropy: [K], nats; correct: [K], frames predicted right; targets, predictions: [K, V],
-    how often each class was the target and the prediction.
+    cross_entropy: in nats, [K]
+    correct: number of frames predicted correctly, [K]
+    targets, predictions: how often each class was the target and the prediction, [K, V]
     """
 
     cross_entropy: Array
@@ -27,13 +27,16 @@ class CodeLoss(NamedTuple):
 
 
 def _unit(x: Array) -> Array:
-    # clamped as in torch.cosine_similarity; the square is clamped so that 0 has a gradient
+    # x / max(|x|, 1e-8) as in torch.cosine_similarity; the square is clamped, which gives 0 a
+    # finite gradient
     return x / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-16))
 
 
 def cosine_logits(proj: Array, codebooks: Array, temperature: float) -> Array:
-    """Cosine similarity of `proj` [..., K, d] to each row of `codebooks` [K, V, d], over
-    `temperature`: [..., K, V] (HuBERT, arXiv 2106.07447, eq. 3)."""
+    """Return the cosine similarities of `proj` and class embeddings, divided by `temperature`.
+
+    `proj` [..., K, d] and `codebooks` [K, V, d] give [..., K, V] (HuBERT, arXiv 2106.07447, eq. 3).
+    """
     logits = jnp.einsum(
         "...kd,kvd->...kv", _unit(proj), _unit(codebooks), precision=jax.lax.Precision.HIGHEST
     )
@@ -41,26 +44,29 @@ def cosine_logits(proj: Array, codebooks: Array, temperature: float) -> Array:
 
 
 def code_loss(logits: Array, codes: Array, mask: Array, bound: float = math.inf) -> CodeLoss:
-    """Masked cross-entropy of `logits` [B, T, K, V] against `codes` int [B, T, K], summed where
-    `mask` [B, T] is True. No logit is further from 0 than `bound`; a small one saves a pass.
+    """Return the cross-entropy of `logits` against `codes`, summed where `mask` is True.
 
-    A prediction is right when the target's logit is the largest and the logits are not all equal
-    (the official count, fairseq's `hubert_criterion`).
+    Shapes: logits [B, T, K, V], codes int [B, T, K], mask [B, T]. `bound` is the largest possible
+    |logit|; a small one saves a pass over the logits. A prediction is correct when the target's
+    logit is the largest and the logits are not all equal (fairseq, `hubert_criterion`).
     """
     if logits.shape[:-1] != codes.shape:
-        raise ValueError(f"logits {logits.shape} do not go with codes {codes.shape}")
+        raise ValueError(f"logits {logits.shape} do not match codes {codes.shape}")
     num_classes = logits.shape[-1]
     target = jnp.take_along_axis(logits, codes[..., None], -1)[..., 0]
     largest = jax.lax.stop_gradient(logits.max(-1))
-    # where no exponential can underflow, the sum need not wait for the row's largest
-    above = jnp.full_like(largest, bound) if bound <= 40 else largest
-    log_sum = above + jnp.log(jnp.exp(logits - above[..., None]).sum(-1))
+    # logsumexp(logits); if no exponential can underflow, `bound` serves as well as the row's
+    # largest logit, and the sum does not wait for it
+    shift = jnp.full_like(largest, bound) if bound <= 40 else largest
+    log_sum = shift + jnp.log(jnp.exp(logits - shift[..., None]).sum(-1))
     counted = mask[..., None]
     cross_entropy = jnp.where(counted, log_sum - target, 0)
     correct = (target >= largest) & (target > logits.min(-1)) & counted
 
     def histogram(classes: Array) -> Array:
-        count = lambda column: jnp.zeros(num_classes, jnp.int32).at[column].add(mask, mode="drop")
+        def count(column: Array) -> Array:
+            return jnp.zeros(num_classes, jnp.int32).at[column].add(mask, mode="drop")
+
         return jax.vmap(count, in_axes=-1)(classes)
 
     return CodeLoss(
@@ -72,9 +78,8 @@ def code_loss(logits: Array, codes: Array, mask: Array, bound: float = math.inf)
 
 
 def feature_loss(prediction: Array, target: Array, mask: Array) -> Array:
-    """Squared error of `prediction` against `target`, both [B, T, F], mean over bins and summed
-    where `mask` [B, T] is True."""
+    """Return the squared error [B, T, F], averaged over bins and summed where `mask` is True."""
     if prediction.shape != target.shape:
-        raise ValueError(f"prediction {prediction.shape} does not go with target {target.shape}")
+        raise ValueError(f"prediction {prediction.shape} does not match target {target.shape}")
     error = jnp.square(prediction - target).mean(-1)
     return jnp.where(mask, error, 0).sum()

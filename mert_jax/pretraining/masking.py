@@ -1,4 +1,4 @@
-"""Span masks over frames, and which frames of a padded clip count."""
+"""Span masks over frames, and the padded frames of a clip that was filled up."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,10 @@ Array = jax.Array
 
 
 def trim_to_equal_counts(keys: Array, mask: Array, group: int) -> Array:
-    """Drop random masked frames until every row of a group has as many as its poorest row.
+    """Drop random masked frames until all rows of a group have the same number.
 
-    `keys` [B] are PRNG keys, `mask` bool [B, T], `group` divides B. fairseq's `require_same_masks`:
-    single frames are dropped, so that spans break up; reproduced because it is in every MERT.
+    `keys` [B] are PRNG keys, `mask` is bool [B, T], and `group` divides B. fairseq's
+    `require_same_masks` drops single frames and so breaks spans up; every MERT was trained so.
     """
     target = mask.sum(-1).reshape(-1, group).min(-1).repeat(group)
     scores = jax.vmap(lambda key: jax.random.uniform(key, mask.shape[1:]))(keys)
@@ -28,18 +28,17 @@ def span_mask(
     group: int,
     min_masks: int = 2,
 ) -> Array:
-    """A random span mask, bool [B, length], True = hidden.
+    """Return a random span mask, bool [B, length], True at frames to hide.
 
-    `keys` [B] holds one PRNG key a row, `num_frames` int [B] the valid frames of each row, `group`
-    the neighbouring rows trimmed to equal counts (the official group is one GPU's batch).
-    Definition: fairseq, `data_utils.compute_mask_indices`, static lengths. Each row draws
+    `keys` [B] are PRNG keys, `num_frames` int [B] valid frames; `group` neighbouring rows (the
+    official group is one GPU's batch) are trimmed to equal counts. Each row draws
     floor(mask_prob * frames / mask_length + U[0, 1)) starts without replacement from
-    [0, frames - mask_length): the last valid frame is never masked, an upstream fault kept for
-    parity.
+    [0, frames - mask_length), and at least `min_masks` (fairseq,
+    `data_utils.compute_mask_indices`, static lengths). The last valid frame is never masked: an
+    error upstream, kept for parity.
     """
-    draw_keys, start_keys, trim_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(
-        keys
-    )
+    split = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)
+    draw_keys, start_keys, trim_keys = split(keys)
     dither = jax.vmap(jax.random.uniform)(draw_keys)
     num_spans = jnp.floor(mask_prob * num_frames / mask_length + dither).astype(jnp.int32)
     num_spans = jnp.maximum(num_spans, min_masks)
@@ -58,10 +57,10 @@ def span_mask(
 
 
 def fairseq_frame_padding(valid_samples: Array, num_samples: int, length: int) -> Array:
-    """Padded frames by fairseq's rule, bool [B, length]: all of a frame's equal share is padding.
+    """Return fairseq's padded frames, bool [B, length]: those whose share of the wave is padding.
 
-    The wave is cut to a multiple of `length` and split in `length` equal chunks, which are not the
-    frames' receptive fields (fairseq, `HubertModel.forward_padding_mask`).
+    The wave is cut to a multiple of `length` and split into `length` equal chunks, which are not
+    the receptive fields of the frames (fairseq, `HubertModel.forward_padding_mask`).
     """
     chunk = num_samples // length
     return jnp.arange(length)[None, :] * chunk >= valid_samples[:, None]
@@ -70,8 +69,11 @@ def fairseq_frame_padding(valid_samples: Array, num_samples: int, length: int) -
 def conv_frame_padding(
     valid_samples: Array, kernels: tuple[int, ...], strides: tuple[int, ...], length: int
 ) -> Array:
-    """Padded frames by Hugging Face's rule, bool [B, length]: frames beyond those that the front
-    end makes of the valid samples (`_get_feat_extract_output_lengths`)."""
+    """Return Hugging Face's padded frames, bool [B, length].
+
+    They follow the frames that the front end computes from the valid samples alone
+    (`_get_feat_extract_output_lengths`).
+    """
     frames = valid_samples
     for kernel, stride in zip(kernels, strides, strict=True):
         frames = (frames - kernel) // stride + 1

@@ -1,4 +1,4 @@
-"""In-batch noise mixture: pieces of neighbouring clips added to a clip as noise."""
+"""In-batch noise mixture: segments of neighbouring clips added to a clip as noise."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,13 @@ Array = jax.Array
 
 
 class Draws(NamedTuple):
-    """The random choices of a mixture, S segments a row.
+    """The random choices of a mixture with at most S segments a row.
 
-    mixed: bool [B]; count: int [B], segments used; starts, durations, positions: int [B, S], where
-    a segment begins in the pool of the group's other clips, its samples, and where it is added.
+    mixed: rows that get noise, bool [B]
+    count: number of segments, int [B]
+    starts: first sample of each segment in the pool of the group's other clips, int [B, S]
+    durations: samples of each segment, int [B, S]
+    positions: sample of the clip at which each segment is added, int [B, S]
     """
 
     mixed: Array
@@ -31,10 +34,10 @@ def draw(
     count: tuple[int, int],
     length: tuple[int, int],
 ) -> Draws:
-    """Draw a mixture for each PRNG key of `keys` [B]; every range is inclusive.
+    """Draw the mixture of each row from its PRNG key in `keys` [B].
 
-    A row is mixed with probability `prob` (upstream: 1 - mixture_prob) with `count` segments of
-    `length` samples.
+    With probability `prob` (upstream: 1 - mixture_prob) a row gets `count` segments of `length`
+    samples; both ranges are inclusive.
     """
     pool = (group - 1) * num_samples
 
@@ -51,11 +54,11 @@ def draw(
 
 
 def mix(wave: Array, draws: Draws, *, group: int, max_length: int, volume: float) -> Array:
-    """Add the drawn segments to `wave` f32[B, N], within groups of `group` neighbouring clips.
+    """Add the drawn segments to `wave` f32 [B, N], within groups of `group` neighbouring clips.
 
-    A row's pool is its group's other clips, unmixed, end to end; segments may straddle two clips
-    and overlap each other; nothing is renormalised or clipped. Source: yizhilll/MERT, in-batch
-    noise mixture of `mert_fairseq` (training only here; upstream mixes in evaluation too).
+    A row's pool is the group's other clips, unmixed and joined. Segments may span two clips and
+    overlap; nothing is renormalised or clipped. Source: in-batch noise mixture of `mert_fairseq`
+    in yizhilll/MERT, which also mixes in evaluation.
     """
     if group < 2:
         return wave
@@ -63,19 +66,19 @@ def mix(wave: Array, draws: Draws, *, group: int, max_length: int, volume: float
     offsets = jnp.arange(max_length)
 
     def segment(pool: Array, own: Array, start: Array, duration: Array) -> Array:
-        # `pool` still holds the row's own clip: from there on, read one clip further
+        # `pool` includes the row's own clip: from there on, read one clip further
         before = jax.lax.dynamic_slice(pool, (start,), (max_length,))
         after = jax.lax.dynamic_slice(pool, (start + num_samples,), (max_length,))
-        piece = jnp.where(start + offsets < own * num_samples, before, after)
-        return jnp.where(offsets < duration, piece, 0)
+        part = jnp.where(start + offsets < own * num_samples, before, after)
+        return jnp.where(offsets < duration, part, 0)
 
     def row(clip: Array, pool: Array, own: Array, draws: Draws) -> Array:
         noisy = jnp.pad(clip, (0, max_length))
         for i in range(draws.starts.shape[0]):
-            piece = segment(pool, own, draws.starts[i], draws.durations[i])
-            piece = jnp.where(draws.mixed & (i < draws.count), volume * piece, 0)
+            part = segment(pool, own, draws.starts[i], draws.durations[i])
+            part = jnp.where(draws.mixed & (i < draws.count), volume * part, 0)
             silence = jnp.zeros_like(noisy)
-            noisy += jax.lax.dynamic_update_slice(silence, piece, (draws.positions[i],))
+            noisy += jax.lax.dynamic_update_slice(silence, part, (draws.positions[i],))
         return noisy[:num_samples]
 
     def one_group(clips: Array, draws: Draws) -> Array:

@@ -1,4 +1,4 @@
-"""The official optimiser: warmup and linear decay, global clipping, Adam with decoupled decay."""
+"""The official optimiser: warmup and linear decay, global clipping, Adam, decoupled decay."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,10 @@ from mert_jax.checkpoints.train_state import AdamState
 
 
 def warmup_linear_decay(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Learning rate after k completed updates: linear to `peak`, then linear to 0 at `total_steps`.
+    """Return the schedule that rises linearly to `peak` and falls linearly to 0.
 
-    Update k + 1 uses the rate of k, so that the first update moves nothing but the moments
-    (fairseq, `polynomial_decay_schedule`, power 1).
+    Update k + 1 uses the rate of k completed updates, so that the first one changes only the
+    moments (fairseq, `polynomial_decay_schedule`, power 1).
     """
 
     def schedule(count):
@@ -23,15 +23,15 @@ def warmup_linear_decay(peak: float, warmup_steps: int, total_steps: int) -> opt
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam's direction with `eps` added to the square root *before* bias correction.
+    """Return Adam with `eps` added to the square root *before* bias correction.
 
-    optax adds it after; fairseq's Adam (Kingma and Ba, arXiv 1412.6980, end of section 2) makes the
-    effective epsilon of update t equal to eps / sqrt(1 - b2**t).
+    optax adds it after. With fairseq's order (Kingma and Ba, arXiv 1412.6980, end of section 2)
+    the effective epsilon of update t is eps / sqrt(1 - b2**t).
     """
 
     def init(params):
-        zeros = lambda: jax.tree.map(jnp.zeros_like, params)
-        return AdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
+        mu, nu = jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
+        return AdamState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(updates, state, params=None):
         del params
@@ -68,8 +68,10 @@ def make(
     eps: float = 1e-6,
     weight_decay: float = 0.01,
 ) -> optax.GradientTransformation:
-    """Clip, Adam, and a decay of every parameter, norms and biases included: the official recipe
-    (fairseq, `optim/adam.py`; numbers from MERT's configs)."""
+    """Return the official chain: clip, Adam, and decay of every parameter, norms and biases too.
+
+    Source: fairseq, `optim/adam.py`, with the numbers of MERT's configs.
+    """
     return optax.chain(
         clip_by_global_norm(clip_norm),
         scale_by_adam(b1, b2, eps),

@@ -1,4 +1,4 @@
-"""One training step and one evaluation step: pure functions of state and batch.
+"""The training step and the evaluation step: pure functions of state and batch.
 
 Shapes: B clips, A micro-batches, N samples, T frames, K codebooks, V classes, F feature bins.
 """
@@ -19,28 +19,32 @@ from mert_jax.sharding import placed
 
 Array = jax.Array
 
-
-BOOKS = 0x626F  # folded into a step's key: the draw of codebooks
-# parts of a batch that a step returns, so that every host knows those of all: record ids, the
-# faulty ones among them, and each host's request to save or stop
+CODEBOOKS_STREAM = 0x626F  # folded into a step's key to draw codebooks
+# Parts of a batch that the step returns unchanged, so that every host sees those of all hosts:
+# record ids, which of them could not be read, and each host's request to save or stop.
 NOTES = ("record", "faulty", "requests")
 
 
 def begin(params: Any, optimizer: optax.GradientTransformation, window: int) -> TrainState:
-    """The state before the first step; the guard remembers `window` gradient norms."""
+    """Return the state before the first step; the guard remembers `window` gradient norms."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, zero, params, optimizer.init(params), initial_guard(window))
 
 
 class Objective(NamedTuple):
-    """What is trained on what: functions and plain numbers, fixed for a run.
+    """The functions and weights that define the loss, fixed for a run.
 
-    student: (params, wave, mask, num_frames, rngs or None) -> model.Output; num_frames: N -> T;
-    teachers: name -> apply; weights: name -> loss weight; mask: (keys [B], T) -> bool [B, T];
-    mixture: (keys [B], wave) -> wave; special_codes: classes before code 0 (fairseq's dictionary
-    has 4); penalty: weight of the features penalty; unmasked_weight: of the cross-entropy at frames
-    that are not masked; codebooks_per_step: of each teacher, drawn anew each step (0: all);
-    context: name -> samples before the clip that a teacher hears and cuts off.
+    student: (params, wave, mask, T, dropout key or None) -> Output
+    num_frames: N -> T
+    teachers: name -> (params, wave) -> targets [B, T, ...]
+    weights: name -> weight of the loss
+    mask: (keys [B], T) -> bool [B, T]
+    mixture: (keys [B], wave [B, N]) -> wave with noise
+    special_codes: number of classes before code 0 (4 in fairseq's dictionary)
+    penalty: weight of the features penalty
+    unmasked_weight: weight of the cross-entropy at unmasked frames
+    codebooks_per_step: codebooks of each teacher drawn for a step; 0 means all
+    context: name -> samples before the clip that the teacher hears, without targets of their own
     """
 
     student: Callable[..., Any]
@@ -56,13 +60,25 @@ class Objective(NamedTuple):
     codebooks_per_step: int = 0
     context: Mapping[str, int] = {}
 
+    @property
+    def longest_context(self) -> int:
+        """Samples that a batch's audio has before its clips."""
+        return max(self.context.values(), default=0)
+
+    def subset(self, num_codebooks: int) -> int:
+        """Return how many of a teacher's codebooks a training step draws, 0 for all."""
+        return self.codebooks_per_step if self.codebooks_per_step < num_codebooks else 0
+
 
 class Sums(NamedTuple):
-    """Sums over masked frames, which add up over micro-batches, batches and devices.
+    """Sums over masked frames, additive over micro-batches, batches and devices.
 
-    frames: masked frames; loss: the whole objective; codes: name -> CodeLoss; features: name ->
-    sum of the regression losses; penalty: features penalty times masked frames; visible: weighted
-    cross-entropy at the frames that are not masked, None where it has no weight.
+    frames: number of masked frames
+    loss: the objective
+    codes: name -> CodeLoss of a teacher's codes
+    features: name -> regression loss of a teacher's features
+    penalty: features penalty times masked frames
+    visible: weighted cross-entropy at unmasked frames, None if its weight is 0
     """
 
     frames: Array
@@ -74,7 +90,7 @@ class Sums(NamedTuple):
 
 
 def row_keys(key: Array, rows: Array) -> Array:
-    """A key for each global row, so that draws do not depend on micro-batches or hosts."""
+    """Return one key for each global row, so that draws depend on no micro-batch and no host."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
@@ -85,80 +101,83 @@ def targets(
     length: int,
     codes: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
-    """What each teacher says of the clean `wave` [B, context + N], cut at the end to T frames:
-    stored `codes` [B, T, K] where it has some, computed otherwise.
+    """Return each teacher's targets [B, T, ...] for the clean `wave` [B, context + N].
 
-    T is `length` or the shortest row of codes. Features and codes are never shifted: frame i of a
-    teacher goes with frame i of the student.
+    Stored `codes` [B, T, K] replace the teachers of these names. T is `length` or the smallest
+    number of frames of any target. Frame i of a teacher goes with frame i of the student.
     """
-    before = max(objective.context.values(), default=0)
-    heard = lambda name: wave[:, before - objective.context.get(name, 0) :]
-    full = {name: stored.astype(jnp.int32) for name, stored in (codes or {}).items()}
-    full = {
-        name: full[name] if name in full else apply(teacher_params[name], heard(name))
-        for name, apply in objective.teachers.items()
-    }
-    full = jax.lax.stop_gradient(full)
-    frames = [length] + [target.shape[1] for target in full.values()]
-    return {name: target[:, : min(frames)] for name, target in full.items()}
+    targets = {}
+    for name, apply in objective.teachers.items():
+        if codes and name in codes:
+            targets[name] = codes[name].astype(jnp.int32)
+        else:
+            start = objective.longest_context - objective.context.get(name, 0)
+            targets[name] = apply(teacher_params[name], wave[:, start:])
+    num_frames = min(length, *(target.shape[1] for target in targets.values()))
+    return jax.lax.stop_gradient({name: x[:, :num_frames] for name, x in targets.items()})
 
 
 def code_sums(
     objective: Objective,
-    predicted: tuple[Array, Array],
-    expected: Array,
+    prediction: tuple[Array, Array],
+    codes: Array,
     mask: Array,
     key: Array | None,
 ) -> losses.CodeLoss:
-    """The code losses of a teacher, expected int [B, T, K]; with a key, those of a random subset of
-    `codebooks_per_step` books, the others' entries 0."""
-    proj, codebooks = predicted
+    """Return the loss of a teacher's `codes` [B, T, K], with a key that of a subset of codebooks.
+
+    `prediction` is the student's projection [B, T, K, d] and class embeddings [K, V, d]. Codebooks
+    that are not drawn have zeros.
+    """
+    proj, codebooks = prediction
     temperature = objective.logit_temperature
-    number, few = expected.shape[-1], objective.codebooks_per_step
-    expected = expected + objective.special_codes
-    if key is None or not 0 < few < number:
+    num_codebooks = codes.shape[-1]
+    classes = codes + objective.special_codes
+    subset = objective.subset(num_codebooks)
+    if key is None or not subset:
         logits = losses.cosine_logits(proj, codebooks, temperature)
-        return losses.code_loss(logits, expected, mask, 1 / temperature)
-    books = jax.random.choice(key, number, (few,), replace=False)
-    logits = losses.cosine_logits(proj[:, :, books], codebooks[books], temperature)
-    drawn = losses.code_loss(logits, expected[..., books], mask, 1 / temperature)
+        return losses.code_loss(logits, classes, mask, 1 / temperature)
+    drawn = jax.random.choice(key, num_codebooks, (subset,), replace=False)
+    logits = losses.cosine_logits(proj[:, :, drawn], codebooks[drawn], temperature)
+    sums = losses.code_loss(logits, classes[..., drawn], mask, 1 / temperature)
     return jax.tree.map(
-        lambda x: jnp.zeros((number, *x.shape[1:]), x.dtype).at[books].set(x), drawn
+        lambda x: jnp.zeros((num_codebooks, *x.shape[1:]), x.dtype).at[drawn].set(x), sums
     )
 
 
 def masked_sums(
     objective: Objective,
     output: Any,
-    target: Mapping[str, Array],
+    targets: Mapping[str, Array],
     mask: Array,
     key: Array | None = None,
 ) -> Sums:
-    """The objective at the masked frames: weighted sums of cross-entropy over codebooks and of
-    squared error, plus the features penalty once a frame (MERT, arXiv 2306.00107, eq. 1 to 3).
+    """Return the objective at the masked frames (MERT, arXiv 2306.00107, eq. 1 to 3).
 
-    With a `key`, a random subset of the codebooks stands for all, K over their number as heavy.
+    It is the weighted sum of the cross-entropies over codebooks, the squared errors of features,
+    and the features penalty of each frame. With a `key`, a random subset of the codebooks stands
+    for all of them, scaled up to their number.
     """
     frames = mask.sum()
     penalty = output.features_penalty * frames
     loss = objective.penalty * penalty
     codes, features, visible = {}, {}, None
-    for i, (name, expected) in enumerate(target.items()):
-        predicted = output.predictions[name]
-        if jnp.issubdtype(expected.dtype, jnp.integer):
-            number, few = expected.shape[-1], objective.codebooks_per_step
-            subset = key is not None and 0 < few < number
-            weight = objective.weights[name] * (number / few if subset else 1)
-            books_key = None if key is None else jax.random.fold_in(key, i)
-            sums = functools.partial(code_sums, objective, predicted, expected, key=books_key)
-            codes[name] = sums(mask)
-            loss += weight * codes[name].cross_entropy.sum()
-            if objective.unmasked_weight:  # HuBERT, arXiv 2106.07447, eq. 2
-                seen = weight * objective.unmasked_weight * sums(~mask).cross_entropy.sum()
-                visible = seen if visible is None else visible + seen
-        else:
-            features[name] = losses.feature_loss(predicted, expected.astype(predicted.dtype), mask)
-            loss += objective.weights[name] * features[name]
+    for i, (name, target) in enumerate(targets.items()):
+        prediction, weight = output.predictions[name], objective.weights[name]
+        if not jnp.issubdtype(target.dtype, jnp.integer):
+            features[name] = losses.feature_loss(prediction, target.astype(prediction.dtype), mask)
+            loss += weight * features[name]
+            continue
+        subset = objective.subset(target.shape[-1])
+        if key is not None and subset:
+            weight *= target.shape[-1] / subset
+        codebooks_key = None if key is None else jax.random.fold_in(key, i)
+        sums_at = functools.partial(code_sums, objective, prediction, target, key=codebooks_key)
+        codes[name] = sums_at(mask)
+        loss += weight * codes[name].cross_entropy.sum()
+        if objective.unmasked_weight:  # HuBERT, arXiv 2106.07447, eq. 2
+            unmasked = weight * objective.unmasked_weight * sums_at(~mask).cross_entropy.sum()
+            visible = unmasked if visible is None else visible + unmasked
     loss += 0 if visible is None else visible
     return Sums(frames, loss, codes, features, penalty, visible)
 
@@ -173,30 +192,35 @@ def loss_fn(
     train: bool,
     codes: Mapping[str, Array] | None = None,
 ) -> tuple[Array, Sums]:
-    """The summed objective of int16 `audio` [B, context + N] with global row numbers `rows` [B] and
-    stored `codes`, by teacher [B, T, K]."""
+    """Return the summed objective of a batch, and its parts.
+
+    `audio` is int16 [B, context + N], `rows` [B] are global row numbers, and `codes` stored codes
+    [B, T, K] by teacher.
+    """
     wave = audio.astype(jnp.float32) / FULL_SCALE
-    before = max(objective.context.values(), default=0)
-    num_frames = objective.num_frames(wave.shape[-1] - before)
+    clip = wave[:, objective.longest_context :]
+    num_frames = objective.num_frames(clip.shape[-1])
     target = targets(objective, teacher_params, wave, num_frames, codes)
-    wave = wave[:, before:]
     length = next(iter(target.values())).shape[1]
     mask_key, mixture_key, dropout_key = jax.random.split(key, 3)
     mask = objective.mask(row_keys(mask_key, rows), length)
+    codebooks_key = None
     if train:
-        wave = objective.mixture(row_keys(mixture_key, rows), wave)
-        # one stream a micro-batch, named by its first row
+        clip = objective.mixture(row_keys(mixture_key, rows), clip)
+        # one stream for each micro-batch, named by its first row
         dropout_key = jax.random.fold_in(dropout_key, rows[0])
-    output = objective.student(params, wave, mask, length, dropout_key if train else None)
-    # one subset of the codebooks a step, whatever the micro-batch
-    books_key = jax.random.fold_in(key, BOOKS) if train else None
-    sums = masked_sums(objective, output, target, mask, books_key)
+        # the same codebooks in all micro-batches of a step
+        codebooks_key = jax.random.fold_in(key, CODEBOOKS_STREAM)
+    output = objective.student(params, clip, mask, length, dropout_key if train else None)
+    sums = masked_sums(objective, output, target, mask, codebooks_key)
     return sums.loss, sums
 
 
 def split(x: Array, accumulation: int, group: int) -> Array:
-    """[B, ...] -> [A, B / A, ...], dealing out whole groups in turn, so that each micro-batch has
-    rows of every device."""
+    """Split [B, ...] into micro-batches [A, B / A, ...] of whole groups, dealt out in turn.
+
+    Each micro-batch then has rows of every device.
+    """
     x = x.reshape(-1, accumulation, group, *x.shape[1:])
     return jnp.moveaxis(x, 1, 0).reshape(accumulation, -1, *x.shape[3:])
 
@@ -213,12 +237,12 @@ def train_step(
     group: int,
     norm_factor: float = 0.0,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One update on the global batch (`audio` int16 [B, N], `looped` bool [B], stored `codes`, and
-    `NOTES`, which are handed on); returns the state and the metrics.
+    """Make one update on a global batch and return the new state and the metrics.
 
-    `key` is the run's; the batch's own is folded in. The gradient is that of the whole batch's sum
-    over its masked frames, however many micro-batches it is computed in. An update that the guard
-    does not accept (`norm_factor`: see `guard.limit`) changes neither parameters nor moments.
+    The batch has `audio` int16 [B, context + N], `looped` bool [B], stored `codes`, and `NOTES`.
+    `key` is the run's. The gradient is the sum over the batch's masked frames divided by their
+    number, for any number of micro-batches. An update that the guard rejects (see `guard.limit`
+    for `norm_factor`) changes neither parameters nor moments.
     """
     key = jax.random.fold_in(key, state.batch)
     gradient = jax.grad(loss_fn, has_aux=True)
@@ -227,15 +251,18 @@ def train_step(
         return gradient(state.params, teacher_params, audio, rows, key, objective, True, codes)
 
     rows = jnp.arange(batch["audio"].shape[0])
-    whole = (batch["audio"], rows, batch.get("codes", {}))
+    inputs = (batch["audio"], rows, batch.get("codes", {}))
     if accumulation == 1:
-        grads, sums = micro_batch(*whole)
+        grads, sums = micro_batch(*inputs)
     else:
-        batches = jax.tree.map(lambda x: split(x, accumulation, group), whole)
-        first = jax.eval_shape(micro_batch, *jax.tree.map(lambda x: x[0], batches))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-        add = lambda total, batch: (jax.tree.map(jnp.add, total, micro_batch(*batch)), None)
-        (grads, sums), _ = jax.lax.scan(add, zeros, batches)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, micro_batch(*part)), None
+
+        parts = jax.tree.map(lambda x: split(x, accumulation, group), inputs)
+        shapes = jax.eval_shape(micro_batch, *jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (grads, sums), _ = jax.lax.scan(add, zeros, parts)
     grads = jax.tree.map(lambda g: g / sums.frames, grads)
     norm = optax.tree.norm(grads)
     accepted = guard.accepts(state.guard, sums.loss / sums.frames, norm, norm_factor)
@@ -246,24 +273,27 @@ def train_step(
         (params, opt_state),
         (state.params, state.opt_state),
     )
-    watched = guard.after(state.guard, norm, accepted)
+    next_guard = guard.after(state.guard, norm, accepted)
     metrics = {
         "sums": sums,
         "grad_norm": norm,
         "norm_limit": guard.limit(state.guard, norm_factor),
         "looped": batch["looped"].sum(),
-        "updates": state.step - state.guard.skipped,  # made before this one
-        "guard": watched._replace(norms=()),
+        "updates": state.step - state.guard.skipped,  # before this one
+        "guard": next_guard._replace(norms=()),
         "notes": {name: batch[name] for name in NOTES if name in batch},
     }
-    return TrainState(state.step + 1, state.batch + 1, params, opt_state, watched), metrics
+    return TrainState(state.step + 1, state.batch + 1, params, opt_state, next_guard), metrics
 
 
 def redirect(state: TrainState, batch: int, rollbacks: int) -> TrainState:
     """Return `state` with another next batch and number of rollbacks."""
-    place = lambda new, old: placed(np.int32(new), old.sharding)
-    watched = state.guard._replace(rollbacks=place(rollbacks, state.guard.rollbacks))
-    return state._replace(batch=place(batch, state.batch), guard=watched)
+
+    def replace(old: Array, new: int) -> Array:
+        return placed(np.int32(new), old.sharding)
+
+    guard = state.guard._replace(rollbacks=replace(state.guard.rollbacks, rollbacks))
+    return state._replace(batch=replace(state.batch, batch), guard=guard)
 
 
 def eval_step(
@@ -274,10 +304,9 @@ def eval_step(
     *,
     objective: Objective,
 ) -> Sums:
-    """Sums over one validation batch: masked, but neither mixed nor dropped out."""
-    audio = batch["audio"]
+    """Return the sums of a validation batch: masked, without mixture and dropout."""
+    audio, codes = batch["audio"], batch.get("codes", {})
     rows = jnp.arange(audio.shape[0])
-    codes = batch.get("codes", {})
     return loss_fn(params, teacher_params, audio, rows, key, objective, False, codes)[1]
 
 
@@ -289,13 +318,22 @@ def compiled(
     norm_factor: float,
     shardings: Any,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`train_step`, which takes the state's memory over and lays it out by `shardings`, and
-    `eval_step`, both jitted; all that they say is whole on every device."""
-    options = dict(
-        optimizer=optimizer, accumulation=accumulation, group=group, norm_factor=norm_factor
+    """Return the jitted `train_step` and `eval_step`.
+
+    The first reuses the state's memory and lays the new state out by `shardings`; metrics of both
+    are replicated on every device.
+    """
+    update = functools.partial(
+        train_step,
+        objective=objective,
+        optimizer=optimizer,
+        accumulation=accumulation,
+        group=group,
+        norm_factor=norm_factor,
     )
-    update = functools.partial(train_step, objective=objective, **options)
     evaluate = functools.partial(eval_step, objective=objective)
-    whole = shardings.step
-    jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole))
-    return jitted, jax.jit(evaluate, out_shardings=whole)
+    replicated = shardings.step
+    return (
+        jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated)),
+        jax.jit(evaluate, out_shardings=replicated),
+    )
