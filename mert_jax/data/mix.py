@@ -1,110 +1,111 @@
-"""The prepared datasets that a config names, and what they store."""
+"""The prepared datasets of a run: the codes that they store, their records, and their identity."""
 
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from mert_jax.constants import SAMPLE_RATE
-from mert_jax.data import records
-from mert_jax.data import stored_codes as codes
+from mert_jax.data import records, stored_codes
+from mert_jax.data.stored_codes import CodesInfo
 from mert_jax.errors import UserError
 
 
-def dataset_directories(config: ConfigDict) -> list[str]:
-    """The prepared datasets of `data.dir`."""
-    return [name.strip() for name in config.data.dir.split(",") if name.strip()]
+def find_stored_codes(
+    directories: Sequence[str], checkpoints: Mapping[str, str]
+) -> dict[str, CodesInfo]:
+    """Return the codes that all datasets store of the same codec, by teacher.
 
-
-def find_stored_codes(config: ConfigDict) -> dict[str, codes.CodesInfo]:
-    """What every dataset stores alike of the config's teachers, by name, as the first says it.
-
-    Where datasets differ, a teacher with a checkpoint computes its codes instead, and a line is
-    printed; UserError for one without.
+    `checkpoints` has each teacher's, "" for none. If the datasets differ, a teacher with a
+    checkpoint computes its codes and a line says so; without one, UserError is raised.
     """
     stored = {}
-    for name in config.teachers:
-        found = {
-            directory: codes.read_info(directory, name) for directory in dataset_directories(config)
-        }
-        first = next((directory for directory, info in found.items() if info), None)
-        if not first:
+    for teacher, checkpoint in checkpoints.items():
+        infos = {directory: stored_codes.read_info(directory, teacher) for directory in directories}
+        with_codes = next((directory for directory, info in infos.items() if info), None)
+        if not with_codes:
             continue
-        codec = found[first].codec
-        others = [d for d, info in found.items() if not info or info.codec != codec]
+        info = infos[with_codes]
+        others = [d for d, other in infos.items() if not other or other.codec != info.codec]
         if not others:
-            stored[name] = found[first]
+            stored[teacher] = info
             continue
-        said = f"{others[0]} does not store the codes of {name} that {first} does"
-        if not config.teacher.get(name, {}).get("checkpoint"):
+        problem = f"{others[0]} does not store the codes of {teacher} that {with_codes} does"
+        if not checkpoint:
             raise UserError(
-                f"{said}; run python -m mert_jax.prepare --output={others[0]} --codes=CHECKPOINT "
-                f"with the same codec, or set teacher.{name}.checkpoint to compute them"
+                f"{problem}; run python -m mert_jax.prepare --output={others[0]} "
+                f"--codes=CHECKPOINT with the same codec, or set teacher.{teacher}.checkpoint to "
+                "compute them"
             )
-        print(f"{said}: they are computed for every dataset", flush=True)
+        print(f"{problem}: they are computed for every dataset", flush=True)
     return stored
 
 
-def open_datasets(config: ConfigDict, split: str, stored: dict[str, codes.CodesInfo]) -> list[Any]:
-    """The records of each prepared dataset, with the codes it has `stored`; UserError when the
-    clips asked for cannot be cut from it, and when files with more than the share `data.max_faulty`
-    of its records are missing."""
-    if not dataset_directories(config):
-        raise UserError(
-            "--config.data.dir=DIR is needed: a folder made by python -m mert_jax.prepare"
-        )
+def open_datasets(
+    directories: Sequence[str],
+    split: str,
+    stored: Mapping[str, CodesInfo],
+    num_samples: int,
+    max_faulty: float,
+) -> list[Any]:
+    """Open the records of each dataset, with the codes that it has `stored`.
+
+    Raises UserError if clips of `num_samples` cannot be cut from a dataset, or if files with more
+    than the fraction `max_faulty` of its records are missing.
+    """
     sources = []
-    for directory in dataset_directories(config):
+    for directory in directories:
         overlap = records.metadata(directory)["overlap_samples"]
-        if config.data.num_samples > overlap:
+        if num_samples > overlap:
             raise UserError(
-                f"clips of {config.data.num_samples} samples (data.num_samples) are longer than "
-                f"the {overlap} that {directory} was prepared for; prepare it again with "
-                f"--crop_seconds={config.data.num_samples / SAMPLE_RATE:g}"
+                f"clips of {num_samples} samples (data.num_samples) are longer than the "
+                f"{overlap} that {directory} was prepared for; prepare it again with "
+                f"--crop_seconds={num_samples / SAMPLE_RATE:g}"
             )
-        own = {name: codes.read_info(directory, name) for name in stored}
-        most = config.data.max_faulty
-        source = records.open_source(directory, split, most)
-        sources.append(codes.attach(source, directory, split, own, most))
+        infos = {teacher: stored_codes.read_info(directory, teacher) for teacher in stored}
+        source = records.open_source(directory, split, max_faulty)
+        sources.append(stored_codes.attach(source, directory, split, infos, max_faulty))
     return sources
 
 
-def dataset_summaries(config: ConfigDict) -> tuple[dict[str, Any], ...]:
-    """A line on each dataset, for the model card."""
-    weights = tuple(config.data.weights) or (None,) * len(dataset_directories(config))
-    found = []
-    for directory, weight in zip(dataset_directories(config), weights, strict=True):
-        held = records.metadata(directory)
-        train = held["splits"]["train"]
-        found.append(
+def dataset_summaries(
+    directories: Sequence[str], weights: Sequence[float]
+) -> tuple[dict[str, Any], ...]:
+    """Return name, size, weight and fingerprint of each dataset, for the model card."""
+    summaries = []
+    for directory, weight in zip(directories, weights or [None] * len(directories), strict=True):
+        metadata = records.metadata(directory)
+        train = metadata["splits"]["train"]
+        summaries.append(
             dict(
                 dataset=os.path.basename(os.path.abspath(directory)),
                 tracks=train["tracks"],
                 hours=train["hours"],
                 weight="by its records" if weight is None else weight,
-                fingerprint=held["fingerprint"],
+                fingerprint=metadata["fingerprint"],
             )
         )
-    return tuple(found)
+    return tuple(summaries)
 
 
 def check_unchanged(
     before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], accept: bool
 ) -> None:
-    """Raise UserError unless the `summaries` of the datasets are those the run began with.
+    """Raise UserError unless the datasets are those that the run began with.
 
-    Where the caller accepts it, print what changed. A dataset that was moved has not changed, and
-    a run that did not write down its datasets (`before` is empty) is taken as it is.
+    `before` and `now` are `dataset_summaries`; a run without any on record is taken as it is, and a
+    moved dataset has not changed. With `accept`, the change is printed instead.
     """
-    was, is_now = ([each["fingerprint"] for each in some] for some in (before, now))
+    was, is_now = ([each["fingerprint"] for each in summaries] for summaries in (before, now))
     if was == is_now or not before:
         return
-    named = lambda some: ", ".join(
-        f"{each['dataset']} (fingerprint {each['fingerprint'][:8]})" for each in some
-    )
+
+    def names(summaries: Sequence[Mapping[str, Any]]) -> str:
+        return ", ".join(
+            f"{each['dataset']} (fingerprint {each['fingerprint'][:8]})" for each in summaries
+        )
+
     if sorted(was) == sorted(is_now):
-        change = f"come in another order: {named(now)}; the run began with {named(before)}"
+        change = f"come in another order: {names(now)}; the run began with {names(before)}"
     elif len(was) == len(is_now):
         pairs = [
             (old, new)
@@ -112,13 +113,13 @@ def check_unchanged(
             if old["fingerprint"] != new["fingerprint"]
         ]
         old, new = zip(*pairs, strict=True)
-        change = f"are not what the run began with: {named(old)} then, {named(new)} now"
+        change = f"are not those the run began with: {names(old)} then, {names(new)} now"
     else:
-        change = f"are {len(now)}: {named(now)}; the run began with {len(before)}: {named(before)}"
+        change = f"are {len(now)}: {names(now)}; the run began with {len(before)}: {names(before)}"
     if accept:
         print(f"the datasets {change}: accepted (data.accept_changes)", flush=True)
         return
     raise UserError(
-        f"the datasets {change}. Bring the old ones back, or go on with other batches by "
+        f"the datasets {change}. Restore the old ones, or continue with other batches by "
         "--config.data.accept_changes=True"
     )

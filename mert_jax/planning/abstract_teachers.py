@@ -9,7 +9,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mert_jax.constants import HOP_LENGTH
-from mert_jax.data import mix
 from mert_jax.data import stored_codes as codes
 from mert_jax.errors import UserError
 from mert_jax.models import encodec
@@ -28,7 +27,7 @@ def stored_codes(config: ConfigDict, choice: str) -> dict[str, codes.CodesInfo]:
     """
     if choice == "computed" or not (choice or config.data.dir):
         return {}
-    found = mix.find_stored_codes(config) if config.data.dir else {}
+    found = build.find_stored_codes(config) if config.data.dir else {}
     if choice != "stored" or found:
         return found
     if STORED not in config.teachers:

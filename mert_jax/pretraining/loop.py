@@ -1,4 +1,4 @@
-"""The loop over batches that pretraining and the training of a codec share."""
+"""The loop over updates that pretraining and codec training share."""
 
 import signal
 import time
@@ -7,9 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 from mert_jax.checkpoints.manager import Checkpoints, SavePolicy
 from mert_jax.errors import RESTART
-from mert_jax.pretraining.bad_steps import BadStreak
 from mert_jax.pretraining.metrics import Speed
-from mert_jax.pretraining.run_log import SAVE, StepDecision
+from mert_jax.pretraining.run_log import SAVE, BadStreak, StepDecision
 from mert_jax.runtime.goodput import Goodput
 from mert_jax.runtime.signals import StopSignal
 
@@ -27,7 +26,7 @@ class Intervals(NamedTuple):
 
 
 class Trainer(Protocol):
-    """What is trained: the loop knows its states, batches and results by these methods alone."""
+    """The model in training, as the loop sees it; states, batches and results are its own."""
 
     def position(self, state: Any) -> int:
         """Return the number of the next batch."""
@@ -42,20 +41,20 @@ class Trainer(Protocol):
         """Judge the steps so far, and return the strongest request of any host."""
 
     def roll_back(self, state: Any, streak: BadStreak) -> Any:
-        """Return an earlier state, to go on from after a streak of bad steps."""
+        """Return an earlier state to continue from after a streak of bad steps."""
 
     def may_save(self, result: Any) -> bool:
-        """Return False within a streak of bad steps, whose states must not push out others."""
+        """Return False within a streak of bad steps, whose states must not replace good ones."""
 
     def row(self, step: int, state: Any, result: Any, evaluate: bool) -> Row:
         """Return the metrics of a step, and of the validation split on request."""
 
     def line(self, row: Row, eta: str) -> str:
-        """Return the console's line of a row."""
+        """Return the console line of a row."""
 
 
 class Saver:
-    """Saves states when they are due, and tells the clock and the speed meter of it."""
+    """Saves states when they are due, and keeps the time that it takes out of the speed."""
 
     def __init__(
         self,
@@ -65,13 +64,9 @@ class Saver:
         speed: Speed,
         before: Callable[[], None],
     ):
-        """`before` is called before each save: what a checkpoint counts on must be written."""
-        self._checkpoints, self._clock, self._speed, self._before = (
-            checkpoints,
-            clock,
-            speed,
-            before,
-        )
+        """Call `before` ahead of each save, to write what a checkpoint relies on."""
+        self._checkpoints, self._clock = checkpoints, clock
+        self._speed, self._before = speed, before
         steps, minutes = intervals.save_every_steps, intervals.save_every_minutes
         self._policy = SavePolicy(steps, minutes, time.monotonic)
         self.check = checkpoints.check
@@ -82,7 +77,7 @@ class Saver:
         return self._policy.overdue
 
     def due(self, step: int, requested: bool) -> bool:
-        """Return True if the step's number or a request asks for a save, until one is made."""
+        """Return True from the time a save is due or requested until it is made."""
         return self._policy.due(step, requested)
 
     def save(self, step: int, state: Any) -> None:

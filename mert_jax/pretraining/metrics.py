@@ -1,4 +1,4 @@
-"""From sums to the numbers people read, and where they are written."""
+"""Metrics of a step: from sums to rows, the console line, the speed, and metrics.jsonl."""
 
 import datetime
 import functools
@@ -19,14 +19,14 @@ from mert_jax.pretraining.step import Sums
 
 
 def drawn(c: CodeLoss) -> np.ndarray:
-    """Which books were trained on, bool [K]: all, but for a subset a step."""
+    """Return which codebooks the step trained on, bool [K]."""
     return c.targets.sum(-1) > 0
 
 
 def per_book(
     codes: Sequence[CodeLoss], value: Callable[[CodeLoss], np.ndarray]
 ) -> list[float | None]:
-    """`value` of the sums for each book; None for one that was not drawn."""
+    """Return `value` for each codebook, None for one that was not drawn."""
     return [
         round(float(x), 6) if was_drawn else None
         for c in codes
@@ -35,18 +35,20 @@ def per_book(
 
 
 def loss_codes(c: CodeLoss, frames: float) -> float:
-    """Cross-entropy a frame summed over books, nats; those that were not drawn count as the mean of
-    the others."""
+    """Return the cross-entropy a frame, in nats, summed over codebooks.
+
+    Codebooks that were not drawn count as the mean of the others.
+    """
     return float(c.cross_entropy.sum() / frames * len(drawn(c)) / max(drawn(c).sum(), 1))
 
 
 def reduce(sums: Sums) -> dict[str, Any]:
-    """Means over masked frames, in nats; lists have one entry a codebook, teachers by name.
+    """Return means over masked frames, losses in nats, with lists of one entry a codebook.
 
-    `code_perplexity` is the targets', `prediction_perplexity` the student's: a collapsed teacher
-    shows in the first, a collapsed student in the second. `majority_accuracy` is what always
-    guessing each codebook's most frequent target of these same frames would have got. A codebook
-    that was not drawn in this step has None.
+    `code_perplexity` is that of the targets and low for a collapsed teacher;
+    `prediction_perplexity` is low for a collapsed student. `majority_accuracy` is the accuracy of
+    always guessing the most frequent target of these frames. Entries of codebooks that were not
+    drawn are None.
     """
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
     frames = sums.frames
@@ -69,16 +71,16 @@ def reduce(sums: Sums) -> dict[str, Any]:
     return row
 
 
-def add(total: Sums | None, sums: Sums) -> Sums:
-    """Sum of two `Sums`; None is zero."""
-    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-    return sums if total is None else jax.tree.map(np.add, total, sums)
+def add(total: Sums, sums: Sums) -> Sums:
+    """Return the sum of two `Sums`, in float64."""
+    total, sums = jax.device_get((total, sums))
+    return jax.tree.map(lambda a, b: np.add(a, b, dtype=np.float64), total, sums)
 
 
 def validation(sums: Sequence[Sums]) -> dict[str, Any]:
-    """`reduce` of all records of the datasets' `sums`, each name after "validation_".
+    """Return `reduce` over all datasets' `sums`, with "validation_" before each name.
 
-    `validation_losses`, where there are several datasets, is the loss of each.
+    `validation_losses` has the loss of each dataset if there are several.
     """
     row = {f"validation_{name}": x for name, x in reduce(functools.reduce(add, sums)).items()}
     if len(sums) > 1:
@@ -87,15 +89,15 @@ def validation(sums: Sequence[Sums]) -> dict[str, Any]:
 
 
 def mfu(flops_per_second: float) -> float | None:
-    """Model FLOP/s as a share of all devices' peak, None where the peak is unknown (CPU)."""
+    """Return model FLOP/s as a fraction of all devices' peak, None if that is unknown (CPU)."""
     peak = hardware.peak_flops(jax.devices()[0].device_kind)
     return flops_per_second / (peak * jax.device_count()) if peak else None
 
 
 class Speed:
-    """Audio seconds per second, model FLOPs utilisation and time left, from step to step.
+    """Measures audio seconds per second, model FLOPs utilisation and the time left.
 
-    The first measurement after a start or a pause has compilation in it and only sets the clock.
+    The first measurement after the start includes compilation and only sets the clock.
     """
 
     def __init__(self, start: int, total_steps: int, audio_seconds: float, flops: float):
@@ -103,7 +105,7 @@ class Speed:
         self._step, self._time, self._rate = start, None, 0.0
 
     def measure(self, step: int) -> dict[str, float | None]:
-        """The rates since the last call, for metrics.jsonl."""
+        """Return the rates since the last call, for metrics.jsonl."""
         now = time.monotonic()
         if self._time is not None and step > self._step:
             self._rate = (step - self._step) / (now - self._time)
@@ -112,26 +114,28 @@ class Speed:
         return {"audio_seconds_per_second": self._rate * self._audio, "mfu": flops}
 
     def pause(self) -> None:
-        """Leave out what happened since `measure`, such as validation."""
+        """Leave out the time since `measure`, which was spent on validation or a save."""
         self._time = time.monotonic()
 
     def eta(self, step: int) -> str:
-        """Time left, h:mm:ss."""
+        """Return the time left, h:mm:ss."""
         if not self._rate:
             return "?"
         return str(datetime.timedelta(seconds=round((self._total - step) / self._rate)))
 
 
 def mean(values: Sequence[float | None]) -> float:
-    """Mean of the numbers in a list, 0 where there is none."""
+    """Return the mean of the numbers in a list, 0 if there are none."""
     known = [x for x in values if x is not None]
     return sum(known) / len(known) if known else 0.0
 
 
 def console_line(row: dict[str, Any], total_steps: int, eta: str) -> str:
-    """One line of `row` for people."""
-    each = lambda name, form: " ".join("-" if x is None else f"{x:{form}}" for x in row[name])
-    books, used = (functools.partial(each, form=form) for form in (".2f", ".0f"))
+    """Return the console line of a row of metrics.jsonl."""
+
+    def each(name: str, form: str) -> str:
+        return " ".join("-" if x is None else f"{x:{form}}" for x in row[name])
+
     features = " ".join(
         f"{name.removeprefix('loss_')} {row[name]:.4f}"
         for name in row
@@ -141,13 +145,14 @@ def console_line(row: dict[str, Any], total_steps: int, eta: str) -> str:
     line = (
         f"step {row['step']}/{total_steps}  loss {row['loss']:.3f} = codes {row['loss_codes']:.3f}"
         f"{visible} {features} penalty {row['features_penalty']:.4f}"
-        f"  accuracy [{books('masked_accuracy')}]  perplexity [{used('code_perplexity')}]"
+        f"  accuracy [{each('masked_accuracy', '.2f')}]"
+        f"  perplexity [{each('code_perplexity', '.0f')}]"
         f"  lr {row['learning_rate']:.2e}  {row['audio_seconds_per_second']:.0f} s/s  eta {eta}"
     )
     if "validation_loss" in row:
-        own = f" ({each('validation_losses', '.3f')})" if "validation_losses" in row else ""
+        by_dataset = f" ({each('validation_losses', '.3f')})" if "validation_losses" in row else ""
         line += (
-            f"\n  validation loss {row['validation_loss']:.3f}{own}, masked accuracy"
+            f"\n  validation loss {row['validation_loss']:.3f}{by_dataset}, masked accuracy"
             f" {mean(row['validation_masked_accuracy']):.4f} (always the most frequent code:"
             f" {mean(row['validation_majority_accuracy']):.4f})"
         )
@@ -155,13 +160,13 @@ def console_line(row: dict[str, Any], total_steps: int, eta: str) -> str:
 
 
 class Writer:
-    """Appends rows to WORKDIR/metrics.jsonl and, with the extra, TensorBoard.
+    """Appends rows to WORKDIR/metrics.jsonl and, with the extra, to TensorBoard.
 
     Lines after step `start` are dropped, so that a resumed run has each step once.
     """
 
     def __init__(self, workdir: str, start: int, tensorboard: bool):
-        self._ledger = JsonlFile(
+        self._file = JsonlFile(
             os.path.join(workdir, "metrics.jsonl"), lambda row: row["step"] <= start
         )
         self._board = None
@@ -175,12 +180,12 @@ class Writer:
             self._board = metric_writers.SummaryWriter(os.path.join(workdir, "tensorboard"))
 
     def back_to(self, step: int) -> None:
-        """Drop the lines after `step`, which will come again."""
-        self._ledger.drop(lambda row: row["step"] <= step)
+        """Drop the lines after `step`, which will be written again."""
+        self._file.drop(lambda row: row["step"] <= step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; lists become one TensorBoard scalar an entry."""
-        self._ledger.write(row)
+        self._file.write(row)
         if self._board:
             scalars = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
             for name, values in row.items():
@@ -189,6 +194,7 @@ class Writer:
             self._board.write_scalars(row["step"], scalars)
 
     def close(self) -> None:
-        self._ledger.close()
+        """Close the files."""
+        self._file.close()
         if self._board:
             self._board.close()

@@ -145,6 +145,7 @@ def check(name: str, clips: int, checkpoint: str, device: str) -> None:
     from tests.benchmarks.pytorch_recipe import Recipe
 
     torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False  # its convolutions round to TF32 otherwise
     size = name.partition("_")[0]  # all rows of a size have the same student and objective
     plain = config(size, clips, checkpoint, half=False, dropout=False)
     ours, peer = Ours(plain), Recipe(plain, checkpoint, compiled=False, device=device)

@@ -302,10 +302,10 @@ def test_a_config_says_how_many_may_be_missing(sound, tmp_path):
     directory, *_ = damage("gone", 5, tmp_path / "data")
     config = small.config(data__dir=directory, data__num_samples=HOP * 5, data__max_faulty=0.5)
     stored = {"rvq_vae": stored_codes.read_info(directory, "rvq_vae")}
-    assert len(*mix.open_datasets(config, "train", stored)) == COUNT
+    assert len(*build.open_datasets(config, stored, "train")) == COUNT
     config.data.max_faulty = 0.01
     with pytest.raises(UserError, match="lacks 1 of its 3"):
-        mix.open_datasets(config, "train", stored)
+        build.open_datasets(config, stored, "train")
     for share in (-0.1, 1.1):
         with pytest.raises(UserError, match=f"data.max_faulty is {share}"):
             build.check(small.config(data__max_faulty=share))

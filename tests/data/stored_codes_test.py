@@ -15,7 +15,7 @@ import pytest
 import soundfile
 
 from mert_jax import teachers
-from mert_jax.data import mix, pipeline, records, stored_codes
+from mert_jax.data import pipeline, records, stored_codes
 from mert_jax.data.preparation import encode
 from mert_jax.data.preparation.assemble import stored_tracks
 from mert_jax.errors import UserError
@@ -226,7 +226,7 @@ def config_of(dataset: str, **overrides):
 
 def test_training_takes_stored_codes_without_a_checkpoint(dataset, teacher):
     config = config_of(dataset)
-    found = mix.find_stored_codes(config)
+    found = build.find_stored_codes(config)
     made = build.make_teachers(config, found)
     student = build.student(config, made, found)
     assert student.heads[0] == mert_v1.Head("rvq_vae", 16 + 4, 3)
@@ -268,7 +268,7 @@ def test_codes_of_another_codec_are_refused(dataset, tmp_path):
     encodec_checkpoint.write_encodec(str(tmp_path), params())
     config = config_of(dataset, teacher__rvq_vae__checkpoint=str(tmp_path))
     with pytest.raises(UserError, match="codes of another rvq_vae"):
-        build.make_teachers(config, mix.find_stored_codes(config))
+        build.make_teachers(config, build.find_stored_codes(config))
 
 
 @pytest.fixture
@@ -286,14 +286,14 @@ def rewrite(path: str, **changes) -> None:
 
 def test_two_datasets_that_store_the_same_codec_need_no_checkpoint(dataset, another):
     config = config_of(f"{dataset},{another}")
-    found = mix.find_stored_codes(config)
+    found = build.find_stored_codes(config)
     assert found["rvq_vae"].codec == stored(dataset)["rvq_vae"].codec
     # what the second one stores is read from its own files
     folder = stored_codes.folder(another, "rvq_vae")
     (shard,) = found["rvq_vae"].shards["train"]
     os.rename(f"{folder}/{shard}", f"{folder}/other")
     rewrite(f"{folder}/codes.json", shards=found["rvq_vae"].shards | {"train": ["other"]})
-    sources = mix.open_datasets(config, "train", found)
+    sources = build.open_datasets(config, found, "train")
     options = dict(num_samples=HOP * 50, hop=HOP, batch_size=8, seed=1, threads=2)
     (batch,) = itertools.islice(pipeline.train_stream(sources, **options), 1)
     assert (batch["record"] >= len(sources[0])).sum() == 4
@@ -319,9 +319,9 @@ def test_codes_that_not_all_datasets_store_are_computed_or_refused(
         said = f"{odd} does not store the codes of rvq_vae that"
         config = config_of(",".join(dirs))
         with pytest.raises(UserError, match=f"{said}.* --output={odd} --codes=CHECKPOINT"):
-            mix.find_stored_codes(config)
+            build.find_stored_codes(config)
         config.teacher.rvq_vae.checkpoint = checkpoint
-        assert mix.find_stored_codes(config) == {}
+        assert build.find_stored_codes(config) == {}
         assert said in capsys.readouterr().out
 
 
@@ -329,7 +329,7 @@ def test_clips_must_fit_every_dataset(dataset, another):
     rewrite(os.path.join(another, records.METADATA), overlap_samples=15_000)
     config = config_of(f"{dataset}, {another}")
     with pytest.raises(UserError, match=f"longer than the 15000 that {another} was prepared"):
-        mix.open_datasets(config, "train", {})
+        build.open_datasets(config, {}, "train")
 
 
 def test_codes_that_do_not_fit_the_audio_are_refused(dataset, tmp_path):

@@ -140,7 +140,7 @@ def test_an_exploding_learning_rate_is_skipped_gone_back_from_and_stopped(datase
     bad = read_jsonl(workdir / "bad_steps.jsonl")
     first, step = bad[0]["batch"], bad[0]["step"]
     assert f"going back to step {step - 1}, and on with batch {first + 2}" in done.stdout
-    assert f"step {step}, after going back 1 times" in done.stderr
+    assert f"the first at step {step}, after 1 rollbacks" in done.stderr
     assert "peak_learning_rate" in done.stderr
     assert [(row["step"], row["batch"], row["in_a_row"]) for row in bad] == [
         *((step, first, 1), (step + 1, first + 1, 2)),
