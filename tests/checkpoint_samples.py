@@ -42,7 +42,7 @@ def params_of(student: mert_v1.Student, seed: int = 0):
     rng = np.random.default_rng(seed)
     flat = {
         name: rng.normal(size=x.shape).astype(np.float32)
-        for name, x in tensor_names.abstract(student).items()
+        for name, x in tensor_names.abstract_params(student).items()
     }
     return tensor_names.traverse_util.unflatten_dict(flat, sep="/")
 

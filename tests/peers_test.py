@@ -98,7 +98,7 @@ def exported(request, tmp_path_factory):
         name: (0.04 if name.startswith("feature_encoder") else 0.02)
         * rng.standard_normal(x.shape, np.float32)
         + np.float32(name.endswith(("scale", "_g")))
-        for name, x in names.abstract(student).items()
+        for name, x in names.abstract_params(student).items()
     }
     params = traverse_util.unflatten_dict(flat, sep="/")
     folder = tmp_path_factory.mktemp("exported")

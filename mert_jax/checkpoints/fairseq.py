@@ -1,14 +1,15 @@
 """Files of the official trainer, read and written without fairseq (facebookresearch/fairseq,
 `trainer.py`, `optim/fp16_optimizer.py`).
 
-A file holds settings (`cfg`, or `args` in old ones), tensors (`model`), the number of updates
+A file holds settings (`cfg`, or `args` in old files), tensors (`model`), the number of updates
 (`optimizer_history`), the dictionaries of codes (`task_state`) and Adam's moments
-(`last_optimizer_state`): for each parameter, or after fp16 training in one vector of all.
+(`last_optimizer_state`): one entry for each parameter, or one vector of all after fp16 training.
 """
 
 import ast
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,94 +17,94 @@ import numpy as np
 from scipy.signal import get_window
 
 from mert_jax.checkpoints import tensor_names
-from mert_jax.checkpoints.in_memory import About, Checkpoint, one_width
+from mert_jax.checkpoints.in_memory import About, Checkpoint, common_width
+from mert_jax.constants import SAMPLE_RATE
 from mert_jax.errors import UserError
 from mert_jax.models.mert_v1 import Head, Student
 from mert_jax.teachers import cqt
 from mert_jax.tensors import torch_pickle
 
+Orders = tuple[tuple[int, ...], ...]
 SPECIAL = 4  # rows of a codebook before its codes: <s>, <pad>, </s>, <unk>
 FMIN, OCTAVES = 32.7, 7  # of the CQT head
-ORDERS = "mert_jax_row_orders"  # its dictionaries lie with the data; this goes with the weights
-LAYERS = "encoder.layers."
-# tensors whose shapes tell the student's, and those of each head, which come together
+ORDERS = "mert_jax_row_orders"  # extra state of files that we write without their dictionaries
+# tensors whose shapes give the sizes of the student, and those of each head, which come together
 BODY = ("encoder.pos_conv.0.weight_v", "encoder.layers.0.fc1.weight")
 HEADS = (
     ("label_embs_concat", "final_proj.weight", "final_proj.bias"),
     ("encoder_cqt_model.fc.weight", "encoder_cqt_model.fc.bias"),
 )
+# settings that name a field of Student, and settings that no MERT has otherwise
+FIELDS = dict(
+    encoder_layers="num_layers",
+    encoder_embed_dim="hidden_size",
+    encoder_ffn_embed_dim="intermediate_size",
+    encoder_attention_heads="num_heads",
+    layer_norm_first="pre_norm",
+    conv_pos="pos_conv_kernel",
+    conv_pos_groups="pos_conv_groups",
+)
+FIXED = dict(extractor_mode="default", conv_bias=False, deepnorm=False, untie_final_proj=True)
 DEFAULT_CONV = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
+CONV_TERM = r"\[(\(\d+,\d+,\d+\),?)+\](\*\d+)?"
 
 
 def plain(x: Any) -> Any:
-    """Settings as dicts, lists and values: argparse's and OmegaConf's objects have them inside."""
+    """Return settings of argparse or OmegaConf as dicts, lists and values."""
     if isinstance(x, torch_pickle.Stub):
-        for inside in ("_content", "_val"):
-            if inside in vars(x):
-                return plain(vars(x)[inside])
-        return plain(x.args[0]) if x.args else {k: plain(v) for k, v in vars(x).items()}
+        for inner in ("_content", "_val"):
+            if inner in vars(x):
+                return plain(vars(x)[inner])
+        return plain(x.args[0]) if x.args else plain(vars(x))
     if isinstance(x, dict):
         return {plain(k): plain(v) for k, v in x.items()}
     return [plain(v) for v in x] if isinstance(x, list | tuple) else x
 
 
 def conv_layers(text: str) -> list[tuple[int, int, int]]:
-    """fairseq's `conv_feature_layers`, such as "[(512,10,5)] + [(512,3,2)] * 4", as a list of
-    (channels, kernel, stride). Only lists, sums and repetitions are understood."""
+    """Parse fairseq's `conv_feature_layers` into a list of (channels, kernel, stride).
 
-    def value(node: ast.AST) -> Any:
-        match node:
-            case ast.BinOp(left, ast.Add(), right):
-                return value(left) + value(right)
-            case ast.BinOp(left, ast.Mult(), right):
-                return value(left) * value(right)
-            case ast.List() | ast.Tuple() | ast.Constant():
-                return ast.literal_eval(node)
-        raise ValueError
-
-    try:
-        layers = [tuple(layer) for layer in value(ast.parse(str(text), mode="eval").body)]
-        if not layers or any(len(layer) != 3 for layer in layers):
-            raise ValueError
-    except (SyntaxError, TypeError, ValueError) as e:
-        raise UserError(f"conv_feature_layers is not understood: {text!r}") from e
-    return layers
+    Understands sums of lists that may be repeated, such as "[(512,10,5)] + [(512,3,2)] * 4".
+    """
+    compact = re.sub(r"\s", "", str(text))
+    if not re.fullmatch(rf"{CONV_TERM}(\+{CONV_TERM})*", compact):
+        raise UserError(f"conv_feature_layers is not understood: {text!r}")
+    terms = (term.partition("*") for term in compact.split("+"))
+    return [layer for term, _, n in terms for layer in ast.literal_eval(term) * int(n or 1)]
 
 
 def student(
     config: Mapping[str, Any], state: Mapping[str, np.ndarray], path: str = "the checkpoint"
 ) -> Student:
-    """The student of a fairseq checkpoint, without dropout: widths from the tensors' shapes, what
-    they do not tell from the `config` of its model. Its heads are called rvq_vae and cqt.
+    """Return the student of a fairseq checkpoint, without dropout, its heads named rvq_vae and cqt.
 
-    Raises UserError for settings that no MERT has, and where settings and tensors differ.
+    Sizes are those of the tensors in `state`, the rest is from `config`, the model's settings.
+    Raises UserError for settings that no MERT has or that contradict the tensors.
     """
     state = tensor_names.weight_norm(state)
-    together = (BODY, *(group for group in HEADS if not state.keys().isdisjoint(group)))
-    tensor_names.refuse(
-        [f"missing {name}" for group in together for name in group if name not in state], path
-    )
+    needed = (BODY, *(group for group in HEADS if not state.keys().isdisjoint(group)))
+    if missing := [name for group in needed for name in group if name not in state]:
+        raise UserError(f"{path}: missing {', '.join(missing)}")
     channels, kernels, strides = zip(
         *conv_layers(config.get("conv_feature_layers", DEFAULT_CONV)), strict=True
     )
-    only = dict(extractor_mode="default", conv_bias=False, deepnorm=False, untie_final_proj=True)
-    if wrong := [f"{k}={config[k]!r}" for k in only if config.get(k, only[k]) != only[k]]:
+    if wrong := [f"{k}={config[k]!r}" for k, x in FIXED.items() if config.get(k, x) != x]:
         raise UserError(f"not a MERT this program knows: {', '.join(wrong)}")
     heads, options = [], {}
     if "label_embs_concat" in state:
         rows, final_dim = state["label_embs_concat"].shape
-        books = state["final_proj.weight"].shape[0] // final_dim
-        heads.append(Head("rvq_vae", rows // books, books))
+        num_codebooks = state["final_proj.weight"].shape[0] // final_dim
+        heads.append(Head("rvq_vae", rows // num_codebooks, num_codebooks))
         options["final_dim"] = final_dim
     if "encoder_cqt_model.fc.weight" in state:
         heads.append(Head("cqt", state["encoder_cqt_model.fc.weight"].shape[0]))
     width, width_per_group, kernel = state["encoder.pos_conv.0.weight_v"].shape
-    found = Student(
-        conv_dim=one_width(channels),
+    student = Student(
+        conv_dim=common_width(channels),
         conv_kernels=kernels,
         conv_strides=strides,
         hidden_size=width,
-        num_layers=len({name.split(".")[2] for name in state if name.startswith(LAYERS)}),
+        num_layers=len({name.split(".")[2] for name in state if name.startswith("encoder.layers")}),
         num_heads=config.get("encoder_attention_heads", 12),
         intermediate_size=state["encoder.layers.0.fc1.weight"].shape[0],
         pre_norm=config.get("layer_norm_first", False),
@@ -113,29 +114,44 @@ def student(
         feature_grad_mult=config.get("feature_grad_mult", 1.0),
         **options,
     )
-    said = dict(
-        encoder_embed_dim=found.hidden_size,
-        encoder_layers=found.num_layers,
-        encoder_ffn_embed_dim=found.intermediate_size,
-        conv_pos=found.pos_conv_kernel,
-        conv_pos_groups=found.pos_conv_groups,
-    )
+    sizes = {setting: getattr(student, field) for setting, field in FIELDS.items()}
     if wrong := [
-        f"{k}={config[k]}, {x} in its tensors" for k, x in said.items() if config.get(k, x) != x
+        f"{k}={config[k]}, {x} in its tensors" for k, x in sizes.items() if config.get(k, x) != x
     ]:
-        raise UserError(f"the settings of the checkpoint are not those of its tensors: {wrong}")
-    return found
+        raise UserError(f"{path}: settings contradict the tensors: {'; '.join(wrong)}")
+    return student
 
 
-def row_order(dictionary: torch_pickle.Stub, size: int, raw: bool, book: int) -> list[int]:
-    """For each of our rows of a codebook (special ones, then code 0, 1, ...) the file's row.
+def row_orders(
+    content: Mapping[str, Any], task: Mapping[str, Any], head: Head, path: str
+) -> Orders:
+    """Return for each codebook the file's row of each of ours, () if all are in our order.
 
-    A fairseq dictionary numbers codes as its text file lists them; `raw` labels (numpy's) were used
-    as they are, so that code c has row c. Raises UserError where rows are not one a code.
+    Our rows are the special ones, then code 0, 1, ... A fairseq dictionary numbers codes as its
+    text file lists them; numpy's labels were used as they are, so that code c has row c. Raises
+    UserError if rows and codes do not match one to one.
     """
-    if raw:
-        return [*range(size - SPECIAL, size), *range(size - SPECIAL)]
-    symbols = list(dictionary.symbols)[SPECIAL:]
+    rows = tuple(range(head.size))
+    extra = content.get("extra_state")
+    dictionaries = (content.get("task_state") or {}).get("dictionaries") or []
+    # a dictionary without symbols says nothing: its codes are taken to be in order
+    dictionaries = [x for x in dictionaries if getattr(x, "symbols", None)]
+    if stated := extra.get(ORDERS) if isinstance(extra, dict) else None:
+        orders = tuple(map(tuple, stated))
+        if [sorted(order) for order in orders] != [list(rows)] * head.num_codebooks:
+            size = f"{head.num_codebooks} books of {head.size}"
+            raise UserError(f"{path}: {ORDERS} does not order {size}")
+    elif task.get("numpy_memmap_label"):
+        orders = (rows[-SPECIAL:] + rows[:-SPECIAL],) * head.num_codebooks
+    elif len(dictionaries) not in (0, head.num_codebooks):
+        raise UserError(f"{len(dictionaries)} dictionaries for {head.num_codebooks} codebooks")
+    else:
+        orders = tuple(_row_order(x.symbols, head.size, k) for k, x in enumerate(dictionaries))
+    return () if set(orders) == {rows} else orders
+
+
+def _row_order(symbols: list[str], size: int, book: int) -> tuple[int, ...]:
+    symbols = list(symbols)[SPECIAL:]
     codes = [int(s) for s in symbols if str(s).isdecimal()]
     if len(symbols) != size - SPECIAL or sorted(codes) != list(range(size - SPECIAL)):
         raise UserError(
@@ -143,65 +159,33 @@ def row_order(dictionary: torch_pickle.Stub, size: int, raw: bool, book: int) ->
             f"different codes among them, for a codebook of {size - SPECIAL}: its rows cannot be "
             "told apart"
         )
-    return [*range(SPECIAL), *(SPECIAL + np.argsort(codes)).tolist()]
+    return (*range(SPECIAL), *(SPECIAL + np.argsort(codes)).tolist())
 
 
-def row_orders(task_state: Any, task: Mapping[str, Any], head: Head) -> tuple[tuple[int, ...], ...]:
-    """`row_order` of every codebook, () where all of them are in order already."""
-    # one without symbols says nothing: its codes are taken to be in order
-    dictionaries = [
-        x for x in (task_state or {}).get("dictionaries") or [] if getattr(x, "symbols", None)
-    ]
-    raw = bool(task.get("numpy_memmap_label"))
-    if not dictionaries and not raw:
-        return ()
-    if not raw and len(dictionaries) != head.num_codebooks:
-        raise UserError(f"{len(dictionaries)} dictionaries for {head.num_codebooks} codebooks")
-    orders = tuple(
-        tuple(row_order(None if raw else dictionaries[k], head.size, raw, k))
-        for k in range(head.num_codebooks)
-    )
-    return () if all(order == tuple(range(head.size)) for order in orders) else orders
-
-
-def stated_orders(extra: Any, head: Head, path: str) -> tuple[tuple[int, ...], ...]:
-    """What `write` says of the file's rows, () where it is none of ours. Raises UserError where it
-    is no order of them."""
-    stated = extra.get(ORDERS, ()) if isinstance(extra, dict) else ()
-    rows = list(range(head.size))
-    if stated and [sorted(order) for order in stated] != [rows] * head.num_codebooks:
-        raise UserError(
-            f"{path}: {ORDERS} does not order {head.num_codebooks} books of {head.size}"
-        )
-    return tuple(tuple(order) for order in stated)
-
-
-def reordered(state: dict[str, np.ndarray], orders: Any, back: bool = False) -> dict:
-    """`state` with the rows of its codebooks in our order, or `back` in the file's."""
+def _reordered(state: dict[str, np.ndarray], orders: Orders, back: bool = False) -> dict:
+    """Return `state` with the rows of its codebooks in our order, or `back` in the file's."""
     if not orders:
         return state
     books = state["label_embs_concat"].reshape(len(orders), len(orders[0]), -1)
-    rows = [np.argsort(order) if back else np.array(order) for order in orders]
-    books = np.stack([book[order] for book, order in zip(books, rows, strict=True)])
+    rows = np.argsort(orders, axis=1) if back else np.array(orders)
+    books = np.take_along_axis(books, rows[..., None], axis=1)
     return state | {"label_embs_concat": books.reshape(-1, books.shape[-1])}
 
 
-def moments_of(last: Any, state: Mapping[str, np.ndarray], path: str) -> Any:
-    """Adam's (mu, nu), by name, and whether they came in one vector; None where there are none.
+def _adam_moments(last: Any, state: Mapping[str, np.ndarray], path: str) -> tuple[list[dict], bool]:
+    """Return Adam's [mu, nu] by name, [] if there are none, and whether each was one vector.
 
-    Raises UserError where they are not of the parameters in `state`.
+    Raises UserError if their sizes are not those of the parameters in `state`.
     """
     entries = (last or {}).get("state") or {}
     entries = [entries[key] for key in sorted(entries, key=int)]
-    if not entries:
-        return None
     trained = [name for name in state if not tensor_names.BUFFERS.search(name)]
     sizes = [state[name].size for name in trained]
     moments, flat = [], len(entries) == 1 < len(trained)
-    for key in ("exp_avg", "exp_avg_sq"):
+    for key in ("exp_avg", "exp_avg_sq") if entries else ():
         if any(key not in entry for entry in entries):
             raise UserError(
-                f"{path}: the optimiser's state has no {key}, so that it is not Adam's; leave the "
+                f"{path}: the optimiser's state has no {key}, so it is not Adam's; leave the "
                 "moments out (--moments=False)"
             )
         vectors = [np.asarray(entry[key]) for entry in entries]
@@ -213,61 +197,56 @@ def moments_of(last: Any, state: Mapping[str, np.ndarray], path: str) -> Any:
                 f"{len(vectors)} tensors for {sum(sizes)} in {len(trained)} parameters; leave the "
                 "moments out (--moments=False)"
             )
-        shaped = [x.reshape(state[name].shape) for x, name in zip(vectors, trained, strict=True)]
-        moments.append(dict(zip(trained, shaped, strict=True)))
-    return *moments, flat
+        pairs = zip(trained, vectors, strict=True)
+        moments.append({name: x.reshape(state[name].shape) for name, x in pairs})
+    return moments, flat
 
 
 def read_checkpoint(path: str, moments: bool = True) -> Checkpoint:
-    """The checkpoint in a fairseq file. Raises UserError as `formats.read` does."""
+    """Read a fairseq file. Raises UserError as `reading.read_checkpoint` does."""
     content = torch_pickle.read_pickle(path)
     state = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or "encoder.layers.0.fc1.weight" not in state:
-        held = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else "no dict"
-        raise UserError(f"{path} is no checkpoint of fairseq's MERT; it holds: {held}")
-    if odd := [name for name, x in state.items() if not isinstance(x, np.ndarray)]:
-        raise UserError(f"{path}: not tensors, though in its model: {', '.join(map(str, odd[:5]))}")
+    if not isinstance(state, dict) or BODY[1] not in state:
+        keys = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else "no dict"
+        raise UserError(f"{path} is not a checkpoint of fairseq's MERT; it holds: {keys}")
+    if odd := [str(name) for name, x in state.items() if not isinstance(x, np.ndarray)]:
+        raise UserError(f"{path}: entries of its model are not tensors: {', '.join(odd[:5])}")
     cfg, args = plain(content.get("cfg")) or {}, plain(content.get("args")) or {}
     config, task = cfg.get("model") or args, cfg.get("task") or args
     if not config:
         raise UserError(
-            f"{path} has neither cfg nor args: whether its layers are pre-norm, and their heads, "
-            "cannot be known"
+            f"{path} has neither cfg nor args, so its attention heads and the place of its norms "
+            "are unknown"
         )
-    found = student(config, state, path)
-    if "label_embs_concat" in state:
-        orders = stated_orders(content.get("extra_state"), found.heads[0], path)
-        orders = orders or row_orders(content.get("task_state"), task, found.heads[0])
-    else:
-        orders = ()
-    history = content.get("optimizer_history") or [{}]
-    last = moments_of(content.get("last_optimizer_state"), state, path) if moments else None
-    of_state = lambda state, what: tensor_names.params_from_fairseq(
-        reordered(state, orders), found, f"{path}{what}"
+    model = student(config, state, path)
+    codes = "label_embs_concat" in state
+    orders = row_orders(content, task, model.heads[0], path) if codes else ()
+    trees, flat = [("", state)], False
+    if moments:
+        adam, flat = _adam_moments(content.get("last_optimizer_state"), state, path)
+        trees += zip((", exp_avg", ", exp_avg_sq"), adam, strict=bool(adam))
+    params, *adam = (
+        tensor_names.params_from_fairseq(_reordered(tree, orders), model, path + label)
+        for label, tree in trees
     )
     about = About(
-        sample_rate=task.get("sample_rate", 24_000),
+        sample_rate=task.get("sample_rate", SAMPLE_RATE),
         do_normalize=bool(task.get("normalize", False)),
         dtype=tensor_names.dtype_of(state),
-        flat_moments=last is not None and last[2],
+        flat_moments=flat,
         row_orders=orders,
         lineage=(f"{os.path.basename(path)} (fairseq)",),
     )
-    return Checkpoint(
-        found,
-        of_state(state, ""),
-        last
-        and tuple(
-            of_state(x, f", {key}") for x, key in zip(last, ("exp_avg", "exp_avg_sq"), strict=False)
-        ),
-        int(history[-1].get("num_updates", 0)),
-        about,
-    )
+    history = content.get("optimizer_history") or [{}]
+    step = int(history[-1].get("num_updates", 0))
+    return Checkpoint(model, params, tuple(adam) or None, step, about)
 
 
-def cqt_tables(size: int, sample_rate: int = 24_000) -> dict[str, np.ndarray]:
-    """nnAudio's CQT1992v2 as the official model keeps it: lengths [F] and kernels [F, 1, N],
-    float32 (KinWaiCheuk/nnAudio, `utils.py`; SPEC of the transform in teachers/cqt.py)."""
+def cqt_tables(size: int, sample_rate: int = SAMPLE_RATE) -> dict[str, np.ndarray]:
+    """Return nnAudio's CQT1992v2 as the official model stores it: lengths [F], kernels [F, 1, N].
+
+    Source: KinWaiCheuk/nnAudio, `utils.py`; teachers/cqt.py describes the transform.
+    """
     per_octave = max(size // OCTAVES, 1)
     lengths, frequencies = cqt.lengths_and_frequencies(sample_rate, FMIN, size, per_octave)
     points = 2 ** math.ceil(math.log2(lengths.max()))
@@ -286,34 +265,26 @@ def cqt_tables(size: int, sample_rate: int = 24_000) -> dict[str, np.ndarray]:
     }
 
 
-def settings(student: Student, about: About) -> dict[str, Any]:
-    """The `cfg` that fairseq builds the model from: the weights' sizes, and MERT's constants."""
+def _settings(student: Student, about: About, codes: Head, features: Head) -> dict[str, Any]:
+    """Return the `cfg` from which fairseq builds the model: its sizes, and MERT's constants."""
     convs = zip(student.conv_kernels, student.conv_strides, strict=True)
-    books = sum(head.num_codebooks for head in student.heads)
-    run = about.config
     model = dict(
         _name="mert",
         label_rate=75.0,
-        extractor_mode="default",
+        extractor_mode=FIXED["extractor_mode"],
         conv_feature_layers=str([(student.conv_dim, *conv) for conv in convs]),
-        conv_bias=False,
-        encoder_layers=student.num_layers,
-        encoder_embed_dim=student.hidden_size,
-        encoder_ffn_embed_dim=student.intermediate_size,
-        encoder_attention_heads=student.num_heads,
-        layer_norm_first=student.pre_norm,
-        conv_pos=student.pos_conv_kernel,
-        conv_pos_groups=student.pos_conv_groups,
+        conv_bias=FIXED["conv_bias"],
+        **{setting: getattr(student, field) for setting, field in FIELDS.items()},
         final_dim=student.final_dim,
-        untie_final_proj=True,
-        logit_temp=run.get("objective", {}).get("logit_temperature", 0.1),
-        feature_grad_mult=run.get("model", {}).get("feature_grad_mult", 1.0),
+        untie_final_proj=FIXED["untie_final_proj"],
+        logit_temp=about.config.get("objective", {}).get("logit_temperature", 0.1),
+        feature_grad_mult=about.config.get("model", {}).get("feature_grad_mult", 1.0),
         audio_cqt_loss_m=True,
-        audio_cqt_bins=cqt_size(student),
+        audio_cqt_bins=features.size,
     )
     task = dict(
         _name="mert_pretraining",
-        labels=[f"encodec_{k}" for k in range(books)],
+        labels=[f"encodec_{k}" for k in range(codes.num_codebooks)],
         label_rate=75.0,
         sample_rate=about.sample_rate,
         normalize=about.do_normalize,
@@ -321,54 +292,53 @@ def settings(student: Student, about: About) -> dict[str, Any]:
     return {"_name": None, "model": model, "task": task}
 
 
-def official(params: Any, student: Student, about: About) -> dict[str, np.ndarray]:
-    """fairseq's tensors of `params` or of their moments, codebooks in the file's order; special
-    rows that the run had none of are 0."""
-    state = reordered(tensor_names.params_to_fairseq(params), about.row_orders, back=True)
+def _official_state(params: Any, about: About, codes: Head) -> dict[str, np.ndarray]:
+    """Return fairseq's tensors of `params` or moments, with the rows of codebooks in its order.
+
+    A run without special codes gets zeros for their rows.
+    """
+    state = _reordered(tensor_names.params_to_fairseq(params), about.row_orders, back=True)
     if about.special_codes not in (0, SPECIAL):
         raise UserError(f"codebooks have {about.special_codes} special rows, fairseq's {SPECIAL}")
     if not about.special_codes:
-        head = next(head for head in student.heads if head.num_codebooks)
-        books = state["label_embs_concat"].reshape(head.num_codebooks, head.size, -1)
+        books = state["label_embs_concat"].reshape(codes.num_codebooks, codes.size, -1)
         padded = np.pad(books, ((0, 0), (SPECIAL, 0), (0, 0)))
         state["label_embs_concat"] = padded.reshape(-1, books.shape[-1])
     return state
 
 
-def optimizer_state(mu: Mapping, nu: Mapping, step: int, flat: bool) -> dict[str, Any]:
-    """Adam's moments by name as torch's optimiser numbers them, or `flat` in one vector each."""
-    pairs = [(mu[name], nu[name]) for name in mu]
+def _optimizer_state(mu: Mapping, nu: Mapping, step: int, flat: bool) -> dict[str, Any]:
+    """Return Adam's moments as torch's optimiser numbers them, or `flat` in one vector each."""
+    vectors = [list(moment.values()) for moment in (mu, nu)]
     if flat:
-        whole = (np.concatenate([x.reshape(-1) for x in xs]) for xs in zip(*pairs, strict=True))
-        pairs = [tuple(whole)]
-    entries = [{"step": step, "exp_avg": m, "exp_avg_sq": v} for m, v in pairs]
-    groups = [{"params": list(range(len(entries)))}]
-    return {"state": dict(enumerate(entries)), "param_groups": groups}
+        vectors = [[np.concatenate([x.reshape(-1) for x in xs])] for xs in vectors]
+    pairs = zip(*vectors, strict=True)
+    state = {i: {"step": step, "exp_avg": m, "exp_avg_sq": v} for i, (m, v) in enumerate(pairs)}
+    return {"state": state, "param_groups": [{"params": list(state)}]}
 
 
 def write_checkpoint(path: str, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint as fairseq's trainer does: its names, shapes and order.
+    """Write the checkpoint with the names, shapes and order of fairseq's trainer.
 
-    Raises UserError where the student lacks one of fairseq's two heads, OSError where the disk does
-    not take it.
+    Raises UserError if the student lacks one of fairseq's two heads, OSError on a full disk.
     """
     student, about = checkpoint.student, checkpoint.about
     if sorted(bool(head.num_codebooks) for head in student.heads) != [False, True]:
-        have = ", ".join(head.name for head in student.heads) or "none"
+        names = ", ".join(head.name for head in student.heads) or "none"
         raise UserError(
             "fairseq's model has one head for codes and one for the CQT, and loads nothing else; "
-            f"this checkpoint has: {have}"
+            f"this checkpoint has: {names}"
         )
     if student.project_equal_widths and student.conv_dim == student.hidden_size:
         raise UserError("fairseq does not project equal widths; this student does")
-    model = official(checkpoint.params, student, about) | cqt_tables(
-        cqt_size(student), about.sample_rate
-    )
-    dtype = tensor_names.DTYPES[about.dtype]
+    features, codes = sorted(student.heads, key=lambda head: head.num_codebooks)
+    model = _official_state(checkpoint.params, about, codes)
+    model |= cqt_tables(features.size, about.sample_rate)
+    names = sorted(model, key=tensor_names.fairseq_rank)
     last = None
     if checkpoint.moments:
-        mu, nu = (official(x, student, about) for x in checkpoint.moments)
-        last = optimizer_state(mu, nu, checkpoint.step, about.flat_moments)
+        adam = (_official_state(x, about, codes) for x in checkpoint.moments)
+        last = _optimizer_state(*adam, checkpoint.step, about.flat_moments)
     history = {
         "criterion_name": "MertCriterion",
         "optimizer_name": "Adam",
@@ -377,10 +347,9 @@ def write_checkpoint(path: str, checkpoint: Checkpoint) -> None:
     }
     content = {
         "args": None,
-        "cfg": settings(student, about),
+        "cfg": _settings(student, about, codes, features),
         "model": {
-            name: np.asarray(model[name], dtype)
-            for name in sorted(model, key=tensor_names.fairseq_rank)
+            name: np.asarray(model[name], tensor_names.DTYPES[about.dtype]) for name in names
         },
         "criterion": {},
         "optimizer_history": [history],
@@ -389,8 +358,3 @@ def write_checkpoint(path: str, checkpoint: Checkpoint) -> None:
         "last_optimizer_state": last,
     }
     torch_pickle.write_pickle(path, content)
-
-
-def cqt_size(student: Student) -> int:
-    """Bins of the student's CQT head."""
-    return next(head.size for head in student.heads if not head.num_codebooks)

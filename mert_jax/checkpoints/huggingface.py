@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mert_jax.checkpoints import model_card, tensor_names
-from mert_jax.checkpoints.in_memory import About, Checkpoint, one_width
+from mert_jax.checkpoints.in_memory import About, Checkpoint, common_width
 from mert_jax.errors import UserError
 from mert_jax.models.mert_v1 import Student
 from mert_jax.tensors import state_dict
@@ -57,7 +57,7 @@ def student(config: Mapping[str, Any]) -> Student:
     config = DEFAULTS | dict(config)
     try:
         return Student(
-            conv_dim=one_width(config["conv_dim"]),
+            conv_dim=common_width(config["conv_dim"]),
             conv_kernels=tuple(config["conv_kernel"]),
             conv_strides=tuple(config["conv_stride"]),
             hidden_size=config["hidden_size"],

@@ -86,7 +86,7 @@ def count_parameters(checkpoint: Checkpoint) -> int:
     return sum(x.size for x in jax.tree.leaves(checkpoint.params))
 
 
-def one_width(channels: Any) -> int:
+def common_width(channels: Any) -> int:
     """The width that all convolutions have; UserError where they differ."""
     if len(set(channels)) != 1:
         raise UserError(f"conv layers of different widths are not supported: {list(channels)}")

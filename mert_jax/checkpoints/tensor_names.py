@@ -1,17 +1,15 @@
-"""Names and layouts of tensors: fairseq's and Hugging Face's <-> our parameters.
+"""Tensor names and layouts of fairseq and Hugging Face checkpoints, mapped to our parameters.
 
-State dicts hold numpy arrays in torch's layout. Our parameters are flax's tree, its encoder layers
-stacked on the first axis; names of ours are written as paths, "encoder/layer_norm/scale".
+State dicts hold numpy arrays in torch's layout. Our parameters are flax's tree, with the encoder
+layers stacked on the first axis; they are named by paths such as "encoder/layer_norm/scale".
 """
 
-import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
@@ -19,13 +17,9 @@ from flax import traverse_util
 from mert_jax.errors import UserError
 from mert_jax.models.mert_v1 import Student
 
-FAIRSEQ, HF = 0, 1
-# our module: fairseq's, Hugging Face's; {} is a conv layer's or an encoder layer's number
+State = Mapping[str, np.ndarray]
+FAIRSEQ, HF = 0, 1  # columns of the tables
 MODULES = {
-    "feature_encoder/conv_layers_{}": (
-        "feature_extractor.conv_layers.{}.0",
-        "feature_extractor.conv_layers.{}.conv",
-    ),
     "feature_encoder/layer_norm": (
         "feature_extractor.conv_layers.0.2",
         "feature_extractor.conv_layers.0.layer_norm",
@@ -34,78 +28,65 @@ MODULES = {
     "feature_projection/projection": ("post_extract_proj", "feature_projection.projection"),
     "encoder/pos_conv_embed": ("encoder.pos_conv.0", "encoder.pos_conv_embed.conv"),
     "encoder/layer_norm": ("encoder.layer_norm", "encoder.layer_norm"),
-    **{
-        f"encoder/layers/attention/{name}": (
-            f"encoder.layers.{{}}.self_attn.{name}",
-            f"encoder.layers.{{}}.attention.{name}",
-        )
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj")
-    },
-    "encoder/layers/layer_norm": (
-        "encoder.layers.{}.self_attn_layer_norm",
-        "encoder.layers.{}.layer_norm",
-    ),
-    "encoder/layers/intermediate_dense": (
-        "encoder.layers.{}.fc1",
-        "encoder.layers.{}.feed_forward.intermediate_dense",
-    ),
-    "encoder/layers/output_dense": (
-        "encoder.layers.{}.fc2",
-        "encoder.layers.{}.feed_forward.output_dense",
-    ),
-    "encoder/layers/final_layer_norm": (
-        "encoder.layers.{}.final_layer_norm",
-        "encoder.layers.{}.final_layer_norm",
-    ),
 }
-TENSORS = {"kernel": "weight", "scale": "weight"}  # the other names are the same
-PARAMETRIZED = {
-    "parametrizations.weight.original0": "weight_g",
-    "parametrizations.weight.original1": "weight_v",
+# modules of one encoder layer, in the order of fairseq's state dict
+LAYER_MODULES = {
+    "attention/k_proj": ("self_attn.k_proj", "attention.k_proj"),
+    "attention/v_proj": ("self_attn.v_proj", "attention.v_proj"),
+    "attention/q_proj": ("self_attn.q_proj", "attention.q_proj"),
+    "attention/out_proj": ("self_attn.out_proj", "attention.out_proj"),
+    "layer_norm": ("self_attn_layer_norm", "layer_norm"),
+    "intermediate_dense": ("fc1", "feed_forward.intermediate_dense"),
+    "output_dense": ("fc2", "feed_forward.output_dense"),
+    "final_layer_norm": ("final_layer_norm", "final_layer_norm"),
 }
+CONV, LAYERS = "feature_encoder/conv_layers_", "encoder/layers/"
+LEAVES = {"kernel": "weight", "scale": "weight"}  # other leaves have the same name everywhere
 # tables of the CQT, 176 MB of every official checkpoint (the last is spelt so upstream)
 BUFFERS = re.compile(r"spec_layer\.|cqt_kernels|lenghts")
-# fairseq's tensors come in the order of its modules, and its flat moments in that of its tensors
-ORDER = (
+# order of fairseq's state dict, which its flat moments share
+FAIRSEQ_ORDER = (
     *("mask_emb", "label_embs_concat", "feature_extractor", "post_extract_proj"),
     *("encoder.pos_conv", "encoder.layers", "encoder.layer_norm", "layer_norm", "final_proj"),
     *("encoder_cqt_model.spec_layer", "encoder_cqt_model.fc"),
 )
-LAYER_ORDER = (
-    *("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj"),
-    *("self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"),
-)
-# what a checkpoint's weights may be kept in
-DTYPES = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-}
-LEAVES = ("weight", "bias", "weight_g", "weight_v")
+LEAF_ORDER = ("weight", "bias", "weight_g", "weight_v")
+DTYPES = {name: np.dtype(name) for name in ("float32", "float16", "bfloat16")}  # of checkpoints
 
 
-def official_name(path: str, paths: set[str], style: int) -> str | None:
-    """The tensor's name in `style`, {} where an encoder layer's number goes; None if it has none.
+def official_name(path: str, paths: Collection[str], style: int) -> str | None:
+    """Return the tensor's name in `style`, with {} for the number of an encoder layer.
 
     `paths` are all of ours: a head with codebooks is fairseq's `final_proj`, one without its CQT
-    head. Hugging Face has no heads.
+    head. Hugging Face has no heads: their name is None.
     """
     if path == "masked_spec_embed":
         return ("mask_emb", path)[style]
     module, _, leaf = path.rpartition("/")
-    if not module.startswith(("encoder", "feature")):
-        if style == HF:
-            return None
-        if path.endswith("_codebooks"):
-            return "label_embs_concat"
-        books = module.removesuffix("_proj") + "_codebooks"
-        module = "final_proj" if books in paths else "encoder_cqt_model.fc"
-        return f"{module}.{TENSORS.get(leaf, leaf)}"
-    for ours, names in MODULES.items():
-        if found := re.fullmatch(ours.replace("{}", r"(\d+)"), module):
-            name = names[style].format(*found.groups()) if found.groups() else names[style]
-            return f"{name}.{TENSORS.get(leaf, leaf)}"
-    raise UserError(f"parameter {path!r} has no name in the official checkpoints")
+    leaf = LEAVES.get(leaf, leaf)
+    if module in MODULES:
+        return f"{MODULES[module][style]}.{leaf}"
+    if module.startswith(CONV):
+        return f"feature_extractor.conv_layers.{module[len(CONV) :]}.{('0', 'conv')[style]}.{leaf}"
+    if module.startswith(LAYERS) and module[len(LAYERS) :] in LAYER_MODULES:
+        return f"encoder.layers.{{}}.{LAYER_MODULES[module[len(LAYERS) :]][style]}.{leaf}"
+    if module.startswith(("encoder", "feature")):
+        raise UserError(f"parameter {path!r} has no name in the official checkpoints")
+    if style == HF:
+        return None
+    if path.endswith("_codebooks"):
+        return "label_embs_concat"
+    has_codes = module.removesuffix("_proj") + "_codebooks" in paths
+    return f"{'final_proj' if has_codes else 'encoder_cqt_model.fc'}.{leaf}"
+
+
+def fairseq_rank(name: str) -> tuple:
+    """Return a sort key that puts fairseq's names in the order of its state dict."""
+    part = next(i for i, prefix in enumerate(FAIRSEQ_ORDER) if name.startswith(prefix))
+    numbers = [int(x) for x in re.findall(r"\.(\d+)(?=\.)", name)]
+    modules = [i for i, (module, _) in enumerate(LAYER_MODULES.values()) if f".{module}." in name]
+    leaf = name.rpartition(".")[2]
+    return part, numbers, modules, LEAF_ORDER.index(leaf) if leaf in LEAF_ORDER else 0
 
 
 def _to_torch(path: str, x: np.ndarray) -> np.ndarray:
@@ -121,70 +102,67 @@ def _from_torch(path: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return x.T if path.endswith(("kernel", "weight_v")) else x.reshape(shape)
 
 
-def _names(params: Mapping[str, Any], style: int) -> dict[str, tuple[str, int | None]]:
-    """Official name -> our path and, for a tensor of an encoder layer, the layer."""
-    names: dict[str, tuple[str, int | None]] = {}
-    for path, x in params.items():
-        name = official_name(path, set(params), style)
+def _to_state(params: Any, style: int) -> dict[str, np.ndarray]:
+    flat = traverse_util.flatten_dict(nn.unbox(params), sep="/")
+    state, owners = {}, {}
+    for path, x in flat.items():
+        name = official_name(path, flat.keys(), style)
         if name is None:
             continue
-        stacked = path.startswith("encoder/layers/")
-        new = {name.format(i): (path, i) for i in range(x.shape[0])} if stacked else {}
-        new = new or {name: (path, None)}
-        if twice := sorted(set(new) & set(names)):
+        if name in owners:
             raise UserError(
-                f"the official checkpoint has room for one {twice[0]}, and both "
-                f"{names[twice[0]][0]} and {path} would take it; leave out one teacher's head"
+                f"the official checkpoint has room for one {name}, and both {owners[name]} and "
+                f"{path} would take it; leave out one teacher's head"
             )
-        names |= new
-    return names
+        owners[name], x = path, np.asarray(x)
+        if path.startswith(LAYERS):
+            state |= {name.format(i): _to_torch(path, layer) for i, layer in enumerate(x)}
+        else:
+            state[name] = _to_torch(path, x)
+    return state
 
 
-def _flat(params: Any) -> dict[str, Any]:
-    return traverse_util.flatten_dict(nn.unbox(params), sep="/")
+def _from_state(state: State, student: Student, style: int, path: str) -> Any:
+    state = {name: x for name, x in weight_norm(state).items() if not BUFFERS.search(name)}
+    shapes = {ours: x.shape for ours, x in abstract_params(student).items()}
+    zeros = {ours: np.broadcast_to(np.float32(0), shape) for ours, shape in shapes.items()}
+    expected = {name: x.shape for name, x in _to_state(zeros, style).items()}
+    check_tensors(state, expected, path)
+    flat = {}
+    for ours, shape in shapes.items():
+        name = official_name(ours, shapes.keys(), style)
+        if ours.startswith(LAYERS):
+            layers = [state[name.format(i)] for i in range(shape[0])]
+            flat[ours] = np.stack([_from_torch(ours, x, shape[1:]) for x in layers])
+        elif name is not None:
+            flat[ours] = _from_torch(ours, state[name], shape)
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def fairseq_rank(name: str) -> tuple:
-    """Sorts fairseq's names as its state dict has them."""
-    part = next(i for i, prefix in enumerate(ORDER) if name.startswith(prefix))
-    numbers = [int(x) for x in re.findall(r"\.(\d+)(?=\.)", name)]
-    within = [i for i, module in enumerate(LAYER_ORDER) if f".{module}." in name]
-    leaf = name.rpartition(".")[2]
-    return part, numbers, within, LEAVES.index(leaf) if leaf in LEAVES else 0
+def abstract_params(student: Student) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes and dtypes of the student's parameters, by path.
 
-
-def _to_state(params: Any, style: int) -> dict[str, np.ndarray]:
-    flat = {path: np.asarray(x) for path, x in _flat(params).items()}
-    return {
-        name: _to_torch(path, flat[path] if layer is None else flat[path][layer])
-        for name, (path, layer) in _names(flat, style).items()
-    }
-
-
-@functools.lru_cache(maxsize=8)  # asked for parameters, and again for each moment
-def _abstract(student: Student) -> dict[str, jax.ShapeDtypeStruct]:
-    wave = jax.ShapeDtypeStruct((1, 4000), jnp.float32)  # any length will do
-    return _flat(jax.eval_shape(student.init, jax.random.key(0), wave)["params"])
-
-
-def abstract(student: Student) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the student's parameters, by path; UserError for sizes that no student
-    can have."""
+    Raises UserError for sizes that no student can have.
+    """
     try:
-        return dict(_abstract(student))
-    except Exception as e:  # whatever the settings of a file make of shapes
+        wave = jax.ShapeDtypeStruct((1, 4000), jnp.float32)  # any length will do
+        variables = jax.eval_shape(student.init, jax.random.key(0), wave)
+    except Exception as e:  # the settings of a file can break any part of the model
         sizes = ("hidden_size", "num_layers", "num_heads", "pos_conv_kernel", "pos_conv_groups")
         given = ", ".join(f"{size}={getattr(student, size)!r}" for size in sizes)
         raise UserError(f"no student can have {given}: {str(e).splitlines()[0]}") from e
+    return traverse_util.flatten_dict(nn.unbox(variables["params"]), sep="/")
 
 
-def weight_norm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The state with its weight norm spelt `weight_g`, `weight_v`, whichever of the three spellings
-    it has: these, torch's parametrizations, or one folded `weight`."""
+def weight_norm(state: State) -> dict[str, np.ndarray]:
+    """Return the state with its weight norm as `weight_g` and `weight_v`.
+
+    Torch's parametrizations are renamed, and one folded `weight` is its own `weight_v`.
+    """
     renamed = {}
     for name, x in state.items():
-        for new, old in PARAMETRIZED.items():
-            name = name.removesuffix(new) + old if name.endswith("." + new) else name
+        name = re.sub(r"\.parametrizations\.weight\.original0$", ".weight_g", name)
+        name = re.sub(r"\.parametrizations\.weight\.original1$", ".weight_v", name)
         if re.fullmatch(r"encoder\.(pos_conv\.0|pos_conv_embed\.conv)\.weight", name):
             renamed[name + "_g"] = np.linalg.norm(np.float32(x), axis=(0, 1), keepdims=True)
             name += "_v"
@@ -192,8 +170,8 @@ def weight_norm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return renamed
 
 
-def problems(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """List every tensor that is missing, unexpected, of another shape or not finite."""
+def check_tensors(tensors: State, shapes: Mapping[str, tuple[int, ...]], path: str) -> None:
+    """Raise UserError listing every tensor that is missing, unexpected, misshapen or not finite."""
     lines = [f"missing {name}" for name in shapes if name not in tensors]
     lines += [f"unexpected {name}" for name in tensors if name not in shapes]
     for name in (name for name in shapes if name in tensors):
@@ -201,88 +179,46 @@ def problems(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, 
             lines.append(f"{name} is {list(tensors[name].shape)}, not {list(shapes[name])}")
         elif bad := np.count_nonzero(~np.isfinite(tensors[name])):
             lines.append(f"{name} has {bad} values that are not finite")
-    return lines
+    if lines:
+        raise UserError(f"{path}: {len(lines)} tensors are wrong: {'; '.join(lines)}")
 
 
-def refuse(problems: list[str], path: str) -> None:
-    """Raise UserError with all `problems` of the checkpoint `path`, if there are any."""
-    if problems:
-        raise UserError(
-            f"{path}: {len(problems)} of its tensors are not as they should be: "
-            f"{'; '.join(problems)}"
-        )
+def dtype_of(state: State) -> str:
+    """Return the dtype of all tensors but the CQT's tables; float32 if they differ."""
+    names = {x.dtype.name for name, x in state.items() if not BUFFERS.search(name)}
+    return names.pop() if len(names) == 1 and names <= DTYPES.keys() else "float32"
 
 
-def dtype_of(state: Mapping[str, np.ndarray]) -> str:
-    """The dtype that all tensors of a state have, the CQT's tables left out; float32 where they
-    differ, or where it is none of `DTYPES`."""
-    found = {x.dtype.name for name, x in state.items() if not BUFFERS.search(name)}
-    return found.pop() if len(found) == 1 and found <= set(DTYPES) else "float32"
+def params_from_fairseq(state: State, student: Student, path: str = "the checkpoint") -> Any:
+    """Return the float32 parameters of `student` from fairseq's model state.
 
-
-def _from_state(
-    state: Mapping[str, np.ndarray], student: Student, style: int, path: str = "the checkpoint"
-) -> Any:
-    state = {name: x for name, x in weight_norm(state).items() if not BUFFERS.search(name)}
-    parameters = abstract(student)
-    names = _names(parameters, style)
-    shapes = {
-        name: parameters[ours].shape[0 if layer is None else 1 :]
-        for name, (ours, layer) in names.items()
-    }
-    expected = {
-        name: _to_torch(names[name][0], np.broadcast_to(np.float32(0), shape)).shape
-        for name, shape in shapes.items()
-    }
-    refuse(problems(state, expected), path)
-    # the layers of a stacked parameter come in order, since `_names` lists them so
-    layers: dict[str, list[np.ndarray]] = {}
-    for name, (ours, _) in names.items():
-        layers.setdefault(ours, []).append(_from_torch(ours, state[name], shapes[name]))
-    flat = {
-        ours: np.stack(xs) if ours.startswith("encoder/layers/") else xs[0]
-        for ours, xs in layers.items()
-    }
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def params_from_fairseq(
-    state: Mapping[str, np.ndarray], student: Student, path: str = "the checkpoint"
-) -> Any:
-    """Parameters of `student`, float32, from fairseq's model state; the CQT's tables are left out.
-
-    Raises UserError listing every tensor that is missing, unexpected, of another shape or not
-    finite.
+    Raises UserError as `check_tensors` does, naming `path`.
     """
     return _from_state(state, student, FAIRSEQ, path)
 
 
-def params_to_fairseq(params: Any) -> dict[str, np.ndarray]:
-    """fairseq's names and layouts of `params`, or of their gradients, in fairseq's order.
+def params_from_hf(state: State, student: Student, path: str = "the checkpoint") -> Any:
+    """Return the float32 parameters of `student` from a Hugging Face state.
 
-    Raises UserError when two teachers' heads would share a name: fairseq has one of codes and one
-    of the CQT.
+    Raises UserError as `check_tensors` does, naming `path`.
+    """
+    return _from_state(state, student, HF, path)
+
+
+def params_to_fairseq(params: Any) -> dict[str, np.ndarray]:
+    """Return `params`, or their gradients, in fairseq's names, layouts and order.
+
+    Raises UserError if two heads need one name: fairseq has one for codes and one for the CQT.
     """
     state = _to_state(params, FAIRSEQ)
     return {name: state[name] for name in sorted(state, key=fairseq_rank)}
 
 
-def params_from_hf(
-    state: Mapping[str, np.ndarray], student: Student, path: str = "the checkpoint"
-) -> Any:
-    """Parameters of `student`, float32, from a Hugging Face state with either weight norm's names.
-
-    Raises UserError listing every tensor that is missing, unexpected, of another shape or not
-    finite.
-    """
-    return _from_state(state, student, HF, path)
-
-
 def params_to_hf(params: Any) -> dict[str, np.ndarray]:
-    """Hugging Face's names (weight norm as `weight_g`, `weight_v`, which every version of
-    transformers loads) and layouts of `params`; heads have none and are left out.
+    """Return `params` without heads in Hugging Face's names and layouts.
 
-    Equal widths, which fairseq does not project, get the identity.
+    Weight norm is `weight_g` and `weight_v`, which every version of transformers loads. Equal
+    widths, which fairseq does not project, get the identity.
     """
     state = _to_state(params, HF)
     width = state["feature_projection.layer_norm.weight"].shape[0]

@@ -95,8 +95,8 @@ def read_checkpoint(path: str, moments: bool = True) -> Checkpoint:
 def _checked(params: Any, student: Student, path: str) -> Any:
     """Return `params` unchanged. Raises UserError with every tensor that is wrong for `student`."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    shapes = {name: x.shape for name, x in tensor_names.abstract(student).items()}
-    tensor_names.refuse(tensor_names.problems(flat, shapes), path)
+    shapes = {name: x.shape for name, x in tensor_names.abstract_params(student).items()}
+    tensor_names.check_tensors(flat, shapes, path)
     return params
 
 

@@ -280,7 +280,7 @@ def test_every_wrong_tensor_is_listed(base, tmp_path):
     with pytest.raises(UserError) as raised:
         read_checkpoint(write(tmp_path / "x.pt", ours, wrong))
     for words in (
-        "x.pt: 4 of its tensors",
+        "x.pt: 4 tensors are wrong",
         "missing encoder.layers.1.fc2.bias",
         "unexpected surprise",
         "layer_norm.weight is [5], not [8]",
@@ -338,10 +338,13 @@ def test_without_settings_the_student_cannot_be_known(base, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {"decoder.weight": np.zeros(2, np.float32)}}, "no checkpoint of .*holds: model"),
-        ({"epoch": 3, "state_dict": {}}, "no checkpoint of .*holds: epoch, state_dict"),
-        ({"model": "mert"}, "no checkpoint of"),
-        ([1, 2], "no checkpoint of .*no dict"),
+        (
+            {"model": {"decoder.weight": np.zeros(2, np.float32)}},
+            "not a checkpoint of .*holds: model",
+        ),
+        ({"epoch": 3, "state_dict": {}}, "not a checkpoint of .*holds: epoch, state_dict"),
+        ({"model": "mert"}, "not a checkpoint of"),
+        ([1, 2], "not a checkpoint of .*no dict"),
         ({"model": {"encoder.layers.0.fc1.weight": 3}, "cfg": {"model": {"a": 1}}}, r"x\.pt.*fc1"),
     ],
 )

@@ -222,7 +222,7 @@ def test_every_wrong_tensor_is_listed(folder):
     with pytest.raises(UserError) as raised:
         read_checkpoint(folder)
     for words in (
-        f"{folder}: 4 of its tensors",
+        f"{folder}: 4 tensors are wrong",
         "missing encoder.layers.1.attention.q_proj.bias",
         "masked_spec_embed has 16 values that are not finite",
         "feature_projection.layer_norm.weight is [5], not [8]",

@@ -88,7 +88,7 @@ def test_everything_wrong_is_said_at_once():
     with pytest.raises(UserError) as raised:
         tensor_names.params_from_fairseq(state, student(), "its/path.pt")
     for words in (
-        "its/path.pt: 5 of its tensors",
+        "its/path.pt: 5 tensors are wrong",
         "missing mask_emb",
         "missing encoder.layers.1.fc2.bias",
         "unexpected surprise",
