@@ -17,7 +17,7 @@ _OUTPUT = flags.DEFINE_string(
     "output", None, "Path to write; must not exist.", required=True, flag_values=FLAGS
 )
 _TO = flags.DEFINE_enum(
-    "to", None, conversion.FORMATS, "Format to write.", required=True, flag_values=FLAGS
+    "to", None, tuple(conversion.WRITERS), "Format to write.", required=True, flag_values=FLAGS
 )
 _LICENSE = flags.DEFINE_string(
     "license", "", "Licence of the weights, for the model card.", flag_values=FLAGS

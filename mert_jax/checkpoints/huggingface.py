@@ -1,7 +1,7 @@
-"""Hugging Face directories: MERT's own, and ones that the stock `HubertModel` loads.
+"""Hugging Face directories of MERT, read and written for the stock `HubertModel` of transformers.
 
 A directory has `config.json`, the weights (safetensors, or torch's .bin) and
-`preprocessor_config.json`; written ones have a model card too.
+`preprocessor_config.json`; written ones also have a model card.
 """
 
 import json
@@ -13,12 +13,22 @@ import numpy as np
 
 from mert_jax.checkpoints import model_card, tensor_names
 from mert_jax.checkpoints.in_memory import About, Checkpoint, common_width
+from mert_jax.constants import SAMPLE_RATE
 from mert_jax.errors import UserError
 from mert_jax.models.mert_v1 import Student
 from mert_jax.tensors import state_dict
 
-# transformers' defaults (huggingface/transformers, `configuration_hubert.py`): a config.json need
-# not repeat them
+# settings that name a field of Student, and transformers' defaults, which config.json need not
+# repeat (huggingface/transformers, `configuration_hubert.py`)
+FIELDS = dict(
+    hidden_size="hidden_size",
+    num_hidden_layers="num_layers",
+    num_attention_heads="num_heads",
+    intermediate_size="intermediate_size",
+    do_stable_layer_norm="pre_norm",
+    num_conv_pos_embeddings="pos_conv_kernel",
+    num_conv_pos_embedding_groups="pos_conv_groups",
+)
 DEFAULTS = dict(
     conv_dim=(512,) * 7,
     conv_kernel=(10, 3, 3, 3, 3, 2, 2),
@@ -31,8 +41,8 @@ DEFAULTS = dict(
     num_conv_pos_embeddings=128,
     num_conv_pos_embedding_groups=16,
 )
-# what no MERT has otherwise and this student lacks
-ONLY = dict(
+# settings that no MERT has otherwise
+FIXED = dict(
     feat_extract_norm="group",
     feat_extract_activation="gelu",
     feat_proj_layer_norm=True,
@@ -42,17 +52,22 @@ ONLY = dict(
     deepnorm=False,
     conv_pos_batch_norm=False,
 )
+DROPOUTS = dict(
+    hidden_dropout="hidden_dropout",
+    attention_dropout="attention_dropout",
+    activation_dropout="activation_dropout",
+    feat_proj_dropout="input_dropout",
+    layerdrop="layerdrop",
+)
 
 
 def student(config: Mapping[str, Any]) -> Student:
-    """The student of a Hugging Face MERT's `config.json`, without dropout and without heads.
+    """Return the student of a MERT's `config.json`, without dropout and without heads.
 
-    Dropouts, SpecAugment and CTC fields are leftovers of HuBERT's that do not describe MERT's
+    Dropouts, SpecAugment and CTC settings are leftovers of HuBERT that do not describe MERT's
     training and are not read. Raises UserError for settings that no MERT has.
     """
-    if wrong := [
-        f"{key}={config[key]!r}" for key in ONLY if config.get(key, ONLY[key]) != ONLY[key]
-    ]:
+    if wrong := [f"{key}={config[key]!r}" for key, x in FIXED.items() if config.get(key, x) != x]:
         raise UserError(f"not a MERT this program knows: {', '.join(wrong)}")
     config = DEFAULTS | dict(config)
     try:
@@ -60,46 +75,30 @@ def student(config: Mapping[str, Any]) -> Student:
             conv_dim=common_width(config["conv_dim"]),
             conv_kernels=tuple(config["conv_kernel"]),
             conv_strides=tuple(config["conv_stride"]),
-            hidden_size=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=config["num_attention_heads"],
-            intermediate_size=config["intermediate_size"],
-            pre_norm=config["do_stable_layer_norm"],
             project_equal_widths=True,
-            pos_conv_kernel=config["num_conv_pos_embeddings"],
-            pos_conv_groups=config["num_conv_pos_embedding_groups"],
+            **{field: config[key] for key, field in FIELDS.items()},
         )
     except TypeError as e:  # a number in place of a list
         raise UserError(f"config.json does not describe a student: {e}") from e
 
 
 def config(student: Student, about: About) -> dict[str, Any]:
-    """The `config.json` of `student`, for every transformers since 4.38 and for MARBLE."""
+    """Return the `config.json` of `student`, for transformers 4.38 and later and for MARBLE."""
     layers = len(student.conv_kernels)
     training = about.config.get("model", {})
-    return ONLY | dict(
+    return FIXED | dict(
         architectures=["HubertModel"],
         model_type="hubert",
         conv_dim=[student.conv_dim] * layers,
         conv_kernel=list(student.conv_kernels),
         conv_stride=list(student.conv_strides),
         num_feat_extract_layers=layers,
-        hidden_size=student.hidden_size,
-        num_hidden_layers=student.num_layers,
-        num_attention_heads=student.num_heads,
-        intermediate_size=student.intermediate_size,
-        do_stable_layer_norm=student.pre_norm,
-        num_conv_pos_embeddings=student.pos_conv_kernel,
-        num_conv_pos_embedding_groups=student.pos_conv_groups,
-        hidden_dropout=training.get("hidden_dropout", 0.0),
-        attention_dropout=training.get("attention_dropout", 0.0),
-        activation_dropout=training.get("activation_dropout", 0.0),
-        feat_proj_dropout=training.get("input_dropout", 0.0),
-        layerdrop=training.get("layerdrop", 0.0),
+        **{key: getattr(student, field) for key, field in FIELDS.items()},
+        **{key: training.get(name, 0.0) for key, name in DROPOUTS.items()},
         # above 0 the model has its mask embedding; without apply_spec_augment nothing is masked
         mask_time_prob=0.05,
         apply_spec_augment=False,
-        feature_extractor_cqt=False,  # what MERT's own code asks for
+        feature_extractor_cqt=False,  # MERT's own code requires it
         sample_rate=about.sample_rate,
         dtype=about.dtype,
         torch_dtype=about.dtype,  # its name before transformers 5
@@ -107,29 +106,29 @@ def config(student: Student, about: About) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str, moments: bool = True) -> Checkpoint:
-    """The checkpoint in a directory; it has no heads, moments or step.
+    """Read a directory, which has no heads, moments or step.
 
-    Raises UserError as `formats.read` does.
+    Raises UserError as `reading.read_checkpoint` does.
     """
     del moments
-    found = student(state_dict.read_json(os.path.join(path, "config.json")))
+    model = student(state_dict.read_json(os.path.join(path, "config.json")))
     state = state_dict.read_tensor_folder(path)
     preprocessor = os.path.join(path, "preprocessor_config.json")
     settings = state_dict.read_json(preprocessor) if os.path.exists(preprocessor) else {}
     about = About(
-        sample_rate=settings.get("sampling_rate", 24_000),
+        sample_rate=settings.get("sampling_rate", SAMPLE_RATE),
         do_normalize=settings.get("do_normalize", False),
         dtype=tensor_names.dtype_of(state),
         licence=model_card.licence(path),
         lineage=(f"{os.path.basename(os.path.abspath(path))} (Hugging Face)",),
     )
-    return Checkpoint(found, tensor_names.params_from_hf(state, found, path), None, 0, about)
+    return Checkpoint(model, tensor_names.params_from_hf(state, model, path), None, 0, about)
 
 
 def write_checkpoint(path: str, checkpoint: Checkpoint) -> None:
-    """Fill the directory `path` with what `transformers.HubertModel.from_pretrained` loads.
+    """Fill the directory `path` with files that `transformers.HubertModel.from_pretrained` loads.
 
-    Raises OSError where the disk does not take it.
+    Raises OSError on a full disk.
     """
     about = checkpoint.about
     state = tensor_names.params_to_hf(checkpoint.params)
@@ -150,5 +149,5 @@ def write_checkpoint(path: str, checkpoint: Checkpoint) -> None:
         "README.md": model_card.text(checkpoint),
     }
     for name, content in files.items():
-        with open(os.path.join(path, name), "w", encoding="utf-8") as f:
-            f.write(content)
+        with open(os.path.join(path, name), "w", encoding="utf-8") as file:
+            file.write(content)

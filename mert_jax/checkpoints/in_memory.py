@@ -1,18 +1,13 @@
-"""Checkpoints of every kind: read into one form, written from it.
-
-A run of ours or what `convert` made (`workdir`), a Hugging Face directory (`huggingface`), or a
-file of the official trainer (`fairseq`).
-"""
+"""The one form of a checkpoint in memory: every format is read into it and written from it."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-
+from mert_jax.constants import SAMPLE_RATE
 from mert_jax.errors import UserError
 from mert_jax.models.mert_v1 import Head, Student
 
-# what of a student is its weights' shape and meaning; the rest is how it is trained or computed
+# fields of a student that give its weights' shapes and meaning; the others are about training
 ARCHITECTURE = (
     *("conv_dim", "conv_kernels", "conv_strides", "hidden_size", "num_layers", "num_heads"),
     *("intermediate_size", "pre_norm", "final_dim", "project_equal_widths"),
@@ -21,17 +16,19 @@ ARCHITECTURE = (
 
 
 class About(NamedTuple):
-    """What a checkpoint says of itself beside its weights.
+    """What a checkpoint records beside its weights.
 
-    sample_rate: Hz; do_normalize: whether each clip is brought to mean 0 and variance 1;
-    dtype: of its tensors, as they were read; flat_moments: Adam's moments in one vector, as fairseq
-    keeps them in fp16 training; special_codes: rows of a codebook before code 0; row_orders: for
-    each codebook the row of a fairseq file that each of ours was, () where they are the same;
-    teachers: fingerprints by name; licence, config, metrics (the last line) and data of the run;
-    lineage: the checkpoints it goes back to.
+    do_normalize: whether each clip is brought to mean 0 and variance 1
+    dtype: of the tensors as they were read
+    flat_moments: Adam's moments are one vector, as fairseq keeps them in fp16 training
+    special_codes: rows of a codebook before code 0
+    row_orders: for each codebook the fairseq file's row of each of ours, () if they are the same
+    teachers: fingerprints by name
+    config, metrics, data: the run's settings, its last logged row, and its datasets
+    lineage: the checkpoints it descends from
     """
 
-    sample_rate: int = 24_000
+    sample_rate: int = SAMPLE_RATE
     do_normalize: bool = False
     dtype: str = "float32"
     flat_moments: bool = False
@@ -48,8 +45,9 @@ class About(NamedTuple):
 class Checkpoint(NamedTuple):
     """A student with its weights.
 
-    params: flax's tree, float32 on the host; moments: Adam's (mu, nu) like it, None where there are
-    none; step: completed updates.
+    params: flax's tree, float32 on the host
+    moments: Adam's (mu, nu), each shaped like `params`, or None
+    step: number of completed updates
     """
 
     student: Student
@@ -60,34 +58,29 @@ class Checkpoint(NamedTuple):
 
 
 def without_heads(checkpoint: Checkpoint) -> Checkpoint:
-    """The encoder alone, without moments."""
+    """Return the encoder alone, without moments."""
     names = tuple(f"{head.name}_" for head in checkpoint.student.heads)
-    body = {k: v for k, v in checkpoint.params.items() if not k.startswith(names or ("/",))}
+    body = {k: v for k, v in checkpoint.params.items() if not k.startswith(names)}
     student = checkpoint.student.clone(heads=())
     return checkpoint._replace(student=student, params=body, moments=None)
 
 
 def architecture(student: Student) -> dict[str, Any]:
-    """The student as numbers, for JSON."""
+    """Return the student's architecture as JSON values."""
     return {name: getattr(student, name) for name in ARCHITECTURE} | {
         "heads": [head._asdict() for head in student.heads]
     }
 
 
 def student_of(numbers: dict[str, Any]) -> Student:
-    """The student of `architecture`'s numbers, without dropout, in float32."""
+    """Return the student of an `architecture`, without dropout, in float32."""
     heads = tuple(Head(**head) for head in numbers["heads"])
     tuples = {name: tuple(numbers[name]) for name in ("conv_kernels", "conv_strides")}
     return Student(**{name: numbers[name] for name in ARCHITECTURE} | tuples | {"heads": heads})
 
 
-def count_parameters(checkpoint: Checkpoint) -> int:
-    """Parameters, heads included."""
-    return sum(x.size for x in jax.tree.leaves(checkpoint.params))
-
-
 def common_width(channels: Any) -> int:
-    """The width that all convolutions have; UserError where they differ."""
+    """Return the width that all convolutions share. Raises UserError if they differ."""
     if len(set(channels)) != 1:
         raise UserError(f"conv layers of different widths are not supported: {list(channels)}")
     return channels[0]

@@ -7,37 +7,38 @@ from mert_jax.checkpoints import fairseq, huggingface, manager, workdir
 from mert_jax.checkpoints.in_memory import Checkpoint
 from mert_jax.errors import UserError
 
+READERS = {
+    "workdir": workdir.read_checkpoint,
+    "huggingface": huggingface.read_checkpoint,
+    "fairseq": fairseq.read_checkpoint,
+}
+
 
 def kind_of(path: str | os.PathLike) -> str:
-    """workdir, huggingface or fairseq, from what lies at `path`; UserError for anything else."""
-    join = lambda *names: os.path.join(path, *names)
+    """Return the key of `READERS` for the checkpoint at `path`. Raises UserError if it is none."""
+    path = os.fspath(path)
     if os.path.isdir(path):
-        # a workdir has a config.json too: the run's
-        if os.path.isdir(join("checkpoints")) or os.path.exists(join("_CHECKPOINT_METADATA")):
-            return "workdir"
-        if os.path.exists(join("config.json")):
+        names = os.listdir(path)
+        if "checkpoints" in names or "_CHECKPOINT_METADATA" in names:
+            return "workdir"  # first, since the run's settings are a config.json too
+        if "config.json" in names:
             return "huggingface"
         raise UserError(
-            f"{path} is no checkpoint: it has neither checkpoints/ (a run) nor config.json (a "
+            f"{path} is not a checkpoint: it has neither checkpoints/ (a run) nor config.json (a "
             "Hugging Face directory)"
         )
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist")
-    if os.fspath(path).endswith((".safetensors", ".bin")):
-        raise UserError(f"{path} is weights without their config.json: give its folder")
+    if path.endswith((".safetensors", ".bin")):
+        raise UserError(f"{path} is weights without their config.json; give its folder")
     return "fairseq"
 
 
 def read_checkpoint(path: str | os.PathLike, moments: bool = True) -> Checkpoint:
-    """The checkpoint at `path`, with Adam's `moments` where it has them and they are asked for.
+    """Read the checkpoint at `path`, with Adam's `moments` if it has them and they are wanted.
 
-    Raises UserError for what is none, cut short, of another architecture, or has tensors that are
-    missing, unexpected, of another shape or not finite.
+    Raises UserError for anything that is not a checkpoint, is cut short or of another architecture,
+    or has tensors that are missing, unexpected, misshapen or not finite.
     """
-    readers = {
-        "workdir": workdir.read_checkpoint,
-        "huggingface": huggingface.read_checkpoint,
-        "fairseq": fairseq.read_checkpoint,
-    }
     with object_storage.fetched(os.fspath(path), manager.checkpoint_steps) as local:
-        return readers[kind_of(local)](local, moments)
+        return READERS[kind_of(local)](local, moments)
