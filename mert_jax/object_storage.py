@@ -1,8 +1,8 @@
-"""Workdirs in object storage, gs://BUCKET/PATH: a local copy of all but their checkpoints.
+"""Paths in object storage, gs://BUCKET/PATH, and local copies of what is there.
 
-Orbax writes checkpoints there and ArrayRecord reads datasets there without help. Everything else in
-a workdir is small and grows by lines, which objects cannot: it is kept in a local folder, whose
-files are copied whole when they have changed. Needs the extra [gcs].
+Orbax and ArrayRecord read and write gs:// themselves. The other files of a workdir are small and
+grow by lines, which objects cannot, so they are kept in a local folder and copied when they change.
+Needs the extra [gcs].
 """
 
 import contextlib
@@ -14,24 +14,24 @@ from typing import Any
 from mert_jax.errors import UserError
 
 SCHEME = "gs://"
-OWNER = "owner"  # holds a word of the run that was the last to start there
+OWNER = "owner"  # file with the identity of the last run to start in a workdir
 CHECKPOINTS, LOCK = "checkpoints", "lock"
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is in object storage."""
+    """Return True if `path` is in object storage."""
     return path.startswith(SCHEME)
 
 
 def absolute(path: str) -> str:
-    """`path` without a dependence on where this process runs."""
+    """Return `path` independent of the working directory."""
     return path.rstrip("/") if is_remote(path) else os.path.abspath(path)
 
 
 def bucket() -> Any:
-    """The file system of gs://; UserError without the extra."""
+    """Return the file system of gs://. Raises UserError without the extra."""
     try:
-        import gcsfs
+        import gcsfs  # heavy, and optional
     except ImportError as e:
         raise UserError(f"{SCHEME} needs an extra: pip install -e .[gcs] ({e})") from e
     return gcsfs.GCSFileSystem(use_listings_cache=False)
@@ -39,27 +39,27 @@ def bucket() -> Any:
 
 @contextlib.contextmanager
 def translate_errors(kind: type[UserError], path: str, todo: str) -> Iterator[None]:
-    """Whatever the network, the service and the credentials answer, as a `kind` of one line."""
-    import aiohttp
+    """Raise any error of the network, the service or the credentials as one line of `kind`."""
+    import aiohttp  # heavy, and optional like gcsfs
     import gcsfs
     import google.auth.exceptions as auth
 
     try:
         yield
     except (OSError, aiohttp.ClientError, gcsfs.retry.HttpError, auth.GoogleAuthError) as e:
-        said = " ".join(str(e).split()) or type(e).__name__
-        if isinstance(e, FileNotFoundError | PermissionError):  # as it will be the next time
+        reason = " ".join(str(e).split()) or type(e).__name__
+        if isinstance(e, FileNotFoundError | PermissionError):  # trying again would not help
             kind, todo = UserError, "check its name and your credentials"
-        raise kind(f"{path} cannot be reached: {said[:300]}; {todo}") from e
+        raise kind(f"{path} cannot be reached: {reason[:300]}; {todo}") from e
 
 
 def fetch(source: Any, path: str, folder: str, step: int | None) -> None:
-    """Copy what lies at `path` to `folder`, and of its checkpoints that of `step`."""
+    """Copy the files at `path` to `folder`; of its checkpoints, only that of `step`."""
     root = absolute(path).removeprefix(SCHEME)
     for name in source.find(root):
         name = name.removeprefix(f"{root}/")
-        kept = name.startswith(f"{CHECKPOINTS}/{step}/") or not name.startswith(f"{CHECKPOINTS}/")
-        if kept and name != OWNER and not name.endswith("/"):
+        wanted = name.startswith(f"{CHECKPOINTS}/{step}/") or not name.startswith(f"{CHECKPOINTS}/")
+        if wanted and name != OWNER and not name.endswith("/"):
             target = os.path.join(folder, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             source.get_file(f"{root}/{name}", target)
@@ -67,9 +67,11 @@ def fetch(source: Any, path: str, folder: str, step: int | None) -> None:
 
 @contextlib.contextmanager
 def fetched(path: str, steps: Callable[[str], list[int]]) -> Iterator[str]:
-    """`path`, or a local copy of what lies there in object storage: a file, a folder, or a workdir
-    with the newest of its checkpoints (`steps` of a workdir) or the one that is named
-    (WORKDIR/checkpoints/STEP)."""
+    """Yield `path`, or a temporary local copy if it is in object storage.
+
+    A remote path is a file, a folder, WORKDIR/checkpoints/STEP, or a workdir, which is copied with
+    its newest checkpoint only; `steps` lists the checkpoints of a workdir. Raises UserError.
+    """
     if not is_remote(path):
         yield path
         return
@@ -81,8 +83,7 @@ def fetched(path: str, steps: Callable[[str], list[int]]) -> Iterator[str]:
             if source.isfile(root):
                 source.get_file(root, target)
             elif source.isdir(root):
-                step = int(named) if named else max(steps(root), default=None)
-                fetch(source, root, target, step)
+                fetch(source, root, target, int(named) if named else max(steps(root), default=None))
             else:
                 raise UserError(f"{path} does not exist")
         yield os.path.join(target, CHECKPOINTS, named) if named else target

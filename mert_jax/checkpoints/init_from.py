@@ -1,4 +1,4 @@
-"""A run that begins from other weights: what is taken over, what is made anew, and why."""
+"""Initial weights of a run from a checkpoint: what is loaded, what is new, and why."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,17 +8,16 @@ from flax import traverse_util
 
 from mert_jax.checkpoints.in_memory import ARCHITECTURE, About, Checkpoint
 from mert_jax.checkpoints.train_state import AdamState, TrainState
+from mert_jax.constants import SAMPLE_RATE
 from mert_jax.errors import UserError
 from mert_jax.models.mert_v1 import Head, Student
 from mert_jax.sharding import placed
 
-# of ARCHITECTURE, what the body does not depend on, always and where its widths differ
-OF_HEADS, EQUAL_WIDTHS = ("final_dim",), "project_equal_widths"
-
 
 class InitialWeights(NamedTuple):
-    """What a run takes over: parameters by path, Adam's moments of the same paths (None where there
-    are none) and the updates they have seen; lines that say so; what the checkpoint says of itself.
+    """The part of a checkpoint that a run starts from: `params` and Adam's (mu, nu), by path.
+
+    count: number of updates that the moments have seen; lines: a report for the log
     """
 
     params: dict[str, np.ndarray]
@@ -31,66 +30,57 @@ class InitialWeights(NamedTuple):
 def match_checkpoint(
     checkpoint: Checkpoint, student: Student, teachers: Mapping[str, str], special_codes: int
 ) -> InitialWeights:
-    """What `student` takes over from `checkpoint`: all of the body, and each head whose teacher is
-    the same.
+    """Return the body of `checkpoint` and those of its heads that have the same teacher.
 
-    `teachers` are the fingerprints of this run's, by name, `special_codes` the rows before the
-    first code in its heads. Raises UserError where the body is another one, or the sample rate.
+    teachers: fingerprints of this run's, by name
+    special_codes: rows before the first code in the heads of this run
+
+    Raises UserError if the body or the sample rate is another one.
     """
-    about, theirs = checkpoint.about, checkpoint.student
-    free = OF_HEADS if student.conv_dim == student.hidden_size else (*OF_HEADS, EQUAL_WIDTHS)
-    differing = [
-        f"{name} is {getattr(theirs, name)} there and {getattr(student, name)} here"
-        for name in ARCHITECTURE
-        if name not in free and getattr(theirs, name) != getattr(student, name)
+    about, other = checkpoint.about, checkpoint.student
+    _check_body(other, student, about.sample_rate)
+    trees = [
+        traverse_util.flatten_dict(tree, sep="/")
+        for tree in (checkpoint.params, *(checkpoint.moments or ()))
     ]
-    if about.sample_rate != 24_000:
-        differing.append(f"it hears {about.sample_rate} Hz, and this program 24000 Hz")
-    if differing:
-        raise UserError(
-            f"the checkpoint is another student than the config's: {'; '.join(differing)}; take "
-            "the config of its size, or set config.model to its values"
-        )
-    flat = [traverse_util.flatten_dict(tree, sep="/") for tree in _trees(checkpoint)]
-    heads = {head.name: head for head in theirs.heads}
-    body = [name for name in flat[0] if not _is_of(name, heads)]
-    size = sum(flat[0][name].size for name in body)
-    lines = [f"body: {size:,} parameters loaded"]
-    taken = [{name: tree[name] for name in body} for tree in flat]
+    heads = {head.name: head for head in other.heads}
+    body = [path for path in trees[0] if not any(_belongs(path, name) for name in heads)]
+    loaded = [{path: tree[path] for path in body} for tree in trees]
+    lines = [f"body: {sum(x.size for x in loaded[0].values()):,} parameters loaded"]
     for head in student.heads:
         rows = about.special_codes - special_codes if head.num_codebooks else 0
-        why = _differs(head, heads.get(head.name), student, theirs, rows)
-        same = about.teachers.get(head.name)
-        if not why and same and same != teachers[head.name]:
-            why = "its teacher is another one"
-        if why:
-            lines.append(f"head {head.name}: new, for {why}")
+        reason = _mismatch(head, heads.get(head.name), student, other, rows)
+        stated = about.teachers.get(head.name)
+        if not reason and stated not in (None, "", teachers[head.name]):
+            reason = "its teacher is another one"
+        if reason:
+            lines.append(f"head {head.name}: new, since {reason}")
             continue
-        for tree, ours in zip(flat, taken, strict=True):
-            ours |= {
-                name: x[:, rows:] if name == f"{head.name}_codebooks" else x
-                for name, x in tree.items()
-                if _is_of(name, {head.name: head})
-            }
-        said = [f"without the {rows} special rows of each codebook"] if rows else []
-        if not same:
-            said.append("taken to be of the same teacher, which the checkpoint does not name")
-        lines.append(f"head {head.name}: " + ", ".join(["loaded", *said]))
+        for tree, part in zip(trees, loaded, strict=True):
+            part |= {path: x for path, x in tree.items() if _belongs(path, head.name)}
+            if rows:
+                part[f"{head.name}_codebooks"] = part[f"{head.name}_codebooks"][:, rows:]
+        line = f"head {head.name}: loaded"
+        line += f", without the {rows} special rows of each codebook" if rows else ""
+        line += "" if stated else ", assuming the same teacher, which the checkpoint does not name"
+        lines.append(line)
     for name in heads.keys() - {head.name for head in student.heads}:
-        lines.append(f"head {name}: left out, for no teacher of this run is called so")
+        lines.append(f"head {name}: skipped, since this run has no teacher with that name")
     if checkpoint.moments:
-        lines.append(f"Adam's moments: loaded, of {checkpoint.step:,} updates; new heads' are 0")
+        lines.append(f"Adam's moments: loaded, of {checkpoint.step:,} updates; 0 for new heads")
     else:
-        lines.append("Adam's moments: new, for the checkpoint has none")
+        lines.append("Adam's moments: new, since the checkpoint has none")
     if about.do_normalize:
-        lines.append("waves: the checkpoint's were normalised, this run's are as they are")
-    moments = tuple(taken[1:]) if checkpoint.moments else None
-    return InitialWeights(taken[0], moments, checkpoint.step, lines, about)
+        lines.append("waves: normalised in the checkpoint, not normalised in this run")
+    params, *moments = loaded
+    return InitialWeights(params, tuple(moments) or None, checkpoint.step, lines, about)
 
 
 def apply_initial_weights(state: TrainState, start: InitialWeights) -> TrainState:
-    """`state`, as initialised, with what `start` takes over in its place: at step 0, so that the
-    learning rate warms up again."""
+    """Return the initialised `state` with the weights of `start`, at step 0.
+
+    The learning rate warms up again.
+    """
     params = _replaced(state.params, start.params)
     if not start.moments:
         return state._replace(params=params)
@@ -101,33 +91,50 @@ def apply_initial_weights(state: TrainState, start: InitialWeights) -> TrainStat
     return state._replace(params=params, opt_state=opt_state)
 
 
-def _trees(checkpoint: Checkpoint) -> list[Any]:
-    return [checkpoint.params, *(checkpoint.moments or ())]
+def _check_body(other: Student, student: Student, sample_rate: int) -> None:
+    """Raise UserError with all that differs between the two architectures but their heads."""
+    ignored = {"final_dim"}
+    if student.conv_dim != student.hidden_size:
+        ignored.add("project_equal_widths")
+    differing = [
+        f"{name} is {getattr(other, name)} there and {getattr(student, name)} here"
+        for name in ARCHITECTURE
+        if name not in ignored and getattr(other, name) != getattr(student, name)
+    ]
+    if sample_rate != SAMPLE_RATE:
+        differing.append(
+            f"its sample rate is {sample_rate} Hz, and this program's {SAMPLE_RATE} Hz"
+        )
+    if differing:
+        raise UserError(
+            f"the checkpoint's student is not the config's: {'; '.join(differing)}; choose the "
+            "config of its size, or set config.model to its values"
+        )
 
 
-def _is_of(path: str, heads: Mapping[str, Head]) -> bool:
-    return any(path.startswith((f"{name}_proj/", f"{name}_codebooks")) for name in heads)
+def _belongs(path: str, head: str) -> bool:
+    return path.startswith((f"{head}_proj/", f"{head}_codebooks"))
 
 
-def _differs(
-    head: Head, found: Head | None, student: Student, theirs: Student, rows: int
+def _mismatch(
+    head: Head, other: Head | None, student: Student, other_student: Student, rows: int
 ) -> str | None:
-    """Why `found` cannot be `head`, None where it can."""
-    if found is None:
-        return "the checkpoint has none of that name"
-    if found.num_codebooks != head.num_codebooks:
-        return f"there it has {found.num_codebooks} codebooks and here {head.num_codebooks}"
-    if rows < 0 or found.size - rows != head.size:
-        return f"there it has {found.size} classes and here {head.size}"
-    if head.num_codebooks and theirs.final_dim != student.final_dim:
-        return f"final_dim is {theirs.final_dim} there and {student.final_dim} here"
+    """Return why the weights of `other` do not fit `head`, None if they do."""
+    if other is None:
+        return "the checkpoint has no head with that name"
+    if other.num_codebooks != head.num_codebooks:
+        return f"it has {other.num_codebooks} codebooks there and {head.num_codebooks} here"
+    if rows < 0 or other.size - rows != head.size:
+        return f"it has {other.size} classes there and {head.size} here"
+    if head.num_codebooks and other_student.final_dim != student.final_dim:
+        return f"final_dim is {other_student.final_dim} there and {student.final_dim} here"
     return None
 
 
 def _replaced(tree: Any, new: Mapping[str, np.ndarray]) -> Any:
     flat = traverse_util.flatten_dict(tree, sep="/")
     flat |= {
-        name: placed(np.asarray(x, flat[name].dtype), flat[name].sharding)
-        for name, x in new.items()
+        path: placed(np.asarray(x, flat[path].dtype), flat[path].sharding)
+        for path, x in new.items()
     }
     return traverse_util.unflatten_dict(flat, sep="/")

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -33,16 +33,15 @@ def _orbax_filter(record: logging.LogRecord) -> bool:
     return verbose or not (from_orbax and record.exc_info)
 
 
-def _unraisable_hook(unraisable: Any) -> None:
-    """Drop tensorstore's complaint about the event loop that a failed save of Orbax has closed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
-
-
 def _silence_orbax() -> None:
-    """Report a failed save once, by the exception it raises, and not by Orbax's threads too."""
+    """Report a failed save by the exception it raises only, and not from Orbax's threads too."""
+
+    def unraisable_hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # by a failed save
+            sys.__unraisablehook__(unraisable)
+
     absl.logging.get_absl_handler().addFilter(_orbax_filter)
-    sys.unraisablehook = _unraisable_hook
+    sys.unraisablehook = unraisable_hook
     warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
 
 
@@ -103,8 +102,7 @@ def checksums(tree: Any) -> dict[str, int]:
     return dict(zip(paths, sums, strict=True))
 
 
-def verify(tree: Any, expected: Mapping[str, int]) -> None:
-    """Raise ValueError if an array of `tree` does not have the `expected` checksum."""
+def _verify(tree: Any, expected: Mapping[str, int]) -> None:
     actual = checksums(tree)
     if wrong := [path for path, number in actual.items() if expected.get(path) != number]:
         raise ValueError(
@@ -114,7 +112,7 @@ def verify(tree: Any, expected: Mapping[str, int]) -> None:
 
 @contextlib.contextmanager
 def translate_errors(kind: type[Exception]) -> Iterator[None]:
-    """Raise what Orbax and tensorstore say of missing or damaged files as `kind`, in one line."""
+    """Raise the errors of Orbax and tensorstore about files as `kind`, in one line."""
     try:
         yield
     except Exception as e:
@@ -131,12 +129,10 @@ class DamagedCheckpoint(Exception):
 
 
 class PreservationPolicy(NamedTuple):
-    """Keeps the newest checkpoints and those of regular steps; 0 disables a rule.
+    """Keeps the newest `keep` checkpoints and all whose step `keep_every` divides (0: none).
 
-    keep: the newest so many stay
-    keep_every: all whose step it divides stay
-    every_steps: the newest `keep` whose step it divides stay as well: checkpoints that stopped
-        runs add in between must not evict them
+    The newest `keep` whose step `every_steps` divides stay too: checkpoints that stopped runs add
+    in between must not evict them.
     """
 
     keep: int
@@ -147,8 +143,10 @@ class PreservationPolicy(NamedTuple):
         """Return for each of `checkpoints`, oldest first, whether it stays; Orbax calls this."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
-        regular = [step for step in steps if self.every_steps and step % self.every_steps == 0]
-        milestones = [step for step in steps if self.keep_every and step % self.keep_every == 0]
+        regular, milestones = (
+            [step for step in steps if interval and step % interval == 0]
+            for interval in (self.every_steps, self.keep_every)
+        )
         preserved = {*steps[-self.keep :], *regular[-self.keep :], *milestones}
         return [step in preserved for step in steps]
 
@@ -210,9 +208,9 @@ class Checkpoints:
         self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True)
         if before is not None:
-            earlier = [step for step in steps if step < before]
-            regular = [s for s in earlier if self._every_steps > 0 and s % self._every_steps == 0]
-            steps = regular + [step for step in earlier if step not in regular]
+            steps = [step for step in steps if step < before]
+            if self._every_steps:
+                steps.sort(key=lambda step: step % self._every_steps != 0)  # regular steps first
         damaged: dict[int, str] = {}
         for step in steps:
             try:
@@ -221,7 +219,11 @@ class Checkpoints:
                 damaged[step] = str(e)
                 print(f"checkpoint {step} is damaged: {e}", flush=True)
                 continue
-            self._set_aside(damaged)
+            for damaged_step in damaged if jax.process_index() == 0 else ():
+                self._move(damaged_step)
+            if damaged:
+                multihost_utils.sync_global_devices("set aside")
+                self._manager.reload()
             return restored
         if not damaged:
             raise UserError(
@@ -247,17 +249,8 @@ class Checkpoints:
             raise RetryableError(f"checkpoint {step} is damaged: {e}; it was set aside") from e
         # outside of the block above: a checksum fails on all hosts alike, without a restart
         with translate_errors(DamagedCheckpoint):
-            verify(restored[STATE], restored[CHECKSUMS])
+            _verify(restored[STATE], restored[CHECKSUMS])
         return restored[STATE]
-
-    def _set_aside(self, steps: Iterable[int]) -> None:
-        """Move damaged checkpoints away, on process 0, and make all hosts forget them."""
-        for step in steps:
-            if jax.process_index() == 0:
-                self._move(step)
-        if steps:
-            multihost_utils.sync_global_devices("set aside")
-            self._manager.reload()
 
     def _move(self, step: int) -> None:
         workdir = epath.Path(object_storage.absolute(self._workdir))
@@ -284,8 +277,9 @@ class Checkpoints:
 
     def forget(self, above: int) -> None:
         """Delete the checkpoints of steps above `above`, which a rollback has abandoned."""
-        for step in [s for s in self._manager.all_steps() if s > above]:
-            self._manager.delete(step)
+        for step in self._manager.all_steps():
+            if step > above:
+                self._manager.delete(step)
 
     def wait(self) -> None:
         """Wait until every save is on disk. Raises UserError if one has failed."""
@@ -311,7 +305,7 @@ def read_arrays(directory: str, step: int, moments: bool) -> dict[str, Any]:
             request = _partial_restore(reader.item_metadata(step)[STATE], moments)
             items = {STATE: request, CHECKSUMS: ocp.args.JsonRestore()}
             restored = reader.restore(step, args=ocp.args.Composite(**items))
-            verify(restored[STATE], restored[CHECKSUMS])
+            _verify(restored[STATE], restored[CHECKSUMS])
         return restored[STATE]
     except DamagedCheckpoint as e:
         raise UserError(f"{directory}/{step} cannot be read: {e}") from e

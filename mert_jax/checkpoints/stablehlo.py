@@ -1,11 +1,12 @@
-"""The student as a program: StableHLO for CPU, GPU and TPU, with its weights beside it.
+"""Exports the student as a StableHLO program for CPU, GPU and TPU, with its weights beside it.
 
 A directory holds `model.stablehlo`, jax.export's serialised function of (params, wave [B, N]) for
-any B and any N, `params.safetensors` by our names, and `signature.json`.
+any B and any N, `params.safetensors` with our names, and `signature.json`.
 """
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from flax import traverse_util
 from jax import export
 
 from mert_jax.checkpoints import in_memory
-from mert_jax.checkpoints.in_memory import Checkpoint, architecture
+from mert_jax.checkpoints.in_memory import Checkpoint
 from mert_jax.errors import UserError
 from mert_jax.models.mert_v1 import hidden_states
 from mert_jax.tensors import state_dict
@@ -26,17 +27,16 @@ TOLERANCE = 1e-4
 
 
 def write_program(path: str, checkpoint: Checkpoint) -> None:
-    """Fill the directory `path`; OSError where the disk does not take it."""
-    student, params = in_memory.without_heads(checkpoint)[:2]
-    flat = traverse_util.flatten_dict(params, sep="/")
+    """Fill the directory `path`. Raises OSError on a full disk."""
+    student, params, *_ = in_memory.without_heads(checkpoint)
+    folder, flat = Path(path), traverse_util.flatten_dict(params, sep="/")
     symbols = export.symbolic_shape("b, n", constraints=(f"n >= {student.receptive_field}",))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     function = jax.jit(lambda params, wave: hidden_states(student, params, wave))
     wave = jax.ShapeDtypeStruct(symbols, jnp.float32)
     program = export.export(function, platforms=PLATFORMS)(params, wave)
-    with open(os.path.join(path, PROGRAM), "wb") as f:
-        f.write(program.serialize())
-    state_dict.write_tensors(os.path.join(path, PARAMS), flat)
+    (folder / PROGRAM).write_bytes(program.serialize())
+    state_dict.write_tensors(folder / PARAMS, flat)
     signature = dict(
         call="(params, wave) -> hidden_states",
         params=f"{PARAMS}, nested at each slash",
@@ -45,26 +45,26 @@ def write_program(path: str, checkpoint: Checkpoint) -> None:
         sample_rate=checkpoint.about.sample_rate,
         do_normalize=checkpoint.about.do_normalize,
         platforms=PLATFORMS,
-        student=architecture(student),
+        student=in_memory.architecture(student),
     )
-    with open(os.path.join(path, SIGNATURE), "w") as f:
-        json.dump(signature, f, indent=1)
+    (folder / SIGNATURE).write_text(json.dumps(signature, indent=1))
 
 
-def load(path: str) -> tuple[Any, Any]:
-    """The program in a directory, as a function of (params, wave), and its params."""
-    with open(os.path.join(path, PROGRAM), "rb") as f:
-        program = export.deserialize(bytearray(f.read()))
-    params = state_dict.read_tensors(os.path.join(path, PARAMS))
+def load(path: str | os.PathLike) -> tuple[Any, Any]:
+    """Return a directory's program, as a function of (params, wave), and its params."""
+    program = export.deserialize(bytearray((Path(path) / PROGRAM).read_bytes()))
+    params = state_dict.read_tensors(Path(path) / PARAMS)
     return program.call, traverse_util.unflatten_dict(params, sep="/")
 
 
 def check_program(path: str, checkpoint: Checkpoint) -> float:
-    """The largest difference between the program in `path` and the student itself, over two batches
-    of different sizes, relative to the largest value where that is above 1; UserError where it is
-    above `TOLERANCE`."""
+    """Return the largest difference between the program in `path` and the student itself.
+
+    The difference is over two batches of different sizes, and relative to the largest value if that
+    is above 1. Raises UserError above `TOLERANCE`.
+    """
     call, params = load(path)
-    student, body = in_memory.without_heads(checkpoint)[:2]
+    student, body, *_ = in_memory.without_heads(checkpoint)
     rng, shortest, differences = np.random.default_rng(0), student.receptive_field, []
     forward = jax.jit(hidden_states, static_argnums=0)
     for shape in ((1, 3 * shortest), (2, 5 * shortest + 123)):
@@ -72,7 +72,7 @@ def check_program(path: str, checkpoint: Checkpoint) -> float:
         expected = np.asarray(forward(student, body, wave))
         difference = np.abs(np.asarray(call(params, wave)) - expected).max()
         differences.append(difference / max(1, np.abs(expected).max()))
-    largest = float(np.max(differences))  # not max(): it passes over NaN
+    largest = float(np.max(differences))  # unlike max(), NaN if any is
     if not largest <= TOLERANCE:
         raise UserError(f"the program differs from the student by {largest:.1e}: not written")
     return largest

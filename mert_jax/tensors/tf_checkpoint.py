@@ -1,9 +1,9 @@
 """Tensors of a TensorFlow checkpoint, read without TensorFlow.
 
-A checkpoint is two files: `.index`, a sorted table from names to entries that say dtype, shape and
-place of a tensor, and `.data-00000-of-00001`, their bytes one after the other (tensorflow,
+A checkpoint is two files: `.index`, a sorted table from names to the dtype, shape and place of each
+tensor, and `.data-00000-of-00001`, their bytes one after the other (tensorflow,
 `tensorflow/core/protobuf/tensor_bundle.proto`). The table is LevelDB's (google/leveldb,
-`doc/table_format.md`). Checksums are not looked at: sizes have to agree.
+`doc/table_format.md`). Checksums are not verified; sizes have to agree.
 """
 
 from collections.abc import Iterator
@@ -35,11 +35,12 @@ DTYPES = {  # tensorflow/core/framework/types.proto
 
 
 def read_tf_checkpoint(folder: Any, prefix: str = "") -> dict[str, np.ndarray]:
-    """Every tensor of the checkpoint `prefix` in `folder`, by name.
+    """Return every tensor of the checkpoint `prefix` in `folder`, by name.
 
-    folder: a pathlib.Path, or a zipfile.Path inside an archive. Raises UserError for files that are
-    missing, cut short, something else, compressed, of several shards, big-endian, or with tensors
-    that are no numbers.
+    folder: a pathlib.Path, or a zipfile.Path inside an archive
+
+    Raises UserError for files that are missing, cut short, compressed, big-endian, in several
+    shards or something else, and for tensors that are not numbers.
     """
     try:
         index, data = ((folder / (prefix + end)).read_bytes() for end in (".index", DATA))
@@ -49,52 +50,48 @@ def read_tf_checkpoint(folder: Any, prefix: str = "") -> dict[str, np.ndarray]:
         ) from e
     try:
         return _tensors(index, data)
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as e:
-        # UserError is a ValueError; garbled bytes give any of the others
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as e:  # garbled bytes
         raise UserError(f"{folder}/{prefix}.index is no readable TensorFlow index: {e}") from e
 
 
 def _tensors(index: bytes, data: bytes) -> dict[str, np.ndarray]:
     if len(index) < FOOTER or int.from_bytes(index[-8:], "little") != MAGIC:
         raise ValueError("it does not end as one")
-    _, _, at = _handle(index, len(index) - FOOTER)  # of a block of statistics
-    start, size, _ = _handle(index, at)
-    found = {}
-    for _, handle in _entries(_block(index, start, size)):
-        for key, value in _entries(_block(index, *_handle(handle, 0)[:2])):
+    _, _, end = _handle(index, len(index) - FOOTER)  # of a block of statistics
+    tensors = {}
+    for _, handle in _entries(_block(index, index, end)):
+        for key, value in _entries(_block(index, handle, 0)):
             fields = dict(_fields(value))
             if key:
                 name = key.decode(errors="replace")  # keys of slices are not text
-                found[name] = _tensor(name, fields, _shape(fields.get(2, b"")), data)
+                tensors[name] = _tensor(name, fields, data)
             elif fields.get(1, 0) != 1:  # the header is the entry without a name
                 raise ValueError(f"its tensors are in {fields.get(1, 0)} shards, not in one")
             elif fields.get(2, 0):
                 raise ValueError("its tensors are big-endian")
-    return found
+    return tensors
 
 
-def _tensor(name: str, fields: dict[int, Any], shape: list[int], data: bytes) -> np.ndarray:
-    """The array of one entry, its dtype in field 1, its offset in 4, its size in bytes in 5."""
+def _tensor(name: str, fields: dict[int, Any], data: bytes) -> np.ndarray:
+    """Return the array of an entry: dtype in field 1, shape in 2, offset in 4, bytes in 5."""
     if fields.get(1) not in DTYPES:
         raise ValueError(f"{name} is of dtype {fields.get(1)}, not of numbers")
     if 7 in fields:
         raise ValueError(f"{name} is in slices")
+    sizes = [dict(_fields(x)).get(1, 0) for number, x in _fields(fields.get(2, b"")) if number == 2]
+    if any(size >= 1 << 63 for size in sizes):  # negative: unknown
+        raise ValueError("a tensor has no shape")
     dtype, start, size = np.dtype(DTYPES[fields[1]]), fields.get(4, 0), fields.get(5, 0)
-    if size != dtype.itemsize * int(np.prod(shape, dtype=object)):
-        raise ValueError(f"{name} is {dtype}{shape} in {size} bytes")
+    if size != dtype.itemsize * int(np.prod(sizes, dtype=object)):
+        raise ValueError(f"{name} is {dtype}{sizes} in {size} bytes")
     if start + size > len(data):
         raise ValueError(f"{name} ends at byte {start + size}, its file at {len(data)}")
-    return np.frombuffer(data, dtype, size // dtype.itemsize, start).reshape(shape)
+    return np.frombuffer(data, dtype, size // dtype.itemsize, start).reshape(sizes)
 
 
-def _shape(message: bytes) -> list[int]:
-    sizes = [dict(_fields(dim)).get(1, 0) for number, dim in _fields(message) if number == 2]
-    if any(size >= 1 << 63 for size in sizes):  # negative: not known
-        raise ValueError("a tensor has no shape")
-    return sizes
-
-
-def _block(index: bytes, start: int, size: int) -> bytes:
+def _block(index: bytes, message: bytes, at: int) -> bytes:
+    """Return the block of the index whose handle is in `message` at byte `at`."""
+    start, size, _ = _handle(message, at)
     if start + size >= len(index) - FOOTER:
         raise ValueError("it is cut short")
     if index[start + size]:
@@ -103,7 +100,7 @@ def _block(index: bytes, start: int, size: int) -> bytes:
 
 
 def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values; a key begins with so many bytes of the one before."""
+    """Yield keys and values; each key shares its first bytes with the previous key."""
     restarts = int.from_bytes(block[-4:], "little")
     end, at, key = len(block) - 4 * (restarts + 1), 0, b""
     if end < 0:
@@ -120,24 +117,21 @@ def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _handle(message: bytes, at: int) -> tuple[int, int, int]:
-    """Offset and size of a block, and where the handle ends."""
+    """Return the offset and size of a block, and the end of the handle."""
     start, at = _varint(message, at)
     size, at = _varint(message, at)
     return start, size, at
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Numbers and values of a protobuf message: int, or bytes of what is inside."""
+    """Yield the numbers and values (int or bytes) of a protobuf message."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
         if tag & 7 == 0:
             value, at = _varint(message, at)
         else:
-            if tag & 7 == 2:
-                size, at = _varint(message, at)
-            else:
-                size = {1: 8, 5: 4}[tag & 7]
+            size, at = _varint(message, at) if tag & 7 == 2 else ({1: 8, 5: 4}[tag & 7], at)
             if at + size > len(message):
                 raise ValueError("a field is longer than its message")
             value, at = message[at : at + size], at + size
@@ -145,7 +139,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A number in sevens of bits, and where it ends."""
+    """Return a number stored seven bits a byte, lowest first, and its end."""
     value = shift = 0
     while True:
         value |= (message[at] & 127) << shift

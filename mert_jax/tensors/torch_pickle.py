@@ -1,8 +1,8 @@
 """Files of torch.save, read and written without torch (pytorch/pytorch, `torch/serialization.py`).
 
-Such a file is a pickle, and a pickle may call any function it names. Here it may name tensors,
-their storage and plain containers, and the classes of the packages in `STUBS`, which become
-`Stub`s: their attributes are kept, nothing of theirs is run. Everything else is refused.
+Such a file is a pickle, which may call any function that it names. Here it may name tensors, their
+storage, plain containers, and classes of the packages in `STUBS`: their objects become `Stub`s,
+which keep the attributes and run no code. Everything else is refused.
 """
 
 import collections
@@ -32,15 +32,15 @@ STORAGES = {
 }
 STORAGE_OF = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # files from before torch 1.6
-# whose objects are in fairseq's checkpoints: settings, dictionaries, and their types
+# packages of the objects in fairseq's checkpoints: settings, dictionaries, and their types
 STUBS = ("argparse", "fairseq", "mert_fairseq", "omegaconf", "typing")
 
 
 def read_pickle(path: str | os.PathLike) -> Any:
-    """What torch.save wrote, tensors as numpy arrays.
+    """Return the content of a file of torch.save, with tensors as numpy arrays.
 
-    Raises UserError for a file that is missing, cut short, something else, or that names anything
-    which neither tensors need nor `STUBS` admits.
+    Raises UserError for a file that is missing, cut short or something else, and for names that are
+    neither in `ADMITTED` nor of `STUBS`.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -48,16 +48,13 @@ def read_pickle(path: str | os.PathLike) -> Any:
                 return _read_zip(archive)
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             return _read_legacy(view)
-    except UserError:
-        raise
-    except (pickle.UnpicklingError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path} is no readable torch file: {e}") from e
     except Exception as e:  # garbled bytes make pickle, zipfile and numpy raise nearly anything
-        raise UserError(f"{path} is no readable torch file: {e!r}") from e
+        clear = isinstance(e, pickle.UnpicklingError | zipfile.BadZipFile)
+        raise UserError(f"{path} is no readable torch file: {e if clear else repr(e)}") from e
 
 
 class Stub:
-    """An object of a class that is not here: what it was called with, and its attributes."""
+    """Stands for an object of an absent class: the arguments of its call, and its attributes."""
 
     args: tuple = ()
 
@@ -69,14 +66,14 @@ class Stub:
 
 
 def _tensor(storage: np.ndarray, offset: int, shape: tuple, stride: tuple, *_: Any) -> np.ndarray:
-    # np.ndarray refuses a view that leaves its buffer
     size = storage.dtype.itemsize
     strides = tuple(size * s for s in stride)
+    # raises ValueError for a view that leaves its buffer
     return np.ndarray(tuple(shape), storage.dtype, storage, size * offset, strides)
 
 
 def _bytes(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":  # how pickles of protocol 2 spell bytes
+    if encoding != "latin1":  # pickles of protocol 2 encode bytes so
         raise ValueError(f"bytes in {encoding!r}")
     return text.encode("latin1")
 
@@ -107,7 +104,7 @@ ADMITTED = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
     **{("torch", name): np.dtype(dtype) for name, dtype in STORAGES.items()},
-    # numbers of numpy, among what a trainer remembers
+    # numbers of numpy, in a trainer's state
     ("_codecs", "encode"): _bytes,
     ("numpy", "dtype"): _Dtype,
     ("numpy.core.multiarray", "scalar"): _scalar,
@@ -116,13 +113,13 @@ ADMITTED = {
     ("collections", "defaultdict"): lambda *_: {},
     ("_operator", "getitem"): _item_of_type,
     ("__builtin__", "type"): _type_of,
-    ("__builtin__", "unicode"): str,  # protocol 2 speaks Python 2
+    ("__builtin__", "unicode"): str,  # protocol 2 has the names of Python 2
     ("__builtin__", "long"): int,
     **{("__builtin__", kind.__name__): kind for kind in (bool, dict, float, int, list, set, str)},
 }
 
 
-class _Unpickler(pickle._Unpickler):  # the one in Python: in C, no opcode can be refused
+class _Unpickler(pickle._Unpickler):  # in Python, since the one in C cannot refuse an opcode
     def __init__(self, file: BinaryIO, load_storage: Any):
         super().__init__(file, encoding="utf-8")
         self._load_storage = load_storage
@@ -138,15 +135,17 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: in C, no opcode can b
         )
 
     def load_build(self) -> None:
-        """Give an object its state; of a function it would be its defaults, of an array its memory,
-        which others look into."""
+        """Set the state of a stub or OrderedDict only.
+
+        A function's state has its defaults, and an array's replaces the memory that views share.
+        """
         if not isinstance(self.stack[-2], Stub | collections.OrderedDict):
             kind = type(self.stack[-2]).__name__
             raise pickle.UnpicklingError(f"it asks to set the state of a {kind}; refused")
         super().load_build()
 
     dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
-    del dispatch[pickle.BYTEARRAY8[0]]  # makes room for whatever length it is told
+    del dispatch[pickle.BYTEARRAY8[0]]  # allocates any length that the file states
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         kind, dtype, key, _, count = pid[:5]
@@ -174,13 +173,13 @@ def _read_zip(archive: zipfile.ZipFile) -> Any:
 
 
 def _read_legacy(file: mmap.mmap) -> Any:
-    # a map reads no further than its end, where a file makes room for whatever length it is told
+    # reading from a map allocates no more than its size; a file, any length that is stated
     storages: dict[str, np.ndarray] = {}
 
     def load(dtype: np.dtype, key: str, count: int) -> np.ndarray:
         if count * dtype.itemsize > len(file):
             raise ValueError(f"storage {key} of {count} values in a file of {len(file)} bytes")
-        # filled below: the bytes come after the objects
+        # filled below, since the bytes come after the objects
         return storages.setdefault(key, np.zeros(count, dtype))
 
     def part() -> Any:
@@ -188,7 +187,7 @@ def _read_legacy(file: mmap.mmap) -> Any:
 
     if part() != LEGACY_MAGIC:
         raise ValueError("no magic number")
-    part(), part()  # protocol, and the machine it was written on
+    part(), part()  # protocol version, and a description of the machine
     content = part()
     for key in part():
         count = int.from_bytes(file.read(8), "little")
@@ -201,13 +200,16 @@ def _read_legacy(file: mmap.mmap) -> Any:
 
 
 def write_pickle(path: str | os.PathLike, content: Any) -> None:
-    """Write what torch.load reads: dicts, lists, tuples, numbers, text, None, and numpy arrays as
-    tensors. Equal content gives equal bytes. Raises OSError where the disk does not take it."""
+    """Write a file for torch.load, with numpy arrays as tensors.
+
+    Content may be dicts, lists, tuples, numbers, text, None and arrays; equal content gives equal
+    bytes. Raises TypeError for anything else, OSError on a full disk.
+    """
     arrays: list[np.ndarray] = []
     with zipfile.ZipFile(path, "w") as archive:
 
         def store(name: str, data: Any) -> None:
-            entry = zipfile.ZipInfo(f"archive/{name}")  # of the same date each time
+            entry = zipfile.ZipInfo(f"archive/{name}")  # with a fixed date
             with archive.open(entry, "w", force_zip64=True) as file:
                 file.write(data)
 
@@ -219,11 +221,14 @@ def write_pickle(path: str | os.PathLike, content: Any) -> None:
 
 
 def _pickled(x: Any, arrays: list[np.ndarray]) -> bytes:
-    """Opcodes of pickle's protocol 2 that push `x`; tensors are appended to `arrays`.
+    """Return opcodes of pickle's protocol 2 that push `x`, and append its tensors to `arrays`.
 
-    Python's own pickler names a function only after it has imported it, and torch is not here.
+    Python's own pickler would have to import torch to name its functions.
     """
-    inner = lambda *values: b"".join(_pickled(value, arrays) for value in values)
+
+    def inner(*values: Any) -> bytes:
+        return b"".join(_pickled(value, arrays) for value in values)
+
     match x:
         case None:
             return b"N"

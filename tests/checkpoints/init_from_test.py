@@ -69,17 +69,17 @@ def test_the_same_student_takes_over_everything():
         assert new.keys() == flat(tree).keys()
         assert all(np.array_equal(new[name], x) for name, x in flat(tree).items())
     assert start.count == 7
-    assert not [line for line in start.lines if "new, for" in line]
+    assert not [line for line in start.lines if "new, since" in line]
 
 
 @pytest.mark.parametrize(
     ("heads", "options", "teachers", "reason"),
     [
-        ((mert_v1.Head("rvq_vae", 12, 3), CQT), {}, {}, "it has 2 codebooks and here 3"),
-        ((mert_v1.Head("rvq_vae", 20, 2), CQT), {}, {}, "it has 12 classes and here 20"),
+        ((mert_v1.Head("rvq_vae", 12, 3), CQT), {}, {}, "2 codebooks there and 3 here"),
+        ((mert_v1.Head("rvq_vae", 20, 2), CQT), {}, {}, "12 classes there and 20 here"),
         ((CODES, CQT), {"final_dim": 8}, {}, "final_dim is 4 there and 8 here"),
         ((CODES, CQT), {}, {"rvq_vae": "another codec"}, "its teacher is another one"),
-        ((mert_v1.Head("kmeans", 12, 2), CQT), {}, {"kmeans": "x"}, "has none of that name"),
+        ((mert_v1.Head("kmeans", 12, 2), CQT), {}, {"kmeans": "x"}, "has no head with that name"),
     ],
 )
 def test_a_head_of_another_teacher_is_made_anew(heads, options, teachers, reason):
@@ -110,7 +110,7 @@ def test_a_checkpoint_without_heads_and_moments():
     start = match(checkpoint(student(), moments=False), student(CODES, CQT))
     assert start.moments is None
     assert set(start.params) == set(flat(checkpoint(student()).params))
-    assert len([line for line in start.lines if "new, for" in line]) == 3
+    assert len([line for line in start.lines if "new, since" in line]) == 3
 
 
 def test_special_rows_are_left_out_where_the_run_has_none():
@@ -154,7 +154,7 @@ def test_normalised_waves_and_heads_left_out_are_said():
     found = checkpoint(student(CODES, CQT), do_normalize=True)
     lines = match(found, student(CQT)).lines
     assert any("normalised" in line for line in lines)
-    assert any(line.startswith("head rvq_vae: left out") for line in lines)
+    assert any(line.startswith("head rvq_vae: skipped") for line in lines)
 
 
 @pytest.mark.parametrize("moments", [True, False])
