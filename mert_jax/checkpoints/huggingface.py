@@ -18,28 +18,21 @@ from mert_jax.errors import UserError
 from mert_jax.models.mert_v1 import Student
 from mert_jax.tensors import state_dict
 
-# settings that name a field of Student, and transformers' defaults, which config.json need not
-# repeat (huggingface/transformers, `configuration_hubert.py`)
+# settings, the field of Student that each one names, and transformers' default, which config.json
+# need not repeat (huggingface/transformers, `configuration_hubert.py`)
 FIELDS = dict(
-    hidden_size="hidden_size",
-    num_hidden_layers="num_layers",
-    num_attention_heads="num_heads",
-    intermediate_size="intermediate_size",
-    do_stable_layer_norm="pre_norm",
-    num_conv_pos_embeddings="pos_conv_kernel",
-    num_conv_pos_embedding_groups="pos_conv_groups",
+    hidden_size=("hidden_size", 768),
+    num_hidden_layers=("num_layers", 12),
+    num_attention_heads=("num_heads", 12),
+    intermediate_size=("intermediate_size", 3072),
+    do_stable_layer_norm=("pre_norm", False),
+    num_conv_pos_embeddings=("pos_conv_kernel", 128),
+    num_conv_pos_embedding_groups=("pos_conv_groups", 16),
 )
-DEFAULTS = dict(
+DEFAULTS = {key: default for key, (_, default) in FIELDS.items()} | dict(
     conv_dim=(512,) * 7,
     conv_kernel=(10, 3, 3, 3, 3, 2, 2),
     conv_stride=(5, 2, 2, 2, 2, 2, 2),
-    hidden_size=768,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    intermediate_size=3072,
-    do_stable_layer_norm=False,
-    num_conv_pos_embeddings=128,
-    num_conv_pos_embedding_groups=16,
 )
 # settings that no MERT has otherwise
 FIXED = dict(
@@ -51,13 +44,6 @@ FIXED = dict(
     layer_norm_eps=1e-5,
     deepnorm=False,
     conv_pos_batch_norm=False,
-)
-DROPOUTS = dict(
-    hidden_dropout="hidden_dropout",
-    attention_dropout="attention_dropout",
-    activation_dropout="activation_dropout",
-    feat_proj_dropout="input_dropout",
-    layerdrop="layerdrop",
 )
 
 
@@ -76,7 +62,7 @@ def student(config: Mapping[str, Any]) -> Student:
             conv_kernels=tuple(config["conv_kernel"]),
             conv_strides=tuple(config["conv_stride"]),
             project_equal_widths=True,
-            **{field: config[key] for key, field in FIELDS.items()},
+            **{field: config[key] for key, (field, _) in FIELDS.items()},
         )
     except TypeError as e:  # a number in place of a list
         raise UserError(f"config.json does not describe a student: {e}") from e
@@ -93,8 +79,12 @@ def config(student: Student, about: About) -> dict[str, Any]:
         conv_kernel=list(student.conv_kernels),
         conv_stride=list(student.conv_strides),
         num_feat_extract_layers=layers,
-        **{key: getattr(student, field) for key, field in FIELDS.items()},
-        **{key: training.get(name, 0.0) for key, name in DROPOUTS.items()},
+        **{key: getattr(student, field) for key, (field, _) in FIELDS.items()},
+        hidden_dropout=training.get("hidden_dropout", 0.0),
+        attention_dropout=training.get("attention_dropout", 0.0),
+        activation_dropout=training.get("activation_dropout", 0.0),
+        feat_proj_dropout=training.get("input_dropout", 0.0),
+        layerdrop=training.get("layerdrop", 0.0),
         # above 0 the model has its mask embedding; without apply_spec_augment nothing is masked
         mask_time_prob=0.05,
         apply_spec_augment=False,

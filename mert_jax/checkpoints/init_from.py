@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
+from mert_jax.checkpoints import tensor_names
 from mert_jax.checkpoints.in_memory import ARCHITECTURE, About, Checkpoint
 from mert_jax.checkpoints.train_state import AdamState, TrainState
 from mert_jax.constants import SAMPLE_RATE
 from mert_jax.errors import UserError
-from mert_jax.models.mert_v1 import Head, Student
+from mert_jax.models.mert_v1 import Student
 from mert_jax.sharding import placed
 
 
@@ -39,32 +40,33 @@ def match_checkpoint(
     """
     about, other = checkpoint.about, checkpoint.student
     _check_body(other, student, about.sample_rate)
+    shapes = tensor_names.abstract_params(student)
     trees = [
         traverse_util.flatten_dict(tree, sep="/")
         for tree in (checkpoint.params, *(checkpoint.moments or ()))
     ]
-    heads = {head.name: head for head in other.heads}
-    body = [path for path in trees[0] if not any(_belongs(path, name) for name in heads)]
+    names = [head.name for head in other.heads]
+    body = [path for path in trees[0] if not any(_belongs(path, name) for name in names)]
     loaded = [{path: tree[path] for path in body} for tree in trees]
     lines = [f"body: {sum(x.size for x in loaded[0].values()):,} parameters loaded"]
     for head in student.heads:
         rows = about.special_codes - special_codes if head.num_codebooks else 0
-        reason = _mismatch(head, heads.get(head.name), student, other, rows)
+        parts = [_head(tree, head.name, rows) for tree in trees]
+        sizes, needed = _sizes(parts[0]), _sizes(_head(shapes, head.name))
         stated = about.teachers.get(head.name)
-        if not reason and stated not in (None, "", teachers[head.name]):
-            reason = "its teacher is another one"
-        if reason:
-            lines.append(f"head {head.name}: new, since {reason}")
-            continue
-        for tree, part in zip(trees, loaded, strict=True):
-            part |= {path: x for path, x in tree.items() if _belongs(path, head.name)}
-            if rows:
-                part[f"{head.name}_codebooks"] = part[f"{head.name}_codebooks"][:, rows:]
-        line = f"head {head.name}: loaded"
-        line += f", without the {rows} special rows of each codebook" if rows else ""
-        line += "" if stated else ", assuming the same teacher, which the checkpoint does not name"
-        lines.append(line)
-    for name in heads.keys() - {head.name for head in student.heads}:
+        if head.name not in names:
+            lines.append(f"head {head.name}: new, since the checkpoint has no head with that name")
+        elif sizes != needed:
+            lines.append(f"head {head.name}: new, since it has {sizes} there and {needed} here")
+        elif stated and stated != teachers[head.name]:
+            lines.append(f"head {head.name}: new, since its teacher is another one")
+        else:
+            line = f"head {head.name}: loaded"
+            line += f", without the {rows} special rows of each codebook" if rows else ""
+            unnamed = ", assuming the same teacher, which the checkpoint does not name"
+            lines.append(line if stated else line + unnamed)
+            loaded = [tree | part for tree, part in zip(loaded, parts, strict=True)]
+    for name in set(names) - {head.name for head in student.heads}:
         lines.append(f"head {name}: skipped, since this run has no teacher with that name")
     if checkpoint.moments:
         lines.append(f"Adam's moments: loaded, of {checkpoint.step:,} updates; 0 for new heads")
@@ -116,19 +118,16 @@ def _belongs(path: str, head: str) -> bool:
     return path.startswith((f"{head}_proj/", f"{head}_codebooks"))
 
 
-def _mismatch(
-    head: Head, other: Head | None, student: Student, other_student: Student, rows: int
-) -> str | None:
-    """Return why the weights of `other` do not fit `head`, None if they do."""
-    if other is None:
-        return "the checkpoint has no head with that name"
-    if other.num_codebooks != head.num_codebooks:
-        return f"it has {other.num_codebooks} codebooks there and {head.num_codebooks} here"
-    if rows < 0 or other.size - rows != head.size:
-        return f"it has {other.size} classes there and {head.size} here"
-    if head.num_codebooks and other_student.final_dim != student.final_dim:
-        return f"final_dim is {other_student.final_dim} there and {student.final_dim} here"
-    return None
+def _head(tree: Mapping[str, Any], name: str, rows: int = 0) -> dict[str, Any]:
+    """Return the tensors of a head without the first `rows` rows of each codebook."""
+    head = {path: x for path, x in tree.items() if _belongs(path, name)}
+    if rows and f"{name}_codebooks" in head:
+        head[f"{name}_codebooks"] = head[f"{name}_codebooks"][:, rows:]
+    return head
+
+
+def _sizes(head: Mapping[str, Any]) -> str:
+    return ", ".join(f"{path} {list(x.shape)}" for path, x in sorted(head.items()))
 
 
 def _replaced(tree: Any, new: Mapping[str, np.ndarray]) -> Any:

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import json
 import os
-from typing import Any
 
 import jax.numpy as jnp
 from flax import traverse_util
@@ -40,10 +39,7 @@ def write_description(workdir: str, student: Student, about: About) -> None:
 
 def read_about(workdir: str) -> About:
     """Return the fields of `About` that WORKDIR/model.json stores. Raises UserError without it."""
-    return _about(state_dict.read_json(os.path.join(workdir, MODEL_FILE)))
-
-
-def _about(description: dict[str, Any]) -> About:
+    description = state_dict.read_json(os.path.join(workdir, MODEL_FILE))
     return About(**{key: description[key] for key in DESCRIPTION_FIELDS if key in description})
 
 
@@ -73,15 +69,19 @@ def read_checkpoint(path: str, moments: bool = True) -> Checkpoint:
     workdir, step = _locate(path)
     description = state_dict.read_json(os.path.join(workdir, MODEL_FILE))
     try:
-        student, about = student_of(description["student"]), _about(description)
+        student, about = student_of(description["student"]), read_about(workdir)
     except (KeyError, TypeError) as e:
         raise UserError(f"{workdir}/{MODEL_FILE} does not describe a student: {e!r}") from e
     state = manager.read_arrays(os.path.join(workdir, CHECKPOINTS), step, moments)
-    params = _checked(state["params"], student, f"{workdir}, step {step}")
-    adam = None
-    # the optimizer's other parts have no arrays that were asked for
-    if parts := [part for part in state.get("opt_state") or () if part]:
-        adam = tuple(_checked(parts[0][key], student, f"{workdir}, {key}") for key in ("mu", "nu"))
+    trees = {f"step {step}": state["params"]}
+    # the other parts of the optimizer's state come without arrays
+    for part in filter(None, state.get("opt_state") or ()):
+        trees |= {key: part[key] for key in ("mu", "nu")}
+    shapes = {name: x.shape for name, x in tensor_names.abstract_params(student).items()}
+    for label, tree in trees.items():
+        flat = traverse_util.flatten_dict(tree, sep="/")
+        tensor_names.check_tensors(flat, shapes, f"{workdir}, {label}")
+    params, *adam = trees.values()
     config = os.path.join(workdir, CONFIG_FILE)
     rows = files.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
     about = about._replace(
@@ -89,23 +89,14 @@ def read_checkpoint(path: str, moments: bool = True) -> Checkpoint:
         metrics=next((row for row in reversed(rows) if row["step"] <= step), {}),
         lineage=(*about.lineage, f"{os.path.basename(os.path.abspath(workdir))} (step {step})"),
     )
-    return Checkpoint(student, params, adam, step, about)
-
-
-def _checked(params: Any, student: Student, path: str) -> Any:
-    """Return `params` unchanged. Raises UserError with every tensor that is wrong for `student`."""
-    flat = traverse_util.flatten_dict(params, sep="/")
-    shapes = {name: x.shape for name, x in tensor_names.abstract_params(student).items()}
-    tensor_names.check_tensors(flat, shapes, path)
-    return params
+    return Checkpoint(student, params, tuple(adam) or None, step, about)
 
 
 def write_checkpoint(path: str, checkpoint: Checkpoint) -> None:
     """Fill the directory `path` with a workdir of one checkpoint. Raises OSError if that fails."""
     step = jnp.int32(checkpoint.step)
-    opt_state: Any = ()
-    if checkpoint.moments:
-        opt_state = optimizer_state(AdamState(step, *checkpoint.moments), step)
+    moments = checkpoint.moments
+    opt_state = optimizer_state(AdamState(step, *moments), step) if moments else ()
     try:
         with contextlib.closing(manager.Checkpoints(path, keep=1)) as checkpoints:
             state = TrainState(step, step, checkpoint.params, opt_state, initial_guard(1))
