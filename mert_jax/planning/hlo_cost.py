@@ -1,10 +1,10 @@
-"""What a step costs, read from its optimised HLO: cycles, products, memory traffic, collectives.
+"""Costs of a step, read from its optimised HLO: cycles, products, memory traffic, collectives.
 
     summary(compiled.as_text(), frames=374)
 
-Nothing here is measured. Cycles are the TPU compiler's own static estimates, which leave out
-collectives, the overhead of loops and Pallas kernels; bytes are those of operands and results of
-every instruction executed, padded to tiles, where they lie in HBM.
+Nothing here is measured. Cycles are the TPU compiler's static estimates, which leave out
+collectives, loop overhead and Pallas kernels. Bytes are those of the operands and results in HBM
+of every executed instruction, padded to tiles.
 """
 
 import functools
@@ -19,323 +19,290 @@ import numpy as np
 from mert_jax.planning import hlo_parser
 from mert_jax.planning.hlo_parser import Computation, Instruction, Module, Run, Shape
 
-# no work of their own: names for what is there already, or what `executed` walks into
+TOP = 10  # entries of each list of the costliest
+# instructions without work of their own: names for what exists, or what `executed` walks into
 _FREE = set(
     "parameter constant get-tuple-element tuple bitcast while call conditional after-all "
     "partition-id replica-id async-start async-update async-done opt-barrier add-dependency".split()
 )
-COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "collective-permute",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-broadcast",
+COLLECTIVES = tuple(
+    "all-reduce all-gather reduce-scatter collective-permute all-to-all ragged-all-to-all "
+    "collective-broadcast".split()
 )
 
 
-def summary(text: str, frames: int | None = None, inside: str = "", top: int = 10) -> dict:
-    """The costs of one step on one device, from the text of its optimised HLO.
+def summary(text: str, frames: int | None = None, inside: str = "") -> dict[str, Any]:
+    """Return the costs of one step on one device, from the text of its optimised HLO.
 
-    cycles; flops (products of matrices and convolutions only); hbm_bytes; collectives (a list:
-    kind, bytes, group, times, source); loops; costliest_ops, costliest_lines, big_copies (HBM to
-    HBM; `top` of each); square_fp32 (float32 arrays in HBM of `frames` x `frames`, or rounded up);
-    pallas_kernels (how many run). Source lines are the innermost in files that begin with `inside`.
-    ValueError for what is no HLO.
+    cycles; flops (of matrix products and convolutions only); hbm_bytes; collectives (see
+    `collectives`); loops; costliest_ops, costliest_lines, big_copies (HBM to HBM), the first TOP of
+    each; square_fp32 (float32 arrays in HBM of `frames` x `frames`, or rounded up); pallas_kernels
+    (how many run). Source lines are the innermost in files that begin with `inside`. Raises
+    ValueError for a text that is not HLO.
     """
-    whole = hlo_parser.parsed(text)
-    runs, loops = hlo_parser.executed(whole)
-    total = sum(run.instruction.cycles * run.times for run in runs)
-    traffic = [hbm_bytes(whole, run) for run in runs]
-    where = functools.partial(whole.source, inside=inside)
-    exchanged = collectives(whole, runs, where)
+    module = hlo_parser.parse(text)
+    runs, loops = hlo_parser.executed(module)
+    source = functools.partial(module.source, inside=inside)
+    exchanges = collectives(module, runs, source)
+    cycles = [run.instruction.cycles * run.times for run in runs]
+    traffic = [hbm_bytes(module, run) for run in runs]
+    # in XLA, a collective may be done bit by bit in fusions, whose own traffic is without it
+    fused = sum(x["bytes"] * x["times"] for x in exchanges if x["fused"])
+
+    def describe(run: Run, **figures: Any) -> dict[str, Any]:
+        place = {"times": run.times, "source": source(run.instruction)}
+        return {"op": run.instruction.name, **figures, **place}
+
+    def share(part: int) -> float:
+        return round(part / sum(cycles), 4)
+
+    costliest = sorted(zip(runs, cycles, strict=True), key=lambda pair: -pair[1])[:TOP]
+    lines, moved = Counter(), Counter()
+    for run, run_cycles, size in zip(runs, cycles, traffic, strict=True):
+        line = source(run.instruction)
+        lines[line] += run_cycles
+        moved[line] += size
+    copies = [
+        describe(run, bytes=size) | {"what": run.instruction.op_name}
+        for run, size in zip(runs, traffic, strict=True)
+        if size >= 2**20 and _is_copy(module, run)
+    ]
     return {
-        "cycles": total,
-        "flops": sum(flops(whole, run) for run in runs),
-        "hbm_bytes": sum(traffic) + sum(c["bytes"] * c["times"] for c in exchanged if c["fused"]),
-        "collectives": exchanged,
+        "cycles": sum(cycles),
+        "flops": sum(flops(module, run) for run in runs),
+        "hbm_bytes": sum(traffic) + fused,
+        "collectives": exchanges,
         "loops": [
             {
                 "name": loop.instruction.name,
                 "trips": loop.trips,
                 "times": loop.times,
                 "collective_matmul": "windowed_dot_general" in loop.instruction.rest,
-                "source": where(loop.instruction),
+                "source": source(loop.instruction),
             }
             for loop in loops
         ],
-        "costliest_ops": _costliest(runs, total, where, top),
-        "costliest_lines": _by_line(runs, traffic, total, where, top),
-        "big_copies": _copies(whole, runs, traffic, where, top),
-        "square_fp32": _squares(runs, frames, where) if frames else [],
-        "pallas_kernels": sum(
-            run.times
+        "costliest_ops": [
+            describe(run, cycles=n, share=share(n)) | {"what": run.instruction.op_name}
+            for run, n in costliest
+            if n
+        ],
+        "costliest_lines": [
+            {"source": line or "?", "share": share(n), "cycles": n, "hbm_bytes": moved[line]}
+            for line, n in lines.most_common(TOP)
+            if n
+        ],
+        "big_copies": sorted(copies, key=lambda copy: -copy["bytes"])[:TOP],
+        "square_fp32": [
+            describe(run, shape=f"{shape.dtype}{list(shape.dims)}", bytes=shape.padded)
             for run in runs
-            if 'custom_call_target="tpu_custom_call"' in run.instruction.rest
+            if frames and not _is_free(run.instruction)
+            for shape in run.instruction.shapes
+            if _is_square_fp32(shape, frames)
+        ],
+        "pallas_kernels": sum(
+            run.times for run in runs if '_target="tpu_custom_call"' in run.instruction.rest
         ),
     }
 
 
-def _costliest(runs, total, where, top):
-    found = sorted(runs, key=lambda run: -run.instruction.cycles * run.times)
-    return [
-        {
-            "op": run.instruction.name,
-            "cycles": run.instruction.cycles * run.times,
-            "share": round(run.instruction.cycles * run.times / total, 4),
-            "times": run.times,
-            "source": where(run.instruction),
-            "what": run.instruction.op_name,
-        }
-        for run in found[:top]
-        if run.instruction.cycles
-    ]
-
-
-def _by_line(runs, traffic, total, where, top):
-    cycles, moved = Counter(), Counter()
-    for run, size in zip(runs, traffic, strict=True):
-        line = where(run.instruction)
-        cycles[line] += run.instruction.cycles * run.times
-        moved[line] += size
-    return [
-        {"source": line or "?", "share": round(n / total, 4), "cycles": n, "hbm_bytes": moved[line]}
-        for line, n in cycles.most_common(top)
-        if n
-    ]
-
-
-def _copies(whole, runs, traffic, where, top):
-    found = [
-        {
-            "op": run.instruction.name,
-            "bytes": size,
-            "times": run.times,
-            "source": where(run.instruction),
-            "what": run.instruction.op_name,
-        }
-        for run, size in zip(runs, traffic, strict=True)
-        if size >= 2**20 and _is_copy(whole, run)
-    ]
-    return sorted(found, key=lambda copy: -copy["bytes"])[:top]
-
-
-def _is_copy(whole: Module, run: Run) -> bool:
-    """Whether it only moves elements, from HBM to HBM."""
-    instruction, computation = run.instruction, run.computation
-    moves = {"copy", "transpose", "bitcast", "reshape", "parameter"}
-    kinds = {x.opcode for x, _ in hlo_parser.inner(whole, instruction)} or {instruction.opcode}
-    if not kinds <= moves or not kinds & {"copy", "transpose"}:
+def _is_copy(module: Module, run: Run) -> bool:
+    """Whether an instruction only moves elements, from HBM to HBM."""
+    instruction = run.instruction
+    opcodes = {x.opcode for x, _ in hlo_parser.inner(module, instruction)} or {instruction.opcode}
+    copies = {"copy", "transpose"}
+    if not opcodes & copies or opcodes - copies - {"bitcast", "reshape", "parameter"}:
         return False
-    sources = [shape for shapes in computation.shapes(instruction) for shape in shapes]
-    return all(shape.in_hbm for shape in [*sources, *instruction.shapes])
+    arrays = sum(run.computation.operand_shapes(instruction), instruction.shapes)
+    return all(shape.in_hbm for shape in arrays)
 
 
-def _squares(runs, frames, where):
-    # as long as a clip's frames, or these rounded up to whole tiles
-    lengths = {-(-frames // tile) * tile for tile in (1, 8, 16, 128)}
-    is_square = lambda shape: any(shape.dims.count(length) >= 2 for length in lengths)
-    return [
-        {
-            "op": run.instruction.name,
-            "shape": f"{shape.dtype}{list(shape.dims)}",
-            "bytes": shape.padded,
-            "times": run.times,
-            "source": where(run.instruction),
-        }
-        for run in runs
-        if not _is_free(run.instruction)
-        for shape in run.instruction.shapes
-        if shape.dtype == "f32" and shape.in_hbm and len(shape.dims) > 2 and is_square(shape)
-    ]
+def _is_square_fp32(shape: Shape, frames: int) -> bool:
+    lengths = {-(-frames // tile) * tile for tile in (1, 8, 16, 128)}  # rounded up to whole tiles
+    is_square = len(shape.dims) > 2 and any(shape.dims.count(length) >= 2 for length in lengths)
+    return is_square and shape.dtype == "f32" and shape.in_hbm
 
 
 def _is_free(instruction: Instruction) -> bool:
-    """Whether it does nothing itself."""
-    named = re.search(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"', instruction.rest)
-    return bool(named) or instruction.opcode in _FREE or instruction.opcode.endswith("-done")
+    opcode, rest = instruction.opcode, instruction.rest
+    names_only = re.search(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"', rest)
+    return bool(names_only) or opcode in _FREE or opcode.endswith("-done")
 
 
-# ---- products
+def flops(module: Module, run: Run) -> float:
+    """Return the FLOPs of matrix products and convolutions, two a multiply-add.
+
+    Products with padding or with the holes of a dilation are not counted.
+    """
+    inside = hlo_parser.inner(module, run.instruction)
+    executed = [(run.instruction, run.computation), *inside]
+    return run.times * sum(2.0 * _multiply_adds(x, computation) for x, computation in executed)
 
 
-def flops(whole: Module, run: Run) -> float:
-    """FLOPs of the matrix products and convolutions of what is run, two a multiply-add; products
-    with padding or with the holes of a dilation are not counted."""
-    inside = hlo_parser.inner(whole, run.instruction)
-    return run.times * sum(_flops(x, c) for x, c in [(run.instruction, run.computation), *inside])
-
-
-def _flops(instruction: Instruction, computation: Computation) -> float:
-    if instruction.opcode not in ("dot", "convolution"):
-        return 0.0
-    left, right = (shapes[0] for shapes in computation.shapes(instruction))
-    if instruction.opcode == "dot":
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)[1]
-        contracted = math.prod(left.dims[int(axis)] for axis in axes.split(",") if axis)
-        return 2.0 * math.prod(instruction.shapes[0].dims) * contracted
-    return 2.0 * _multiply_adds(instruction, left, right)
-
-
-def _multiply_adds(convolution: Instruction, left: Shape, right: Shape) -> int:
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.rest)
-    window = re.search(r"window=\{([^}]*)\}", convolution.rest)
-    options = dict(part.split("=") for part in window[1].split()) if window else {}
-    spatial = sum(label.isdigit() for label in labels[1])
-    numbers = lambda key, default: (
-        options[key].split("x") if key in options else [default] * spatial
+def _multiply_adds(product: Instruction, computation: Computation) -> int:
+    if product.opcode not in ("dot", "convolution"):
+        return 0
+    (left, *_), (right, *_) = computation.operand_shapes(product)
+    result = product.shapes[0]
+    if product.opcode == "dot":
+        axes = product.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
+        contracted = [left.dims[int(axis)] for axis in axes.split(",") if axis]
+        return math.prod(result.dims) * math.prod(contracted)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", product.rest).groups()
+    left, right, result = (
+        dict(zip(names, shape.dims, strict=True))
+        for names, shape in zip(labels, (left, right, result), strict=True)
     )
-    stride, holes, spread = (
-        [int(n) for n in numbers(key, "1")] for key in ("stride", "lhs_dilate", "rhs_dilate")
-    )
-    pad = [int(p.split("_")[0]) for p in numbers("pad", "0_0")]
-    groups = re.search(r"batch_group_count=(\d+)", convolution.rest)
-    size = lambda shape, names, label: shape.dims[names.index(label)]
-    total = size(left, labels[1], "b") // (int(groups[1]) if groups else 1)
-    total *= size(right, labels[2], "i") * size(right, labels[2], "o")
-    for i in range(spatial):
-        places = (size(left, labels[1], str(i)), size(right, labels[2], str(i)))
-        out = size(convolution.shapes[0], labels[3], str(i))
-        total *= _pairs(*places, out, stride[i], pad[i], holes[i], spread[i])
+    window = product.attribute(r"window=\{([^}]*)\}").split()
+    options = {key: text.split("x") for key, text in (part.split("=") for part in window)}
+
+    def option(key: str, axis: int, default: int) -> int:
+        return int(options[key][axis].split("_")[0]) if key in options else default
+
+    groups = int(product.attribute(r"batch_group_count=(\d+)") or 1)
+    total = left["b"] // groups * right["i"] * right["o"]
+    for axis in range(sum(name.isdigit() for name in labels[0])):
+        total *= _pairs(
+            *(each[str(axis)] for each in (left, right, result)),
+            stride=option("stride", axis, 1),
+            pad=option("pad", axis, 0),
+            holes=option("lhs_dilate", axis, 1),
+            spread=option("rhs_dilate", axis, 1),
+        )
     return total
 
 
 @functools.lru_cache(maxsize=4096)
 def _pairs(n: int, kernel: int, out: int, stride: int, pad: int, holes: int, spread: int) -> int:
-    """Pairs of an output position and a kernel position that meet an input element."""
+    """Count the pairs of an output and a kernel position that meet one of `n` input elements."""
     reach = (n - 1) * holes
-    few, many = sorted([(out, stride), (kernel, spread)])
-    at = np.arange(many[0], dtype=np.int64) * many[1] - pad
+    (few, few_step), (many, many_step) = sorted([(out, stride), (kernel, spread)])
+    first_places = np.arange(many, dtype=np.int64) * many_step - pad
     total = 0
-    for i in range(few[0]):
-        place = at + i * few[1]
+    for i in range(few):
+        place = first_places + i * few_step
         total += int(((place >= 0) & (place <= reach) & (place % holes == 0)).sum())
     return total
 
 
-# ---- memory
-
-
-def hbm_bytes(whole: Module, run: Run) -> int:
-    """Bytes that an instruction reads from HBM and writes to it, tile padding included."""
-    instruction, computation = run.instruction, run.computation
-    opcode = instruction.opcode
+def hbm_bytes(module: Module, run: Run) -> int:
+    """Return the bytes that an instruction reads from HBM and writes to it, padding included."""
+    instruction, opcode = run.instruction, run.instruction.opcode
     if _is_free(instruction):
         return 0
-    sources = computation.shapes(instruction)
+    sources = run.computation.operand_shapes(instruction)
     if opcode == "copy-start":
-        return run.times * sum(shape.padded for shape in instruction.shapes[:2] if shape.in_hbm)
+        return run.times * _padded_hbm(instruction.shapes[:2])
     if opcode in ("slice-start", "dynamic-slice-start"):
         moved = instruction.shapes[len(instruction.operands)]
-        sides = [sources[0][0], moved]
-        return run.times * sum(moved.padded for side in sides if side.in_hbm)
+        return run.times * moved.padded * sum(side.in_hbm for side in (sources[0][0], moved))
     if opcode.removesuffix("-start") in COLLECTIVES:
-        taken = [shape for shapes in sources for shape in shapes]
-        given = instruction.shapes[len(taken) :] if "-start" in opcode else ()
-        both = [*taken, *(given or instruction.shapes)]
-        return run.times * sum(shape.padded for shape in both if shape.in_hbm)
-    reads = sum(_read(whole, instruction, number, shapes) for number, shapes in enumerate(sources))
-    return run.times * (reads + _written(whole, instruction, computation))
+        operands = sum(sources, ())
+        results = instruction.shapes[len(operands) :] if "-start" in opcode else ()
+        return run.times * _padded_hbm([*operands, *(results or instruction.shapes)])
+    size = _written(module, run)
+    for number, shapes in enumerate(sources):
+        if full := _padded_hbm(shapes):
+            size += min(full, _read(module, instruction, number, full))
+    return run.times * size
 
 
-def _read(whole: Module, instruction: Instruction, number: int, shapes: Sequence[Shape]) -> int:
-    """Bytes read of an operand: of one that is only sliced, the slices."""
-    full = sum(shape.padded for shape in shapes if shape.in_hbm)
-    if not full:
-        return 0
-    return min(full, _used(whole, instruction, number, full))
+def _padded_hbm(shapes: Sequence[Shape]) -> int:
+    return sum(shape.padded for shape in shapes if shape.in_hbm)
 
 
-def _used(whole: Module, user: Instruction, number: int, full: int) -> int:
+def _read(module: Module, user: Instruction, number: int, full: int) -> int:
+    """Return the bytes read of an operand of `full` bytes: of one that is only sliced, the slices.
+
+    0 for what is updated in place or handed on; `summary` counts a fused collective once.
+    """
     if user.opcode in ("dynamic-slice", "slice", "gather") and number == 0:
         return user.shapes[0].padded
     if user.opcode in ("dynamic-update-slice", "scatter") and number == 0:
-        return 0  # in place
+        return 0
     if user.opcode == "tuple" or user.opcode in COLLECTIVES:
-        return 0  # handed on; a fused collective is counted once, in `summary`
+        return 0
     if user.opcode != "fusion":
         return full
-    body = whole.computations[user.called("calls")]
-    return _used_by_all(whole, body, body.parameter(number), full)
+    body = module.computations[user.called("calls")].instructions.values()
 
+    def read_of(name: str) -> int:
+        return sum(
+            read_of(x.name) if x.opcode == "bitcast" else _read(module, x, i, full)
+            for x in body
+            for i, operand in enumerate(x.operands)
+            if operand == name
+        )
 
-def _used_by_all(whole: Module, body: Computation, name: str, full: int) -> int:
-    total = 0
-    for user in body.users(name):
-        if user.opcode == "bitcast":
-            total += _used_by_all(whole, body, user.name, full)
-        else:
-            numbers = [i for i, operand in enumerate(user.operands) if operand == name]
-            total += sum(_used(whole, user, i, full) for i in numbers)
-    return total
-
-
-def _written(whole: Module, instruction: Instruction, computation: Computation) -> int:
-    results = instruction.shapes
-    places = _roots(whole, computation, instruction)
-    if len(places) != len(results):
-        return sum(shape.padded for shape in results if shape.in_hbm)
     return sum(
-        shape.padded if place is None else min(place, shape.padded)
-        for shape, place in zip(results, places, strict=True)
+        read_of(x.name) for x in body if x.opcode == "parameter" and x.literal == str(number)
+    )
+
+
+def _written(module: Module, run: Run) -> int:
+    results = run.instruction.shapes
+    updates = _updates(module, run.computation, run.instruction)
+    if len(updates) != len(results):
+        return _padded_hbm(results)
+    return sum(
+        shape.padded if update is None else min(update, shape.padded)
+        for shape, update in zip(results, updates, strict=True)
         if shape.in_hbm
     )
 
 
-def _roots(whole: Module, computation: Computation, x: Instruction) -> list[int | None]:
-    """Of each result, the bytes written where it is an update in place; None: all of it."""
+def _updates(module: Module, computation: Computation, x: Instruction) -> list[int | None]:
+    """Return the bytes that each result updates in place, None for a result written wholly."""
     if x.opcode in ("dynamic-update-slice", "scatter"):
         update = computation.instructions[x.operands[1 if x.opcode[0] == "d" else 2]]
         return [update.shapes[0].padded]
     if x.opcode == "fusion":
-        body = whole.computations[x.called("calls")]
-        return _roots(whole, body, body.instructions[body.root])
+        body = module.computations[x.called("calls")]
+        return _updates(module, body, body.instructions[body.root])
     if x.opcode == "bitcast":
-        return _roots(whole, computation, computation.instructions[x.operands[0]])
+        return _updates(module, computation, computation.instructions[x.operands[0]])
     if x.opcode == "tuple":
-        found = (computation.instructions[name] for name in x.operands)
-        return [place for y in found for place in _roots(whole, computation, y)[:1]]
+        elements = (computation.instructions[name] for name in x.operands)
+        return [size for each in elements for size in _updates(module, computation, each)[:1]]
     if x.opcode == "parameter" or x.opcode in COLLECTIVES:
-        return [0]  # handed on, as above
+        return [0]  # handed on, as in `_read`
     return [None]
 
 
-# ---- collectives
-
-
 def collectives(
-    whole: Module, runs: Sequence[Run], where: Callable[[Instruction], str]
+    module: Module, runs: Sequence[Run], source: Callable[[Instruction], str]
 ) -> list[dict[str, Any]]:
-    """The collectives of what is run: kind; bytes of the whole array each time (the larger of what
-    goes in and comes out); devices in a group; times; source line, which `where` tells; fused (done
-    bit by bit in other fusions, all of which name its channel)."""
-    found, channels = [], set()
+    """Return the executed collectives, each with its kind, bytes, group, times, source and fused.
+
+    bytes: the whole array, the larger of input and output. group: devices, None for all. source:
+    the line that the argument `source` returns. fused: done in pieces inside other fusions, all of
+    which name its channel.
+    """
+    rows, channels = [], set()
     for run in runs:
-        inside = hlo_parser.inner(whole, run.instruction)
+        inside = hlo_parser.inner(module, run.instruction)
         for x, computation in [(run.instruction, run.computation), *inside]:
             kind = x.opcode.removesuffix("-start")
-            if kind not in COLLECTIVES:
+            fused, channel = x is not run.instruction, x.attribute(r"channel_id=(\d+)")
+            if kind not in COLLECTIVES or (fused and channel in channels):
                 continue
-            fused, channel = x is not run.instruction, re.search(r"channel_id=(\d+)", x.rest)
-            if fused and channel and channel[1] in channels:
-                continue
-            channels |= {channel[1]} if fused and channel else set()
+            if fused and channel:
+                channels.add(channel)
             group = group_size(x.rest)
-            taken = sum(shape.size for shapes in computation.shapes(x) for shape in shapes)
-            size = taken * (group or 1) if kind == "all-gather" else taken
-            one = dict(kind=kind, bytes=size, group=group, times=run.times, source=where(x))
-            found.append(one | {"fused": fused})
-    return found
+            size = sum(shape.size for shape in sum(computation.operand_shapes(x), ()))
+            size *= (group or 1) if kind == "all-gather" else 1
+            row = dict(kind=kind, bytes=size, group=group, times=run.times, source=source(x))
+            rows.append(row | {"fused": fused})
+    return rows
 
 
 def group_size(rest: str) -> int | None:
-    """Devices that take part in a collective together, from its `replica_groups`; None: all."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
-        return int(found[2])
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return len(found[1].split(","))
+    """Return the devices in a group, from the `replica_groups` of a collective; None for all."""
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", match[2]))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return len(match[1].split(","))
     return None

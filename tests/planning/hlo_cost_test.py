@@ -171,8 +171,8 @@ def test_flops_of_products(out, left, right, rest, flops):
 )  # fmt: skip
 def test_shapes(shape, size, padded, in_hbm):
     text = f"HloModule one\n\nENTRY %main () -> {shape} {{\n  ROOT %x = {shape} custom-call()\n}}\n"
-    (found,) = hlo_parser.parse(text).computations["main"].instructions["x"].shapes
-    assert (found.size, found.padded, found.in_hbm) == (size, padded, in_hbm)
+    (parsed,) = hlo_parser.parse(text).computations["main"].instructions["x"].shapes
+    assert (parsed.size, parsed.padded, parsed.in_hbm) == (size, padded, in_hbm)
 
 
 @pytest.mark.parametrize(
