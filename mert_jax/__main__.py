@@ -8,7 +8,7 @@ from mert_jax import cli
 # the first line of each module's docstring is its description
 COMMANDS = (
     *("prepare", "fit_teacher", "train", "report", "convert", "extract", "make_tasks", "probe"),
-    *("plan", "plans"),
+    "plan",
 )
 
 

@@ -3,6 +3,9 @@
 Compiles the training step of a config for TPUs without having any and prints one JSON object:
 whether it fits, what a step computes, moves and sends, bounds on its time, and the compiler's own
 estimate. Needs the extra [plan] (the TPU compiler) and no TPU; `--topology=cpu:8` needs neither.
+
+With `--plans=a.json,b.json [--picture=scaling.png]`, prints such objects of TPUs side by side as a
+Markdown table instead; the picture shows memory and collectives against the number of chips.
 """
 
 import contextlib
@@ -13,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mert_jax import cli
-from mert_jax.planning import plan
+from mert_jax.planning import plan, table
 
 FLAGS = flags.FlagValues()
 
@@ -24,29 +27,33 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Devices, such as v5e:4x4, v4:2x2x4 or cpu:8.", flag_values=FLAGS
 )
 _CODES = flags.DEFINE_enum(
-    "codes",
-    None,
-    ["stored", "computed"],
+    *("codes", None, ["stored", "computed"]),
     "Source of an RVQ-VAE's codes (default: as the dataset, data.dir, has them).",
     flag_values=FLAGS,
 )
 _SEARCH = flags.DEFINE_bool(
-    "search",
-    False,
-    "Try meshes, micro-batches, remat policies and unrolling, and rank the results.",
+    *("search", False, "Try meshes, micro-batches, remat policies and unrolling, and rank them."),
     flag_values=FLAGS,
 )
 _HLO = flags.DEFINE_string(
     "hlo", None, "A file to write the text of the optimised program to.", flag_values=FLAGS
 )
+_PLANS = flags.DEFINE_list(
+    "plans", None, "Print a table of these outputs of plan; patterns allowed.", flag_values=FLAGS
+)
+_PICTURE = flags.DEFINE_string(
+    "picture", None, "A .png file to draw --plans into.", flag_values=FLAGS
+)
 
 
 def main() -> None:
-    """Print the plan."""
+    """Print a plan, or the table of several."""
+    if _PLANS.value:
+        table.print_table(_PLANS.value, _PICTURE.value)
+        return
+    config = cli.config_of(_CONFIG)
     with contextlib.redirect_stdout(sys.stderr):  # stdout holds the JSON object alone
-        result = plan.make_plan(
-            cli.config_of(_CONFIG), _TOPOLOGY.value, _CODES.value, _SEARCH.value, _HLO.value
-        )
+        result = plan.make_plan(config, _TOPOLOGY.value, _CODES.value, _SEARCH.value, _HLO.value)
     print(json.dumps(plan.rounded(result), indent=1), flush=True)
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("cli",),
 )
 COMMANDS = (
-    *("train", "prepare", "fit_teacher", "convert", "extract", "probe", "plan", "plans"),
+    *("train", "prepare", "fit_teacher", "convert", "extract", "probe", "plan"),
     *("report", "make_tasks", "__main__", "__init__"),
 )
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}

@@ -34,11 +34,10 @@ COLLECTIVES = tuple(
 def summary(text: str, frames: int | None = None, inside: str = "") -> dict[str, Any]:
     """Return the costs of one step on one device, from the text of its optimised HLO.
 
-    cycles; flops (of matrix products and convolutions only); hbm_bytes; collectives (see
-    `collectives`); loops; costliest_ops, costliest_lines, big_copies (HBM to HBM), the first TOP of
-    each; square_fp32 (float32 arrays in HBM of `frames` x `frames`, or rounded up); pallas_kernels
-    (how many run). Source lines are the innermost in files that begin with `inside`. Raises
-    ValueError for a text that is not HLO.
+    flops: of matrix products and convolutions only. collectives: see there. costliest_ops,
+    costliest_lines, big_copies (HBM to HBM): the first TOP. square_fp32_tensors: float32 arrays in
+    HBM of `frames` x `frames`, or rounded up. pallas_kernels: how many run. Source lines are the
+    innermost in files that begin with `inside`. Raises ValueError for a text that is not HLO.
     """
     module = hlo_parser.parse(text)
     runs, loops = hlo_parser.executed(module)
@@ -46,7 +45,7 @@ def summary(text: str, frames: int | None = None, inside: str = "") -> dict[str,
     exchanges = collectives(module, runs, source)
     cycles = [run.instruction.cycles * run.times for run in runs]
     traffic = [hbm_bytes(module, run) for run in runs]
-    # in XLA, a collective may be done bit by bit in fusions, whose own traffic is without it
+    # a collective may be done in pieces inside fusions, whose own traffic is counted without it
     fused = sum(x["bytes"] * x["times"] for x in exchanges if x["fused"])
 
     def describe(run: Run, **figures: Any) -> dict[str, Any]:
@@ -93,7 +92,7 @@ def summary(text: str, frames: int | None = None, inside: str = "") -> dict[str,
             if n
         ],
         "big_copies": sorted(copies, key=lambda copy: -copy["bytes"])[:TOP],
-        "square_fp32": [
+        "square_fp32_tensors": [
             describe(run, shape=f"{shape.dtype}{list(shape.dims)}", bytes=shape.padded)
             for run in runs
             if frames and not _is_free(run.instruction)

@@ -1,20 +1,48 @@
-"""Plans a config for devices that need not be present, for one setting or the best of several."""
+"""Plans a config for devices that need not be present: one setting, or the best of several."""
 
-from typing import Any
+import datetime
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from mert_jax import sharding
 from mert_jax.errors import UserError
-from mert_jax.planning import compile as compiling
-from mert_jax.planning import estimate, search
+from mert_jax.planning import compilation, estimate
 from mert_jax.pretraining import build
 
+Plan = dict[str, Any]
 # the columns of a search's table, beside the setting
 SEARCH_KEYS = (
     *("fits", "hbm_peak_gib", "estimated_step_time_s"),
     *("collective_bound_s", "estimated_mfu", "compile_s"),
 )
+
+
+class Setting(NamedTuple):
+    """Where and when an update is computed, which a search may change: the result is the same."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    remat: str
+    accumulation: int
+    unroll: int
+
+    def apply(self, config: ConfigDict) -> ConfigDict:
+        """Return a copy of `config` with this setting."""
+        config = config.copy_and_resolve_references()
+        config.mesh.update(data=self.data, fsdp=self.fsdp, tensor=self.tensor)
+        config.model.update(remat=self.remat, unroll=self.unroll)
+        config.accumulation = self.accumulation
+        return config
+
+
+Stage = Callable[[Setting], Iterator[Setting]]
 
 
 def make_plan(
@@ -23,7 +51,7 @@ def make_plan(
     codes: str | None = None,
     search_settings: bool = False,
     hlo_file: str | None = None,
-) -> dict[str, Any]:
+) -> Plan:
     """Return the plan of `config` on the devices of `topology`, such as "v5e:4x4" or "cpu:8".
 
     codes: "stored" or "computed", None to follow the dataset. search_settings: return the plan of
@@ -35,30 +63,95 @@ def make_plan(
         raise UserError("--topology=NAME is needed, such as --topology=v5e:4x4 or cpu:8")
     if hlo_file:
         try:
-            open(hlo_file, "w").close()  # fail now instead of after minutes of compiling
+            Path(hlo_file).write_text("")  # fail now instead of after minutes of compiling
         except OSError as e:
             raise UserError(f"--hlo={hlo_file} cannot be written: {e.strerror}") from e
-    target = compiling.make_topology(topology)
+    target = compilation.make_topology(topology)
 
-    def plan_one(config: ConfigDict) -> dict[str, Any]:
+    def plan_one(config: ConfigDict) -> Plan:
         print(f"compiling for {target.name}: minutes", flush=True)
-        compiled = compiling.compile_step(config, target.devices, codes or "")
+        compiled = compilation.compile_step(config, target.devices, codes or "")
         if hlo_file:
-            with open(hlo_file, "w") as file:
-                file.write(compiled.text)
+            Path(hlo_file).write_text(compiled.text)
         return estimate.make_plan(config, target, compiled)
 
     if not search_settings:
         return plan_one(config)
-    sizes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
-    mesh = sharding.make_mesh(*sizes, devices=target.devices)
-    ranked = search.search(
-        search.first(config, dict(mesh.shape)),
-        search.variants(config, mesh.size),
-        lambda setting: plan_one(setting.of(config)),
-    )
+    mesh = sharding.make_mesh(**config.mesh, devices=target.devices)
+    remat, unroll = config.model.remat, config.model.unroll
+    own = Setting(**mesh.shape, remat=remat, accumulation=config.accumulation, unroll=unroll)
+    stages = make_stages(config, mesh.size)
+    ranked = search(own, stages, lambda setting: plan_one(setting.apply(config)))
     rows = [setting._asdict() | {key: plan[key] for key in SEARCH_KEYS} for setting, plan in ranked]
     return ranked[0][1] | {"search": rows}
+
+
+def make_stages(config: ConfigDict, devices: int) -> list[Stage]:
+    """Return the stages of a search, each from a setting to those that differ in one respect."""
+    splits = (1, 2, 4, 8, 16)
+
+    def meshes(s: Setting) -> Iterator[Setting]:
+        for fsdp, tensor in ((1, 1), (devices, 1), (8, 1), (1, 2), (1, 4)):
+            if devices % (fsdp * tensor) == 0:
+                yield s._replace(data=devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
+
+    def accumulations(s: Setting) -> Iterator[Setting]:
+        possible = []
+        for accumulation in {*splits, *(s.accumulation * n for n in splits)}:
+            micro_batch, rest = divmod(config.batch_size, accumulation)
+            if not rest and not micro_batch % config.group and not micro_batch % (s.data * s.fsdp):
+                possible.append(accumulation)
+        # the four next to the config's own, since each takes minutes to compile
+        possible.sort(key=lambda n: abs(math.log(n / s.accumulation)))
+        return (s._replace(accumulation=n) for n in possible[:4])
+
+    def remats(s: Setting) -> Iterator[Setting]:
+        return (s._replace(remat=remat) for remat in ("none", "dots", "full"))
+
+    def unrolls(s: Setting) -> Iterator[Setting]:
+        return (s._replace(unroll=unroll) for unroll in (1, config.model.num_layers))
+
+    # first what decides whether a step fits: the times of one that does not are unknown
+    return [accumulations, meshes, remats, unrolls]
+
+
+def search(
+    start: Setting, stages: list[Stage], make: Callable[[Setting], Plan]
+) -> list[tuple[Setting, Plan]]:
+    """Return plans from the best to the worst, each stage going on from the best so far.
+
+    Those that fit come first, by the sum of estimated time and collectives, then the others, by the
+    memory they need. A setting that is impossible is left out; if all are, its UserError is raised.
+    """
+    plans: dict[Setting, Plan] = {}
+    errors: dict[Setting, UserError] = {}
+    begin = time.monotonic()
+
+    def best() -> Setting:
+        return min(plans, key=lambda setting: rank(plans[setting]), default=start)
+
+    for i, stage in enumerate([lambda setting: iter([setting]), *stages]):
+        settings = [s for s in dict.fromkeys(stage(best())) if s not in plans and s not in errors]
+        for j, setting in enumerate(settings):
+            left = len(settings) - j + sum(len(list(rest(best()))) - 1 for rest in stages[i:])
+            seconds = round(left * (time.monotonic() - begin) / max(len(plans), 1))
+            eta = datetime.timedelta(seconds=seconds) if plans else "?"
+            print(f"{len(plans)} plans, about {left} left, eta {eta}: {setting}", file=sys.stderr)
+            try:
+                plans[setting] = make(setting)
+            except UserError as e:
+                errors[setting] = e
+                print(f"  left out: {e}", file=sys.stderr)
+    if not plans:
+        raise errors[start]
+    return sorted(plans.items(), key=lambda pair: rank(pair[1]))
+
+
+def rank(plan: Plan) -> tuple[bool, float]:
+    """Return the sorting key of a plan, smaller for a better one."""
+    if not plan["fits"] or plan["estimated_step_time_s"] is None:
+        return not plan["fits"], plan["hbm_peak_gib"]
+    return False, plan["estimated_step_time_s"] + plan["collective_bound_s"]
 
 
 def rounded(value: Any) -> Any:

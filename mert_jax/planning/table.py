@@ -1,30 +1,21 @@
-"""Plans side by side: a Markdown table, and a picture of how they grow with the number of chips."""
+"""Plans side by side: a Markdown table, and a picture of their growth with the number of chips."""
 
 import glob
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib import figure, ticker
 
-from mert_jax import files
 from mert_jax.errors import UserError
+from mert_jax.files import atomic_write
 from mert_jax.hardware import GIB
 
 HEADINGS = (
-    "plan",
-    "chips",
-    "clips an update",
-    "a chip",
-    "step, ms",
-    "MFU",
-    "memory, GiB",
-    "traffic a clip, GB",
-    "matrix units, memory and links busy, %",
-    "run, days",
-    "clips/s a host",
-    "limit",
+    *("plan", "chips", "clips an update", "a chip", "step, ms", "MFU", "memory, GiB"),
+    *("traffic a clip, GB", "matrix units, memory and links busy, %", "run, days"),
+    *("clips/s a host", "limit"),
 )
 Plan = dict[str, Any]
 
@@ -34,14 +25,14 @@ def print_table(patterns: Sequence[str], picture: str | None = None) -> None:
     plans = [read_plan(path) for path in expand(patterns)]
     print("\n".join(table(plans)), flush=True)
     if picture:
-        with files.atomic_write(picture, replace=True) as path:
+        with atomic_write(picture, replace=True) as path:
             draw([plan for _, plan in plans]).savefig(path, format="png", dpi=130)
 
 
-def expand(patterns: Sequence[str]) -> list[str]:
+def expand(patterns: Iterable[str]) -> list[str]:
     """Return the files that the patterns match. Raises UserError for a pattern without a match."""
     paths = []
-    for pattern in patterns or [""]:
+    for pattern in patterns:
         matches = sorted(glob.glob(pattern))
         if not matches:
             raise UserError(f"--plans={pattern} matches no file; give the output of mert_jax.plan")
@@ -52,15 +43,14 @@ def expand(patterns: Sequence[str]) -> list[str]:
 def read_plan(path: str) -> tuple[str, Plan]:
     """Return the name and the plan of a file. Raises UserError if it is not a plan of a TPU."""
     try:
-        with open(path) as file:
-            plan = json.load(file)
+        plan = json.loads(Path(path).read_text())
         busy_shares(plan)
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise UserError(
             f"{path} is not a plan of a TPU ({e!r}); write one by python -m mert_jax.plan "
             f"--topology=v5e:2x4 ... > {path}"
         ) from e
-    return os.path.basename(path).removesuffix(".json"), plan
+    return Path(path).name.removesuffix(".json"), plan
 
 
 def busy_shares(plan: Plan) -> dict[str, float]:
@@ -81,8 +71,9 @@ def limit(plan: Plan) -> str:
     """
     if plan["hbm_peak_gib"] > 0.9 * plan["hbm_capacity_gib"]:
         return "memory"
-    name, share = max(busy_shares(plan).items(), key=lambda pair: pair[1])
-    return name if share > 0.5 else "vector units"
+    shares = busy_shares(plan)
+    busiest = max(shares, key=shares.get)
+    return busiest if shares[busiest] > 0.5 else "vector units"
 
 
 def table(plans: Iterable[tuple[str, Plan]]) -> list[str]:
@@ -94,14 +85,12 @@ def table(plans: Iterable[tuple[str, Plan]]) -> list[str]:
 def table_row(name: str, plan: Plan) -> list[str]:
     """Return the cells of a plan."""
     step = plan["estimated_step_time_s"]
-    clips = f"{plan['micro_batch_per_device']:g}"
-    if plan["accumulation"] > 1:
-        clips = f"{plan['accumulation']} x {clips}"
+    accumulation = f"{plan['accumulation']} x " if plan["accumulation"] > 1 else ""
     return [
         name,
         f"{plan['num_devices']} ({plan['topology']})",
         f"{plan['batch_size']}",
-        clips,
+        f"{accumulation}{plan['micro_batch_per_device']:g}",
         f"{1e3 * step:.{0 if step >= 0.1 else 1}f}",
         f"{plan['estimated_mfu']:.3f}",
         f"{plan['hbm_peak_gib']:.1f} of {plan['hbm_capacity_gib']:.4g}",
@@ -113,7 +102,7 @@ def table_row(name: str, plan: Plan) -> list[str]:
     ]
 
 
-# of the picture: a title, and the value of a plan
+# titles of the picture's panels, and the value of a plan in each
 PANELS: dict[str, Callable[[Plan], float]] = {
     "Memory of a chip, GiB": lambda plan: plan["hbm_peak_gib"],
     "Collectives a micro-batch and chip, GiB": lambda plan: (
@@ -139,8 +128,7 @@ def draw(plans: Sequence[Plan]) -> figure.Figure:
         label = f"{kind}, {flops} GFLOP a clip, {clips}, codes {plan['codes']}"
         lines.setdefault(label, []).append(plan)
     sizes = {label: [plan["num_devices"] for plan in line] for label, line in lines.items()}
-    several = {label: line for label, line in lines.items() if len(set(sizes[label])) > 1}
-    lines = several or lines
+    lines = {label: lines[label] for label in lines if len(set(sizes[label])) > 1} or lines
     chips = sorted({n for label in lines for n in sizes[label]})
     picture = figure.Figure((17, 4.2), layout="constrained")
     for axes, (title, value) in zip(picture.subplots(1, len(PANELS)), PANELS.items(), strict=True):

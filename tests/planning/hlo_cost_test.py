@@ -55,9 +55,9 @@ def test_the_summary_counts_loop_bodies_as_often_as_they_run():
     assert first["share"] == pytest.approx(0.8878, abs=1e-4)
     # the caller's line in the checkout, not the library's
     assert second["source"] == "mert_jax/model.py:126"
-    (square,) = found["square_fp32"]
+    (square,) = found["square_fp32_tensors"]
     assert (square["shape"], square["bytes"]) == ("f32[2, 16, 12, 374, 374]", 2 * SLICE)
-    assert hlo_cost.summary(STEP, frames=375)["square_fp32"] == []
+    assert hlo_cost.summary(STEP, frames=375)["square_fp32_tensors"] == []
 
 
 START = "%copy.1093 = s32[]{:T(128)S(6)} copy(%constant.4547.clone)"

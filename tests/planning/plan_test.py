@@ -1,4 +1,4 @@
-"""Plans: real ones for fake CPU devices and, where its compiler is installed, for a TPU."""
+"""Plans for fake CPU devices and, if the TPU compiler is installed, for a TPU."""
 
 import importlib.util
 import json
@@ -13,8 +13,8 @@ import pytest
 from mert_jax import hardware, sharding
 from mert_jax.constants import HOP_LENGTH
 from mert_jax.errors import UserError
-from mert_jax.planning import abstract_teachers, estimate, search
-from mert_jax.planning import compile as compiling
+from mert_jax.planning import abstract_teachers, compilation, estimate
+from mert_jax.planning.plan import SEARCH_KEYS, Setting, make_plan, make_stages, rank, search
 from mert_jax.pretraining import build
 from tests import small
 
@@ -23,6 +23,7 @@ KEYS = """topology num_devices mesh batch_size batch_hours accumulation clips_pe
     model_flops_per_step collective_bytes compute_bound_s memory_bound_s step_time_lower_bound_s
     days_lower_bound estimated_step_time_s estimated_mfu hbm_traffic_gb_per_clip costliest_ops
     square_fp32_tensors loops big_copies input_mb_per_s_per_host compile_s note""".split()
+START = Setting(data=8, fsdp=1, tensor=1, remat="none", accumulation=1, unroll=1)
 
 
 def command(*args: str) -> subprocess.CompletedProcess:
@@ -69,47 +70,47 @@ def test_a_mistake_is_one_line(flags, words):
     assert "Traceback" not in done.stderr
 
 
-def test_without_the_compiler_it_says_which_extra(monkeypatch):
+def test_without_the_compiler_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -e \.\[plan\]"):
-        compiling.make_topology("v5e:2x2")
+        compilation.make_topology("v5e:2x2")
 
 
 def test_codes_can_be_computed_on_many_devices():
-    """The codec's recurrent layers begin with zeros, which are the same on all of them."""
+    """The codec's recurrent layers begin with zeros, which are the same on all devices."""
     config = small.config(teachers=("rvq_vae",))
-    made = abstract_teachers.make(config, {})
-    objective = build.objective(config, build.student(config, made), made)
+    teachers = abstract_teachers.make(config, {})
+    objective = build.objective(config, build.student(config, teachers), teachers)
     wave = jax.ShapeDtypeStruct((8, 16_000), jnp.float32)
     with jax.set_mesh(sharding.make_mesh(-1, 1, 1)):
-        hear = jax.jit(objective.teachers["rvq_vae"])
-        assert hear.lower(made["rvq_vae"].params, wave).out_info.shape[::2] == (8, 8)
+        teacher = jax.jit(objective.teachers["rvq_vae"])
+        assert teacher.lower(teachers["rvq_vae"].params, wave).out_info.shape[::2] == (8, 8)
 
 
 @pytest.fixture(scope="module")
-def with_stored_codes():
-    """A plan of the student alone: codes come with the batch, and nothing is computed for them."""
+def stored_codes_step():
+    """The step of a student whose codes come with the batch, with the config and the plan."""
     config = small.config(teachers=("rvq_vae",), model__num_layers=4)
-    where = compiling.Topology("cpu:8", jax.devices(), None)
-    return config, where, compiling.compile_step(config, where.devices, "stored")
+    topology = compilation.Topology("cpu:8", jax.devices(), None)
+    compiled = compilation.compile_step(config, topology.devices, "stored")
+    return config, compiled, estimate.make_plan(config, topology, compiled)
 
 
-def test_flops_are_those_of_the_model_loops_included(with_stored_codes):
-    config, where, compiled = with_stored_codes
-    plan = estimate.make_plan(config, where, compiled)
+def test_flops_are_those_of_the_model_loops_included(stored_codes_step):
+    _, _, plan = stored_codes_step
     assert plan["codes"] == "stored"
     assert 4 in [loop["trips"] for loop in plan["loops"]]
     # three passes: convolution 0 has no gradient by the wave, but is computed again
     assert plan["flops_per_device"] * 8 == pytest.approx(plan["model_flops_per_step"], rel=0.03)
 
 
-def test_the_batch_is_what_the_stream_delivers(with_stored_codes):
-    config, where, compiled = with_stored_codes
+def test_the_batch_is_the_one_that_the_loader_delivers(stored_codes_step):
+    config, compiled, plan = stored_codes_step
     frames = -(-config.data.num_samples // HOP_LENGTH)
     assert compiled.batch["audio"].shape == (8, 16_000)
     assert compiled.batch["codes"]["rvq_vae"].shape == (8, frames, 8)
     size = 2 * 8 * 16_000 + 8 + 2 * 4 * 8 + 4 * 8 + 2 * 8 * frames * 8
-    assert estimate.make_plan(config, where, compiled)["input_mb_per_host"] == size / 1e6
+    assert plan["input_mb_per_host"] == size / 1e6
 
 
 @pytest.mark.parametrize("name", ["rvq_vae", "kmeans", "mel_rvq"])
@@ -124,43 +125,44 @@ def test_a_teacher_without_a_checkpoint_is_its_shapes(name):
     assert teacher.size == {"kmeans": 300}.get(name, 1024)
 
 
-def made_up(**costs):
-    """A compiled step of eight v5e chips whose text is replaced by `costs`."""
-    found = dict(cycles=0, flops=0.0, hbm_bytes=0, collectives=[], loops=[], costliest_ops=[],
-                 costliest_lines=[], big_copies=[], square_fp32=[], pallas_kernels=0)  # fmt: skip
-    return estimate._costs(
-        SimpleNamespace(batch_size=128, total_steps=86_400),
-        found | costs,
-        hardware.TPUS["v5e"],
-        devices=8,
-        model_flops=8 * 197e12 * 0.01,
-    )
+def costs_on_v5e(**figures):
+    """Estimate the costs on eight v5e chips of a step with these figures."""
+    summary = dict(cycles=0, flops=0.0, hbm_bytes=0, collectives=[]) | figures
+    config = SimpleNamespace(batch_size=128, total_steps=86_400)
+    model_flops = 8 * 197e12 * 0.01
+    return estimate.estimate_costs(config, summary, hardware.TPUS["v5e"], 8, model_flops)
 
 
 def test_bounds_and_estimates():
     reduce = dict(kind="all-reduce", bytes=100e6, group=8, times=2, source="model.py:1")
-    found = made_up(cycles=30e6, flops=197e10, hbm_bytes=819e7, collectives=[reduce])
-    assert found["compute_bound_s"] == pytest.approx(0.01)
-    assert found["memory_bound_s"] == pytest.approx(0.01)
-    assert found["collective_bound_s"] == pytest.approx(2 * 2 * 7 / 8 * 100e6 / 200e9)
-    assert found["step_time_lower_bound_s"] == pytest.approx(0.01)
-    assert found["days_lower_bound"] == pytest.approx(0.01)
-    assert found["estimated_step_time_s"] == pytest.approx(0.02)  # 30 M cycles at 1.5 GHz
-    assert found["estimated_mfu"] == pytest.approx(0.5)
-    assert found["hbm_traffic_gb_per_clip"] == pytest.approx(8.19 / 16)
-    assert found["collective_bytes"] == {"all-reduce": 200e6}
-    # where memory is slower than the sum of the cycles, it counts
-    assert made_up(cycles=30e6, hbm_bytes=819e9)["estimated_step_time_s"] == pytest.approx(1.0)
+    costs = costs_on_v5e(cycles=30e6, flops=197e10, hbm_bytes=819e7, collectives=[reduce])
+    assert costs.pop("collective_bytes") == {"all-reduce": 200e6}
+    assert costs == pytest.approx(
+        {
+            "flops_per_device": 197e10,
+            "compute_bound_s": 0.01,
+            "memory_bound_s": 0.01,
+            "collective_bound_s": 2 * 2 * 7 / 8 * 100e6 / 200e9,
+            "step_time_lower_bound_s": 0.01,
+            "days_lower_bound": 0.01,
+            "estimated_step_time_s": 0.02,  # 30 M cycles at 1.5 GHz
+            "estimated_days": 0.02,
+            "estimated_mfu": 0.5,
+            "hbm_traffic_gb_per_clip": 8.19 / 16,
+        }
+    )
+    # memory traffic counts if it takes longer than the cycles
+    costs = costs_on_v5e(cycles=30e6, hbm_bytes=819e9)
+    assert costs["estimated_step_time_s"] == pytest.approx(1.0)
 
 
 def test_the_biggest_collectives_are_sums_by_line():
-    moved = [
-        ("all-reduce", 3, 2, "a.py:1"),
-        ("all-reduce", 5, 1, "a.py:1"),
-        ("all-gather", 9, 1, ""),
+    exchanges = [
+        dict(kind="all-reduce", bytes=3, times=2, source="a.py:1"),
+        dict(kind="all-reduce", bytes=5, times=1, source="a.py:1"),
+        dict(kind="all-gather", bytes=9, times=1, source=""),
     ]
-    found = [dict(kind=k, bytes=size, times=n, source=line) for k, size, n, line in moved]
-    assert estimate._biggest(found) == [
+    assert estimate.biggest_collectives(exchanges) == [
         dict(kind="all-reduce", source="a.py:1", bytes=11),
         dict(kind="all-gather", source="?", bytes=9),
     ]
@@ -174,8 +176,8 @@ def test_the_biggest_collectives_are_sums_by_line():
         ("INTERNAL: something else (3.0G)", 0),
     ],
 )
-def test_what_does_not_fit(error, size):
-    assert compiling._used_hbm(error) == size
+def test_the_memory_of_a_step_that_does_not_fit(error, size):
+    assert compilation._used_hbm(error) == size
 
 
 def test_chips_by_the_names_that_jax_has_for_them():
@@ -188,9 +190,7 @@ def test_chips_by_the_names_that_jax_has_for_them():
         assert round(units / 2**16) == pytest.approx(units / 2**16, rel=0.01)
 
 
-def test_a_search_ranks_what_fits_and_stops_at_the_best_of_each_stage(capsys):
-    config = small.config(batch_size=64)
-    start = search.Setting(8, 1, 1, "none", 1, 1)
+def test_a_search_ranks_plans_and_follows_the_best_of_each_stage(capsys):
     tried = []
 
     def plan(setting):
@@ -198,56 +198,69 @@ def test_a_search_ranks_what_fits_and_stops_at_the_best_of_each_stage(capsys):
         if setting.tensor == 4:
             raise UserError("heads cannot be split so")
         clips = 64 // setting.accumulation
+        # the best: 2 ways of `tensor`, no recomputation, unrolled layers
+        time = 8 - setting.tensor + (setting.remat != "none") - setting.unroll
         return {
             "fits": clips <= 32 or setting.remat == "full",
             "hbm_peak_gib": clips,
-            # of the meshes (2 ways of `tensor`) is best, then no recomputation, then unrolling
-            "estimated_step_time_s": 8
-            - setting.tensor
-            + (setting.remat != "none")
-            - setting.unroll,
+            "estimated_step_time_s": time,
             "collective_bound_s": setting.fsdp,
         }
 
-    found = search.search(start, search.variants(config, 8), plan)
-    best, _ = found[0]
-    assert best == search.Setting(4, 1, 2, "none", 2, 2)
-    assert len(tried) == len(set(tried)) == len(found) + 1
-    assert [p["fits"] for _, p in found] == sorted((p["fits"] for _, p in found), reverse=True)
-    said = capsys.readouterr().err
-    assert "eta" in said
-    assert "heads cannot be split so" in said
+    ranked = search(START, make_stages(small.config(batch_size=64), 8), plan)
+    assert ranked[0][0] == Setting(4, 1, 2, "none", 2, 2)
+    assert len(tried) == len(set(tried)) == len(ranked) + 1
+    assert [p["fits"] for _, p in ranked] == sorted((p["fits"] for _, p in ranked), reverse=True)
+    printed = capsys.readouterr().err
+    assert "eta" in printed
+    assert "heads cannot be split so" in printed
 
 
-def test_a_search_goes_on_from_a_setting_that_cannot_be():
+def test_a_search_starts_from_a_setting_that_is_impossible():
     def plan(setting):
         if setting.accumulation != 4:
             raise UserError(f"accumulation {setting.accumulation} cannot be")
         return dict(fits=True, hbm_peak_gib=1, estimated_step_time_s=1, collective_bound_s=0)
 
-    stages = search.variants(small.config(batch_size=64), 8)
-    (best, _), *_ = search.search(search.Setting(8, 1, 1, "none", 1, 1), stages, plan)
+    (best, _), *_ = search(START, make_stages(small.config(batch_size=64), 8), plan)
     assert best.accumulation == 4
     with pytest.raises(UserError, match="accumulation 1 cannot be"):
-        search.search(search.Setting(8, 1, 1, "none", 1, 1), [], plan)
+        search(START, [], plan)
 
 
 def test_time_between_devices_counts_in_a_search():
-    plan = lambda time, moved, fits=True: {
-        "fits": fits, "hbm_peak_gib": 9, "estimated_step_time_s": time, "collective_bound_s": moved
-    }  # fmt: skip
-    plans = [plan(2, 1), plan(1, 3), plan(1, 0, fits=False), plan(None, None, fits=False)]
-    assert sorted(plans, key=search.rank) == plans
-    assert search.rank(plan(None, None)) < search.rank(plans[2])
+    names = ("fits", "estimated_step_time_s", "collective_bound_s")
+    figures = [(True, 2, 1), (True, 1, 3), (False, 1, 0), (False, None, None)]
+    plans = [dict(zip(names, row, strict=True), hbm_peak_gib=9) for row in figures]
+    assert sorted(plans, key=rank) == plans
+    assert rank(plans[3] | {"fits": True}) < rank(plans[2])  # on a CPU, times are unknown
 
 
-def test_a_setting_changes_the_config_it_is_of():
+def test_a_setting_changes_only_its_copy_of_the_config():
     config = small.config()
-    changed = search.Setting(2, 4, 1, "full", 4, 2).of(config)
+    changed = Setting(2, 4, 1, "full", 4, 2).apply(config)
     assert dict(changed.mesh) == {"data": 2, "fsdp": 4, "tensor": 1}
     assert (changed.model.remat, changed.model.unroll, changed.accumulation) == ("full", 2, 4)
     assert config.model.remat == "none"
-    assert search.first(changed, dict(changed.mesh)).of(config) == changed
+
+
+def test_a_search_begins_with_the_settings_of_the_config(monkeypatch):
+    topology = compilation.Topology("cpu:8", jax.devices(), None)
+    monkeypatch.setattr(compilation, "make_topology", lambda name: topology)
+    monkeypatch.setattr(compilation, "compile_step", lambda config, devices, codes: None)
+    configs = []
+
+    def make(config, topology, compiled):
+        configs.append(config)
+        return dict.fromkeys(SEARCH_KEYS) | {"fits": False, "hbm_peak_gib": len(configs)}
+
+    monkeypatch.setattr(estimate, "make_plan", make)
+    config = Setting(2, 2, 2, "full", 2, 2).apply(small.config(batch_size=16))
+    plan = make_plan(config, "cpu:8", search_settings=True)
+    assert configs[0] == config
+    assert plan["hbm_peak_gib"] == 1  # the least memory
+    assert [row["hbm_peak_gib"] for row in plan["search"]] == list(range(1, len(configs) + 1))
+    assert plan["search"][0].items() >= {"data": 2, "remat": "full", "accumulation": 2}.items()
 
 
 @pytest.mark.skipif(

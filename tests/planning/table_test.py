@@ -19,7 +19,7 @@ def plan():
     return json.loads((FOLDER / "95m_v5e-8.json").read_text())
 
 
-def test_the_readme_has_the_table_of_the_plans():
+def test_the_docs_have_the_table_of_the_plans():
     named = [table.read_plan(str(path)) for path in FOLDER.glob("*.json")]
     lines = set(PAGE.read_text().splitlines())
     assert [line for line in table.table(named) if line not in lines] == []
@@ -51,7 +51,7 @@ def test_limit(plan, changes, limit):
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "mert_jax.plans", *arguments], capture_output=True, text=True
+        [sys.executable, "-m", "mert_jax.plan", *arguments], capture_output=True, text=True
     )
 
 
