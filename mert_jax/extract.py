@@ -21,55 +21,34 @@ from mert_jax.extraction.embedder import EmbeddingSettings
 
 FLAGS = flags.FlagValues()
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint",
-    None,
-    "Workdir, Hugging Face directory or fairseq file.",
-    required=True,
-    flag_values=FLAGS,
+    "checkpoint", None, "Workdir, Hugging Face directory or fairseq file.", flag_values=FLAGS
 )
 _INPUT = flags.DEFINE_multi_string(
-    "input",
-    None,
-    "Directories and audio files; repeat the flag or use commas.",
-    required=True,
-    flag_values=FLAGS,
+    "input", None, "Folders and audio files; repeat the flag or use commas.", flag_values=FLAGS
 )
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "Directory of the results.", required=True, flag_values=FLAGS
-)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder of the results.", flag_values=FLAGS)
 _LAYERS = flags.DEFINE_string(
     "layers", "all", "Hidden states: all, 7 or 0,7,12; 0 is the encoder's input.", flag_values=FLAGS
 )
 _POOL = flags.DEFINE_enum(
-    "pool", "none", ["none", "mean"], "Mean over time, or every frame.", flag_values=FLAGS
+    "pool", "none", ["none", "mean"], "Every frame, or the mean over time.", flag_values=FLAGS
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "float16"], "Type of the hidden states.", flag_values=FLAGS
 )
 _CHUNK_SECONDS = flags.DEFINE_float(
-    "chunk_seconds",
-    60.0,
-    "Longer files are embedded in overlapping chunks of this length.",
-    1,
-    flag_values=FLAGS,
+    "chunk_seconds", 60.0, "Length of the overlapping chunks of longer files.", 1, flag_values=FLAGS
 )
 _CONTEXT_SECONDS = flags.DEFINE_float(
-    "context_seconds",
-    2.0,
-    "Audio before and after each frame of a chunk, at least.",
-    0,
-    flag_values=FLAGS,
+    "context_seconds", 2.0, "Least audio around each frame of a chunk.", 0, flag_values=FLAGS
 )
 _WINDOW_SECONDS = flags.DEFINE_float(
-    "window_seconds",
-    0.0,
-    "Embed windows of this length as separate recordings; 0: whole files.",
-    0,
-    flag_values=FLAGS,
+    "window_seconds", 0.0, "Windows that count as recordings; 0: none.", 0, flag_values=FLAGS
 )
 _BATCH_SECONDS = flags.DEFINE_float(
     "batch_seconds", 60.0, "Audio in a batch of a device; more may be faster.", 1, flag_values=FLAGS
 )
+flags.mark_flags_as_required(["checkpoint", "input", "output"], FLAGS)
 
 
 def _layer_numbers(text: str) -> tuple[int, ...]:

@@ -4,23 +4,25 @@ import collections
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from mert_jax import files, progress
+from mert_jax import progress
 from mert_jax.data.decoding import SkippedFile
 from mert_jax.data.preparation.sources import SourceFile, SourceList, find_sources
 from mert_jax.errors import UserError
 from mert_jax.extraction.embedder import Embedder, EmbeddingSettings, Model, load
-from mert_jax.extraction.run import ExtractionRun
-from mert_jax.extraction.table import write_table
-from mert_jax.files import JsonlFile, read_jsonl
+from mert_jax.extraction.file_runner import FileRunner
+from mert_jax.files import JsonlFile, Row, atomic_write, directory_lock, read_jsonl
 
 SETTINGS, FILES, REPORT, TABLE = "settings.json", "files.jsonl", "report.json", "features.parquet"
 NOT_AUDIO = "not audio"  # reason of `find_sources` for a file whose suffix is not an audio format's
 MAX_PRINTED = 20  # failures that the summary prints
+TABLE_ROWS = 1024  # of the Parquet table that are in memory at a time
 
 
 def extract(
@@ -36,7 +38,7 @@ def extract(
         raise UserError(f"no audio in the {len(sources.left_out)} files of {','.join(inputs)}")
     model = load(checkpoint)
     try:
-        with files.directory_lock(output):
+        with directory_lock(output):
             return _extract(model, sources, output, settings, np.dtype(dtype))
     except OSError as e:
         raise UserError(
@@ -50,17 +52,14 @@ def _extract(
 ) -> dict[str, Any]:
     embedder = Embedder(model, settings)
     recorded = {"model": model.fingerprint, "dtype": dtype.name, **settings._asdict()}
-    recorded |= {"layers": list(embedder.layers)}
+    recorded["layers"] = list(embedder.layers)
     del recorded["batch"]  # changes the results by rounding only
     _check_settings(output, recorded)
     names = output_names([source.name for source in sources.sources])
     names = dict(zip(sources.sources, names, strict=True))
     rows, failed = _embed(embedder, output, names, dtype)
     if settings.pool == "mean" and rows:
-        rows.sort(key=lambda row: row["name"])
-        with files.atomic_write(os.path.join(output, TABLE), replace=True) as path:
-            write_table(path, _means(rows, output), embedder.layers)
-    not_audio = [name for name, reason, _ in sources.left_out if reason == NOT_AUDIO]
+        _write_table(sorted(rows, key=lambda row: row["name"]), output, embedder.layers)
     failures = [row for row in sources.left_out if row[1] != NOT_AUDIO]
     failures += sorted((source.name, e.reason, e.detail) for source, e in failed.items())
     report = {
@@ -68,11 +67,11 @@ def _extract(
         "embedded": len(rows),
         "seconds": sum(row["seconds"] for row in rows),
         "failed": [dict(zip(("name", "reason", "detail"), x, strict=True)) for x in failures],
-        "not_audio": not_audio,
+        "not_audio": [name for name, reason, _ in sources.left_out if reason == NOT_AUDIO],
         "upsampled": [row["name"] for row in rows if row["sample_rate"] < model.sample_rate],
         "settings": recorded,
     }
-    _write_json(os.path.join(output, REPORT), report, replace=True)
+    _write_json(os.path.join(output, REPORT), report)
     if not rows:
         raise UserError(f"none of {len(failures)} files can be used; {': '.join(failures[0])}")
     return report
@@ -80,45 +79,43 @@ def _extract(
 
 def _embed(
     embedder: Embedder, output: str, names: dict[SourceFile, str], dtype: np.dtype
-) -> tuple[list[dict[str, Any]], dict[SourceFile, SkippedFile]]:
+) -> tuple[list[Row], dict[SourceFile, SkippedFile]]:
     """Embed what is not finished; return the rows of all embedded files, and the failures."""
-    finished = {row["path"]: row for row in read_jsonl(os.path.join(output, FILES))}
-    todo = [x for x, name in names.items() if not _is_finished(x, name, finished, output)]
-    unfinished = set(todo)
-    rows = [finished[source.path] for source in names if source not in unfinished]
+    log = os.path.join(output, FILES)
+    finished = {row["path"]: row for row in read_jsonl(log)}
+    rows, todo, failed = [], [], {}
+    for source, name in names.items():
+        row = finished.get(source.path)
+        same = row and (row["size"], row["mtime_ns"], row["output"]) == (*source[2:], name)
+        if same and os.path.exists(os.path.join(output, name)):
+            rows.append(row)
+        else:
+            todo.append(source)
     if rows:
         progress.note(f"{len(rows)} of {len(names)} files are done already")
-    failed: dict[SourceFile, SkippedFile] = {}
     staging = os.path.join(output, ".staging")
     shutil.rmtree(staging, ignore_errors=True)
     os.makedirs(staging)
-    log = JsonlFile(os.path.join(output, FILES), lambda row: True)
+    log, seconds_done = JsonlFile(log, lambda row: True), 0.0
     with progress.bar("embedding", sum(source.size for source in todo), "B") as bar:
-        advance = _Advance(bar)
-        run = ExtractionRun(embedder, output, staging, names, dtype, advance)
+
+        def on_progress(size: float, seconds: float) -> None:
+            nonlocal seconds_done
+            seconds_done += seconds
+            speed = seconds_done / max(bar.format_dict["elapsed"], 1e-3)
+            bar.set_postfix_str(f"{len(rows)} files, {speed:.1f}x real time", refresh=False)
+            bar.update(size)
+
+        run = FileRunner(embedder, output, staging, names, dtype, on_progress)
         for source, outcome in run(todo):
             if isinstance(outcome, SkippedFile):
                 failed[source] = outcome
             else:
                 log.write(outcome)
                 rows.append(outcome)
-            advance.files += 1
     log.close()
     shutil.rmtree(staging)
     return rows, failed
-
-
-class _Advance:
-    """Moves a progress bar of bytes, and shows the files and the speed beside it."""
-
-    def __init__(self, bar):
-        self._bar, self._bytes, self._seconds, self.files = bar, 0.0, 0.0, 0
-
-    def __call__(self, size: float, seconds: float) -> None:
-        self._bytes, self._seconds = self._bytes + size, self._seconds + seconds
-        speed = self._seconds / max(self._bar.format_dict["elapsed"], 1e-3)
-        self._bar.set_postfix_str(f"{self.files} files, {speed:.1f}x real time", refresh=False)
-        self._bar.update(round(self._bytes) - self._bar.n)
 
 
 def output_names(names: Sequence[str]) -> list[str]:
@@ -140,7 +137,7 @@ def output_names(names: Sequence[str]) -> list[str]:
 def _check_settings(output: str, settings: dict[str, Any]) -> None:
     path = os.path.join(output, SETTINGS)
     if not os.path.exists(path):
-        _write_json(path, settings, replace=False)
+        _write_json(path, settings)
         return
     with open(path) as file:
         before = json.load(file)
@@ -152,33 +149,42 @@ def _check_settings(output: str, settings: dict[str, Any]) -> None:
             )
 
 
-def _is_finished(source: SourceFile, name: str, finished: dict[str, Any], output: str) -> bool:
-    row = finished.get(source.path)
-    same = row and (row["size"], row["mtime_ns"], row["output"]) == (*source[2:], name)
-    return bool(same and os.path.exists(os.path.join(output, name)))
+def _write_table(rows: list[Row], output: str, layers: Sequence[int]) -> None:
+    """Write the mean hidden states of all files as vectors, a column `layer_L` for each layer."""
+    columns = ("name", "seconds", "frames")
+    writer = None
+    with atomic_write(os.path.join(output, TABLE), replace=True) as path:
+        for start in range(0, len(rows), TABLE_ROWS):
+            group, states = rows[start : start + TABLE_ROWS], []
+            for row in group:
+                with np.load(os.path.join(output, row["output"])) as arrays:
+                    states.append(arrays["hidden_states"])
+            arrays = {name: pa.array([row[name] for row in group]) for name in columns}
+            for layer, vectors in zip(layers, np.stack(states, 1), strict=True):
+                flat = pa.array(vectors.reshape(-1))
+                vectors = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[-1])
+                arrays[f"layer_{layer}"] = vectors
+            batch = pa.table(arrays)
+            writer = writer or pq.ParquetWriter(path, batch.schema)
+            writer.write_table(batch)
+        writer.close()
 
 
-def _means(rows: list[dict[str, Any]], output: str) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    for row in rows:
-        with np.load(os.path.join(output, row["output"])) as arrays:
-            yield {k: row[k] for k in ("name", "seconds", "frames")}, arrays["hidden_states"]
-
-
-def _write_json(path: str, value: Any, replace: bool) -> None:
-    with files.atomic_write(path, replace=replace) as temporary, open(temporary, "w") as file:
+def _write_json(path: str, value: Any) -> None:
+    with atomic_write(path, replace=True) as temporary, open(temporary, "w") as file:
         json.dump(value, file, indent=1)
 
 
 def summary(report: dict[str, Any], output: str) -> str:
     """Return the report in a few lines."""
-    hours = report["seconds"] / 3600
+    hours, upsampled = report["seconds"] / 3600, report["upsampled"]
     lines = [
         f"{report['embedded']} of {report['files']} files ({hours:.2f} h) embedded in {output}"
     ]
-    if report["upsampled"]:
+    if upsampled:
         lines.append(
-            f"  {len(report['upsampled'])} have a lower sample rate than the model's, and lack the "
-            f"high frequencies; first {report['upsampled'][0]}"
+            f"  {len(upsampled)} have a lower sample rate than the model's, and lack the high "
+            f"frequencies; first {upsampled[0]}"
         )
     if report["not_audio"]:
         lines.append(f"  {len(report['not_audio'])} are not audio, by their names")

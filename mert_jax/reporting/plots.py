@@ -1,4 +1,4 @@
-"""The curves of a run: rows of metrics.jsonl -> panels -> a picture.
+"""Curves of a run: rows of metrics.jsonl -> panels -> a picture.
 
 Shapes: R rows, K codebooks.
 """
@@ -33,45 +33,47 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One plot; the first `books` lines are those of codebooks; the axis of y is "zero" (linear,
-    from 0), "log", "codes" (logarithmic, from one code) or as the values are."""
+    """One plot: a thin line for each of its `codebooks`, and other lines above them.
+
+    axis of y: "zero" (from 0), "log", "codes" (logarithmic, from one code), "" (as the values are).
+    """
 
     title: str
     unit: str
     lines: list[Line]
     axis: str = ""
-    books: int = 0
+    codebooks: tuple[Line, ...] = ()
 
 
 def series(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [R] and values [R, K] of the rows that have `name`; K is 1 for a plain number.
+    """Return steps [R] and values [R, K] of the rows that have `name`, K = 1 for a plain number.
 
-    What is null or not finite becomes NaN. Raises UserError for anything but numbers.
+    null and infinity become NaN. Raises UserError for values that are not numbers.
     """
-    # a rate of 0 is that of the first row, which has compilation in it
-    have = [row for row in rows if name in row and (name != SPEED or row[name])]
+    # a rate of 0 is that of the first row, which includes compilation
+    rows = [row for row in rows if name in row and (name != SPEED or row[name])]
     try:
-        values = np.array([row[name] for row in have], np.float64)
+        values = np.array([row[name] for row in rows], np.float64)
     except (TypeError, ValueError) as e:
-        raise UserError(f"metrics.jsonl: {name} is not as many numbers everywhere") from e
+        raise UserError(f"metrics.jsonl: {name} is not as many numbers in every row") from e
     values = np.where(np.isfinite(values), values, np.nan)
-    return np.array([row["step"] for row in have]), values if values.ndim > 1 else values[:, None]
+    return np.array([row["step"] for row in rows]), values if values.ndim > 1 else values[:, None]
 
 
 def curve(steps: np.ndarray, values: np.ndarray, label, color, width=1.3, dash="-") -> Line:
-    """`values` [R] as a Line of at most POINTS means."""
+    """Return `values` [R] as a Line of at most POINTS means."""
     if len(steps) <= POINTS:
         return Line(label, color, width, dash, steps, values)
     edges = np.linspace(0, len(steps), POINTS + 1).astype(int)[:-1]
-    known = np.add.reduceat(~np.isnan(values), edges, dtype=float)
-    known[known == 0] = np.nan
-    mean = np.add.reduceat(np.nan_to_num(values), edges) / known
+    counts = np.add.reduceat(~np.isnan(values), edges, dtype=float)
+    counts[counts == 0] = np.nan
+    means = np.add.reduceat(np.nan_to_num(values), edges) / counts
     low, high = np.fmin.reduceat(values, edges), np.fmax.reduceat(values, edges)
-    return Line(label, color, width, dash, steps[edges], mean, low, high)
+    return Line(label, color, width, dash, steps[edges], means, low, high)
 
 
 def panels(rows: list[dict[str, Any]]) -> list[Panel]:
-    """What there is to plot, in reading order; a panel without any number is left out."""
+    """Return the panels of a run in reading order, without those that have no number."""
     names = list(dict.fromkeys(name for row in rows for name in row))
 
     def mean(name: str, *style) -> list[Line]:
@@ -85,31 +87,32 @@ def panels(rows: list[dict[str, Any]]) -> list[Panel]:
     def books(title: str, unit: str, name: str, axis: str, *extra: Line) -> Panel:
         steps, values = series(rows, name)
         shades = colormaps["viridis"](np.linspace(0, 0.9, values.shape[1]))
-        lines = [curve(steps, v, "_", shades[k], 1.1) for k, v in enumerate(values.T)]
-        return Panel(title, unit, [*lines, *extra], axis, len(lines))
+        pairs = zip(values.T, shades, strict=True)
+        lines = tuple(curve(steps, v, "_", shade, 1.1) for v, shade in pairs)
+        return Panel(title, unit, list(extra), axis, lines)
 
     def datasets() -> list[Line]:
         name = "validation_losses"
-        have = [row for row in rows if name in row]
-        most = max((len(row[name]) for row in have), default=0)  # one may have come later
-        padded = [row | {name: row[name] + [None] * (most - len(row[name]))} for row in have]
+        validated = [row for row in rows if name in row]
+        most = max((len(row[name]) for row in validated), default=0)  # one may have come later
+        padded = [row | {name: row[name] + [None] * (most - len(row[name]))} for row in validated]
         steps, values = series(padded, name)
         return [
             curve(steps, v, f"dataset {k + 1}", OTHERS[k % len(OTHERS)], 1.8)
             for k, v in enumerate(values.T[:most])
         ]
 
-    codes = both("loss_codes")
+    code_losses = both("loss_codes")
     for i, name in enumerate(name for name in names if name.startswith("loss_codes_")):
-        codes += mean(name, name.removeprefix("loss_codes_"), OTHERS[i % len(OTHERS)])
+        code_losses += mean(name, name.removeprefix("loss_codes_"), OTHERS[i % len(OTHERS)])
     prefix = "validation_" if "validation_masked_accuracy" in names else ""
     kind = "validation" if prefix else "training"
     accuracy = mean(f"{prefix}masked_accuracy", f"mean, {kind}", VALIDATION, 2.6)
     guess = mean(f"{prefix}majority_accuracy", "most frequent code", BASELINE, 1.8, "--")
-    made = [
+    candidates = [
         Panel("Loss", "a masked frame", both("loss")),
         Panel("Validation loss of each dataset", "in the order of data.dir", datasets()),
-        Panel("Loss of the codes", "nats, all codebooks", codes),
+        Panel("Loss of the codes", "nats, all codebooks", code_losses),
         *(
             Panel(f"Loss of {name.removeprefix('loss_')}", "squared error", both(name))
             for name in names
@@ -124,21 +127,26 @@ def panels(rows: list[dict[str, Any]]) -> list[Panel]:
         Panel("Model FLOPs utilisation", "share of peak", mean("mfu", "", TRAIN), "zero"),
         Panel("Speed", "seconds of audio a second", mean(SPEED, "", TRAIN), "zero"),
     ]
-    return [p for p in made if any(np.isfinite(line.values).any() for line in p.lines)]
+    return [
+        panel
+        for panel in candidates
+        if any(np.isfinite(line.values).any() for line in (*panel.codebooks, *panel.lines))
+    ]
 
 
 def draw(axes: Any, panel: Panel, last_step: int) -> None:
-    """Draw `panel` on matplotlib `axes`, steps from 0 to `last_step`."""
-    for i, line in enumerate(panel.lines):
+    """Draw a panel on matplotlib axes, steps from 0 to `last_step`."""
+    lines = [*panel.codebooks, *panel.lines]
+    for i, line in enumerate(lines):
         # a single point has no line
         marker = dict(marker="o", ms=2 + line.width) if len(line.steps) <= 40 else {}
-        style = dict(color=line.color, lw=line.width, ls=line.dash, **marker)
-        axes.plot(line.steps, line.values, label=line.label, zorder=3 + (i >= panel.books), **style)
-        if line.low is not None and not panel.books:
+        style = dict(color=line.color, lw=line.width, ls=line.dash, label=line.label, **marker)
+        axes.plot(line.steps, line.values, zorder=3 + (i >= len(panel.codebooks)), **style)
+        if line.low is not None and not panel.codebooks:
             axes.fill_between(line.steps, line.low, line.high, color=line.color, alpha=0.2, lw=0)
-    values = np.concatenate([line.values for line in panel.lines])
+    values = np.concatenate([line.values for line in lines])
     low, high = np.nanmin(values), np.nanmax(values)
-    # a logarithm shows no more of a narrow range, and has hardly a tick there
+    # a logarithmic axis has hardly a tick in a narrow range
     narrow = {"log": 3, "": 30}.get(panel.axis, math.inf)
     if panel.axis == "codes" or (low > 0 and high > narrow * low):
         axes.set_yscale("log")
@@ -147,11 +155,11 @@ def draw(axes: Any, panel: Panel, last_step: int) -> None:
         axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     if panel.axis == "codes":
-        axes.set_ylim(0.9, max(10, 1.5 * high))  # down to one code, which is collapse
+        axes.set_ylim(0.9, max(10, 1.5 * high))  # down to one code, that is collapse
     if panel.axis == "zero":
         axes.set_ylim(bottom=0)
-    if panel.books:
-        shades = np.array([line.color for line in panel.lines[: panel.books]])
+    if panel.codebooks:
+        shades = np.array([line.color for line in panel.codebooks])
         key = axes.inset_axes((1.02, 0, 0.025, 1))
         key.imshow(shades[:, None], aspect="auto", origin="lower")
         key.set_title("codebook", loc="right", fontsize=8.5)
@@ -160,7 +168,7 @@ def draw(axes: Any, panel: Panel, last_step: int) -> None:
         key.tick_params(labelsize=8, length=0)
         key.set_xticks([])
         key.spines[:].set_visible(False)
-    if len(panel.lines) > max(1, panel.books):
+    if len(panel.lines) > (0 if panel.codebooks else 1):
         axes.legend(fontsize=8, framealpha=0.7, edgecolor="none")
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
     axes.set(xlim=(0, last_step * 1.02), xlabel="step", ylabel=panel.unit)
@@ -174,19 +182,19 @@ def draw(axes: Any, panel: Panel, last_step: int) -> None:
 
 
 def png(
-    made: list[Panel], last_step: int, title: str = "", columns: int = 3, width: float = 5.2
+    panels: list[Panel], last_step: int, title: str = "", columns: int = 3, width: float = 5.2
 ) -> bytes:
-    """The panels as one picture, each `width` inches wide; the last one fills its row."""
-    count = -(-len(made) // columns)
+    """Return a picture of panels, each `width` inches wide; the last one fills its row."""
+    count = -(-len(panels) // columns)
     heights = [1.0] * count
-    if len(made) % columns == 1 < columns:
+    if len(panels) % columns == 1 < columns:
         heights[-1] = 0.6  # one wide panel needs no more
     size = (width * columns, 0.66 * width * sum(heights) + 0.5 * bool(title))
     picture = figure.Figure(size, layout="constrained")
     grid = picture.add_gridspec(count, columns, height_ratios=heights)
-    for i, panel in enumerate(made):
+    for i, panel in enumerate(panels):
         row, column = divmod(i, columns)
-        right = columns if panel is made[-1] else column + 1
+        right = columns if panel is panels[-1] else column + 1
         draw(picture.add_subplot(grid[row, column:right]), panel, last_step)
     if title:
         picture.suptitle(title, x=0.01, ha="left", fontsize=13, parse_math=False)

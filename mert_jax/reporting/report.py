@@ -5,6 +5,7 @@ import html
 import json
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -67,40 +68,35 @@ def page(
         data = plots.png([panel], figures["step"], columns=1, width=4.3)
         url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
         curves.append(f'<img alt="{html.escape(panel.title)}" src="{url}">')
-    tiles = (
-        f"<div><span>{html.escape(label)}</span>{html.escape(value)}</div>"
-        for label, value in summary.headline(figures)
-    )
-    settings = (
-        [jax.tree_util.keystr(path, simple=True, separator="."), json.dumps(value)]
-        for path, value in jax.tree_util.tree_leaves_with_path(
-            config, is_leaf=lambda x: not isinstance(x, dict)
-        )
-    )
+    leaves = jax.tree_util.tree_leaves_with_path(config, is_leaf=lambda x: not isinstance(x, dict))
+    settings = [
+        _table_row([jax.tree_util.keystr(path, simple=True, separator="."), json.dumps(value)])
+        for path, value in leaves
+    ]
+    columns = [figures[name] for name in summary.PER_CODEBOOK]
+    books = [_table_row(["codebook", *summary.PER_CODEBOOK.values()], "th")]
+    for k, values in enumerate(zip(*columns, strict=False)):
+        books.append(_table_row([k, *(f"{x:.4g}" for x in values)]))
+    means = [f"{metrics.mean(column):.4g}" for column in columns]
+    books.append(_table_row(["mean", *means]).replace("<tr>", "<tr class=mean>"))
     return PAGE.format(
         title=html.escape(title),
         warnings="".join(f"<p class=warning>{html.escape(line)}</p>" for line in warnings),
-        tiles="".join(tiles),
+        tiles="".join(
+            f"<div><span>{html.escape(label)}</span>{html.escape(value)}</div>"
+            for label, value in summary.headline(figures)
+        ),
         spent=html.escape(time_spent),
         curves="".join(curves),
         kind=html.escape(f"{figures['kind']} at step {figures['kind_step']:,}"),
-        books=_codebook_table(figures),
-        config="".join(f"<tr>{_cells('td', row)}</tr>" for row in settings)
-        or "<tr><td>there is no config.json</td></tr>",
+        books="".join(books),
+        config="".join(settings or ["<tr><td>there is no config.json</td></tr>"]),
     )
 
 
-def _codebook_table(figures: dict[str, Any]) -> str:
-    columns = [figures[name] for name in summary.PER_CODEBOOK]
-    table = [f"<tr>{_cells('th', ['codebook', *summary.PER_CODEBOOK.values()])}</tr>"]
-    for k, row in enumerate(zip(*columns, strict=False)):
-        table.append(f"<tr>{_cells('td', [k, *(f'{x:.4g}' for x in row)])}</tr>")
-    means = [f"{metrics.mean(column):.4g}" for column in columns]
-    return "".join([*table, f"<tr class=mean>{_cells('td', ['mean', *means])}</tr>"])
-
-
-def _cells(tag: str, values: Iterable[Any]) -> str:
-    return "".join(f"<{tag}>{html.escape(str(x))}</{tag}>" for x in values)
+def _table_row(values: Iterable[Any], tag: str = "td") -> str:
+    cells = "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values)
+    return f"<tr>{cells}</tr>"
 
 
 def write_report(workdir: str | None) -> None:
@@ -110,8 +106,8 @@ def write_report(workdir: str | None) -> None:
     """
     if not workdir:
         raise UserError("--workdir=DIR is needed: the folder a run was trained in")
-    with RemoteWorkdir(workdir, writes=True) as files:
-        _write_files(files.folder, object_storage.absolute(workdir))
+    with RemoteWorkdir(workdir, writes=True) as local:
+        _write_files(local.folder, object_storage.absolute(workdir))
 
 
 def _write_files(folder: str, workdir: str) -> None:
@@ -128,12 +124,9 @@ def _write_files(folder: str, workdir: str) -> None:
         "report.html": page(panels, figures, warnings, config, workdir, time_spent).encode(),
     }
     for name, content in contents.items():
-        path = os.path.join(folder, name)
-        with atomic_write(path, replace=True) as temporary, open(temporary, "wb") as f:
-            f.write(content)
+        with atomic_write(os.path.join(folder, name), replace=True) as path:
+            Path(path).write_bytes(content)
     print("wrote", " and ".join(os.path.join(workdir, name) for name in contents))
     for label, value in summary.headline(figures):
         print(f"{label:32}{value}")
-    print(time_spent)
-    for line in warnings:
-        print(f"warning: {line}")
+    print("\n".join([time_spent, *(f"warning: {line}" for line in warnings)]))

@@ -56,22 +56,20 @@ def summarize(rows: list[Row], config: dict[str, Any]) -> dict[str, Any]:
     Accuracies and perplexities are lists with one entry a codebook, from the last validation or,
     without one, from the last logged step.
     """
-    steps, losses = (x.ravel() for x in series(rows, "validation_loss"))
-    points = [(int(step), float(loss)) for step, loss in zip(steps, losses, strict=True)]
+    steps, losses = (x.ravel().tolist() for x in series(rows, "validation_loss"))
+    points = list(zip(steps, losses, strict=True))
     finite = [point for point in points if not math.isnan(point[1])]
     prefix = "validation_" if points else ""
     row = next(row for row in reversed(rows) if f"{prefix}loss" in row or not prefix)
-    seconds = series(rows, SPEED)[1]
+    speeds = series(rows, SPEED)[1]
+    step, batch_size = rows[-1]["step"], config.get("batch_size")
     num_samples = config.get("data", {}).get("num_samples")
-    batch_size = config.get("batch_size")
-    hours = None
-    if num_samples and batch_size:
-        hours = rows[-1]["step"] * batch_size * num_samples / SAMPLE_RATE / 3600
+    clip_hours = batch_size and num_samples and batch_size * num_samples / SAMPLE_RATE / 3600
     return {
-        "step": rows[-1]["step"],
+        "step": step,
         "total_steps": config.get("total_steps"),
-        "hours": hours,
-        "speed": float(np.nanmedian(seconds)) if np.isfinite(seconds).any() else None,
+        "hours": step * clip_hours if clip_hours else None,
+        "speed": float(np.nanmedian(speeds)) if np.isfinite(speeds).any() else None,
         "loss": rows[-1].get("loss"),
         "first": finite[0] if finite else None,
         "best": min(finite, key=lambda point: point[1], default=None),

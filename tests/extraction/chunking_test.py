@@ -48,7 +48,7 @@ def test_cut_is_slicing(blocks, starts, size):
 
 
 @given(keys=st.lists(st.integers(1, 4)), waiting=st.integers(0, 9))
-def test_batches_hold_every_row_once_and_nobody_waits_for_long(keys, waiting):
+def test_batches_hold_every_item_once_and_none_waits_for_long(keys, waiting):
     drawn = []
 
     def rows():
@@ -66,7 +66,7 @@ def test_batches_hold_every_row_once_and_nobody_waits_for_long(keys, waiting):
     assert sorted(seen) == list(range(len(keys)))
 
 
-def cutter(window=0):
+def chunker(window=0):
     return chunking.Chunker(
         HOP, FIELD, 30, 5, window, lambda: Moments(10, 5), lambda moments: moments.samples
     )
@@ -79,22 +79,22 @@ def test_rows_are_all_frames_of_a_recording(samples, window):
     moments = Moments(10, 5)
     moments.add(wave)
     blocks = iter(np.array_split(wave, 7))
-    rows = list(cutter(window).rows(blocks, moments, "owner"))
-    times = cutter(window).times(samples)
-    at = itertools.accumulate((row.last - row.first for row in rows), initial=0)
-    assert [row.at for row in rows] == list(at)[:-1]
+    segments = list(chunker(window).segments(blocks, moments, "owner"))
+    times = chunker(window).times(samples)
+    at = itertools.accumulate((segment.last - segment.first for segment in segments), initial=0)
+    assert [segment.at for segment in segments] == list(at)[:-1]
     found = [
-        row.wave[t * HOP : t * HOP + FIELD].mean() + 0.5  # the middle of each frame's samples
-        for row in rows
-        for t in range(row.first, row.last)
+        segment.wave[t * HOP : t * HOP + FIELD].mean() + 0.5  # the middle of each frame's samples
+        for segment in segments
+        for t in range(segment.first, segment.last)
     ]
     np.testing.assert_allclose(found, times, rtol=1e-6)
-    assert all(len(row.wave) == (row.frames - 1) * HOP + FIELD for row in rows)
-    heard = {row.norm for row in rows}  # a window's own norm, or the recording's
+    assert all(len(segment.wave) == (segment.frames - 1) * HOP + FIELD for segment in segments)
+    heard = {segment.norm for segment in segments}  # a window's own norm, or the recording's
     whole = {min(window, samples - start) for start in range(0, samples - FIELD + 1, window or 1)}
     assert heard == (whole if window else {samples})
 
 
 def test_too_short_a_recording_has_no_frame():
-    assert len(cutter().times(FIELD - 1)) == 0
-    assert len(cutter(100).times(FIELD - 1)) == 0
+    assert len(chunker().times(FIELD - 1)) == 0
+    assert len(chunker(100).times(FIELD - 1)) == 0

@@ -13,10 +13,10 @@ import soundfile
 from mert_jax.checkpoints import huggingface
 from mert_jax.data.decoding import decode
 from mert_jax.errors import UserError
-from mert_jax.extraction import embedder, reading
+from mert_jax.extraction import embedder, file_runner
 from mert_jax.extraction.embedder import EmbeddingSettings
 from mert_jax.extraction.folder import extract, output_names
-from mert_jax.extraction.run import ExtractionRun
+from mert_jax.extraction.states_file import StatesFile
 from tests.extraction.small_student import RATE, checkpoint, music
 from tests.runs import ENVIRONMENT
 
@@ -109,7 +109,7 @@ def test_half_precision_and_its_limit(model, folder, tmp_path, monkeypatch):
         "_split",
         lambda self, batch, states: ((row, x * 1e6) for row, x in original(self, batch, states)),
     )
-    with pytest.raises(UserError, match=r"overflow.*none of float16"):
+    with pytest.raises(UserError, match=r"overflow.*does not fit into float16"):
         run(model, folder, tmp_path / "over", dtype="float16")
     assert not list((tmp_path / "over").rglob("*.npz"))
 
@@ -129,20 +129,20 @@ def test_long_files_are_those_of_the_model_in_chunks(model, folder, tmp_path):
 
 def test_it_goes_on_where_it_stopped(model, folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    original, names = ExtractionRun._finish, []
+    original, paths = StatesFile.finish, []
 
-    def finish(self, recording, file):
-        if len(names) == 2:
+    def finish(self, path, **arrays):
+        if len(paths) == 2:
             raise KeyboardInterrupt
-        names.append(recording.source.name)
-        return original(self, recording, file)
+        paths.append(path)
+        original(self, path, **arrays)
 
-    monkeypatch.setattr(ExtractionRun, "_finish", finish)
+    monkeypatch.setattr(StatesFile, "finish", finish)
     with pytest.raises(KeyboardInterrupt):
         run(model, folder, out)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.npz")}
     assert len(before) == 2
-    monkeypatch.setattr(ExtractionRun, "_finish", original)
+    monkeypatch.setattr(StatesFile, "finish", original)
     report = run(model, folder, out)
     assert "2 of 5 files are done already" in capsys.readouterr().err
     assert report["embedded"] == 4
@@ -176,15 +176,14 @@ def test_files_of_one_name(model, tmp_path):
 
 
 def test_a_file_that_shrinks_between_its_two_readings(model, folder, tmp_path, monkeypatch):
-    original = reading.rows
+    original = file_runner.segments
 
-    def rows(recording, *rest):
+    def segments(recording, *rest):
         if recording.source.name == "album/c.ogg":
-            moments = recording.moments
-            moments.samples += 9_000
+            recording.moments.samples += 9_000
         return original(recording, *rest)
 
-    monkeypatch.setattr(reading, "rows", rows)
+    monkeypatch.setattr(file_runner, "segments", segments)
     report = run(model, folder, tmp_path / "out", chunk=300 / RATE, context=20 / RATE)
     assert [x["reason"] for x in report["failed"]] == ["not audio", "changed"]
     assert report["embedded"] == 3
