@@ -5,15 +5,15 @@ import sys
 from tqdm import tqdm
 
 
-def bar(what: str, total: int, unit: str) -> tqdm:
-    """A bar of `total` units, for use in a with statement."""
-    # into a log file, a line now and then is enough
+def bar(description: str, total: int, unit: str) -> tqdm:
+    """Return a bar of `total` units, for use in a with statement."""
+    # a log file needs fewer lines than a terminal
     interval = 0.2 if sys.stderr.isatty() else 10
     scale = unit in ("B", "s") or total >= 10_000
     options = dict(unit_scale=scale, mininterval=interval, smoothing=0.05)
-    return tqdm(desc=what, total=total, unit=unit, **options)
+    return tqdm(desc=description, total=total, unit=unit, **options)
 
 
 def note(message: str) -> None:
-    """One line."""
+    """Print one line."""
     print(message, file=sys.stderr, flush=True)

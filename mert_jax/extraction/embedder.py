@@ -114,7 +114,9 @@ class Model:
                 frames = len(embedder.chunker.times(moments.samples))
                 if not frames:
                     shortest = self.student.receptive_field
-                    raise UserError(f"wave {number} has {len(wave)} samples; a frame is {shortest}")
+                    raise UserError(
+                        f"wave {number} has {len(wave)} samples; a frame needs {shortest}"
+                    )
                 results.append(_Result(frames, chosen.pool))
                 yield from embedder.chunker.segments([wave], moments, number)
 
@@ -169,7 +171,7 @@ class Embedder:
             )
         window = round(settings.window * model.sample_rate)
         if window and window < student.receptive_field:
-            raise UserError(f"windows of {window} samples; a frame is {student.receptive_field}")
+            raise UserError(f"windows of {window} samples; a frame needs {student.receptive_field}")
         front = model.params["feature_encoder"]
         kernel, norm = np.asarray(front["conv_layers_0"]["kernel"])[:, 0], front["layer_norm"]
         scale, bias = np.asarray(norm["scale"]), np.asarray(norm["bias"])

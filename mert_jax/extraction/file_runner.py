@@ -1,9 +1,9 @@
 """Embeds audio files side by side: decoded ahead, cut into segments, written when complete."""
 
 import collections
-import functools
 import itertools
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ from mert_jax.data.preparation.workers import cpus
 from mert_jax.extraction.chunking import Chunker, Segment
 from mert_jax.extraction.embedder import Embedder
 from mert_jax.extraction.group_norm import Moments
-from mert_jax.extraction.states_file import StatesFile
 
 MAX_THREADS = 4  # that decode
 
@@ -46,14 +45,16 @@ def read_recording(source: SourceFile, chunker: Chunker, sample_rate: int) -> Re
 
 
 def read_ahead(
-    sources: Iterable[SourceFile], read: Callable[[SourceFile], Recording], threads: int
+    sources: Iterable[SourceFile], chunker: Chunker, sample_rate: int
 ) -> Iterator[tuple[SourceFile, Future]]:
-    """Yield each source with the future result of `read`, while threads work on the next ones."""
+    """Yield each source with its future Recording, while threads decode the next ones."""
     queue: collections.deque[tuple[SourceFile, Future]] = collections.deque()
+    threads = min(cpus(), MAX_THREADS)
     with ThreadPoolExecutor(threads) as pool:
         try:
             for source in sources:
-                queue.append((source, pool.submit(read, source)))
+                future = pool.submit(read_recording, source, chunker, sample_rate)
+                queue.append((source, future))
                 if len(queue) > 2 * threads:
                     yield queue.popleft()
             yield from queue
@@ -74,6 +75,67 @@ def segments(recording: Recording, chunker: Chunker, sample_rate: int) -> Iterat
 def _ended() -> Iterator[np.ndarray]:
     raise SkippedFile("changed", "shorter when it was read again")
     yield
+
+
+class StatesFile:
+    """Collects hidden states [layers, frames, D] in a file at `path`, or their mean in memory.
+
+    No more than a segment of the hidden states is in memory. Raises OSError for a full disk.
+    """
+
+    def __init__(self, path: str, frames: int, pool: str, dtype: np.dtype):
+        self._path, self._dtype = path, dtype
+        self.frames, self.missing = frames, frames
+        self._sum = 0.0 if pool == "mean" else None
+        self._file, self._start = None, 0
+
+    def add(self, segment: Segment, states: np.ndarray) -> None:
+        """Add the output of `Embedder.run`. Raises SkippedFile for values too large for `dtype`."""
+        self.missing -= segment.last - segment.first
+        if self._sum is not None:
+            self._sum = self._sum + states.astype(np.float64)
+            return
+        states = self._cast(states)
+        layers, _, width = states.shape
+        if self._file is None:
+            self._file = open(self._path, "wb")  # noqa: SIM115 (closed by finish and discard)
+            shape = (layers, self.frames, width)
+            header = dict(descr=self._dtype.str, fortran_order=False, shape=shape)
+            np.lib.format.write_array_header_1_0(self._file, header)
+            self._start = self._file.tell()
+        for layer in range(layers):
+            offset = (layer * self.frames + segment.at) * width * self._dtype.itemsize
+            self._file.seek(self._start + offset)
+            self._file.write(states[layer].tobytes())
+
+    def _cast(self, states: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            cast = states.astype(self._dtype)
+        if not np.isfinite(cast).all():
+            largest = np.abs(states).max()
+            raise SkippedFile("overflow", f"{largest:.4g} does not fit into {self._dtype.name}")
+        return cast
+
+    def finish(self, path: str, **arrays: Any) -> None:
+        """Write the .npz at `path`, of the hidden states and other `arrays`."""
+        if self._sum is not None:
+            arrays = {"hidden_states": self._cast(self._sum / self.frames), **arrays}
+        packed = f"{self._path}.npz"
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
+            if self._file:
+                self._file.close()
+                archive.write(self._path, "hidden_states.npy")
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.lib.format.write_array(file, np.asarray(array))
+        self.discard()
+        os.replace(packed, path)
+
+    def discard(self) -> None:
+        """Remove the temporary file."""
+        if self._file:
+            self._file.close()
+            os.unlink(self._path)
 
 
 class FileRunner:
@@ -108,12 +170,9 @@ class FileRunner:
 
     def _segments(self, sources: list[SourceFile]) -> Iterator[Segment]:
         chunker, rate = self._embedder.chunker, self._embedder.model.sample_rate
-        read = functools.partial(read_recording, chunker=chunker, sample_rate=rate)
         # the largest first, so that none of them runs alone at the end
         order = sorted(sources, key=lambda source: (-source.size, source.path))
-        for number, (source, future) in enumerate(
-            read_ahead(order, read, min(cpus(), MAX_THREADS))
-        ):
+        for number, (source, future) in enumerate(read_ahead(order, chunker, rate)):
             try:
                 recording = future.result()
                 frames = len(chunker.times(recording.moments.samples))

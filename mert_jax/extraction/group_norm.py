@@ -1,9 +1,9 @@
-"""What the student's first group norm comes to on a file of any length, from one pass over it.
+"""The student's first group norm on a file of any length, from one pass over its samples.
 
-The norm's input is a convolution of k taps: the mean and variance of each of its C channels follow
-from the mean and covariance of the k samples under it, which take a few operations a sample and no
-memory. So a file may be embedded piece by piece, and clips of different lengths side by side, as if
-each were alone and whole.
+The norm's input is a convolution of k taps, so the mean and variance of each of its C channels
+follow from the mean and covariance of the k samples under it. They take a few operations a sample
+and no memory. A file can be embedded piece by piece, and beside clips of other lengths, with the
+result that it has alone and whole.
 """
 
 from typing import NamedTuple
@@ -16,10 +16,10 @@ FLOOR = 1e-7  # added to the variance of a wave that is normalised, as transform
 
 
 class Norm(NamedTuple):
-    """How a file's samples and first convolution are normed.
+    """The normalisation of a file's samples and of its first convolution.
 
-    mean, scale: (sample - mean) * scale is what the student hears; factor, shift: f32 [C], what the
-    group norm multiplies the convolution's result by and adds.
+    The student hears (sample - mean) * scale. The group norm multiplies the convolution's result by
+    `factor` and adds `shift`, f32 [C].
     """
 
     mean: float
@@ -29,8 +29,10 @@ class Norm(NamedTuple):
 
 
 class Moments:
-    """Sums over the patches of `taps` samples, every `stride` of them, of a wave that comes in
-    blocks f32 [n]; in float64, whose rounding nobody sees."""
+    """Sums over patches of `taps` samples, one every `stride`, of a wave in blocks f32 [n].
+
+    In float64, since single precision loses the variance of a wave with an offset.
+    """
 
     def __init__(self, taps: int, stride: int):
         self.taps, self.stride, self.samples, self.patches = taps, stride, 0, 0
@@ -39,7 +41,7 @@ class Moments:
         self._first, self._second = np.zeros(taps), np.zeros((taps, taps))
 
     def add(self, block: np.ndarray) -> None:
-        """Take the next samples."""
+        """Add the next samples."""
         self.samples += len(block)
         exact = block.astype(np.float64)
         self._sum += exact.sum()
@@ -57,8 +59,10 @@ class Moments:
     def norm(
         self, kernel: np.ndarray, scale: np.ndarray, bias: np.ndarray, normalised: bool
     ) -> Norm:
-        """The norm of the wave so far, for a `kernel` [k, C] and the group norm's `scale` and
-        `bias` [C]; the wave is brought to mean 0 and variance 1 before where it is `normalised`."""
+        """Return the norm of the wave, for a `kernel` [k, C] and the group norm's parameters [C].
+
+        If `normalised`, the wave is first brought to mean 0 and variance 1.
+        """
         offset, gain = 0.0, 1.0
         if normalised:
             offset = self._sum / self.samples

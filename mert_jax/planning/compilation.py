@@ -34,10 +34,6 @@ class Topology(NamedTuple):
     devices: Sequence[Any]
     chip: Chip | None
 
-    @property
-    def num_hosts(self) -> int:
-        return len({device.process_index for device in self.devices})
-
 
 class Compiled(NamedTuple):
     """A compiled step; one that does not fit has `used`, the bytes it needs, but no `memory`."""

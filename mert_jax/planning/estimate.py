@@ -44,13 +44,14 @@ def make_plan(config: ConfigDict, topology: Topology, compiled: Compiled) -> dic
         frames = compiled.student.num_frames(num_samples)
         summary = hlo_cost.summary(compiled.text, frames, inside=CHECKOUT)
     costs = estimate_costs(config, summary, chip, mesh.size, model_flops)
+    num_hosts = len({device.process_index for device in topology.devices})
     arrays = jax.tree.leaves(compiled.batch)
-    input_mb = sum(x.size * x.dtype.itemsize for x in arrays) / topology.num_hosts / 1e6
+    input_mb = sum(x.size * x.dtype.itemsize for x in arrays) / num_hosts / 1e6
     seconds = costs["estimated_step_time_s"]
     return {
         "topology": topology.name,
         "num_devices": mesh.size,
-        "num_hosts": topology.num_hosts,
+        "num_hosts": num_hosts,
         "mesh": dict(mesh.shape),
         "batch_size": batch_size,
         "batch_hours": batch_size * num_samples / SAMPLE_RATE / 3600,

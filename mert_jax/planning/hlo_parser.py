@@ -144,8 +144,6 @@ class Module(NamedTuple):
 
         The innermost stack frame in a file that begins with `inside`, else the innermost of all.
         """
-        if inline := re.search(r'source_file="([^"]*)" source_line=(\d+)', instruction.rest):
-            return f"{inline[1].removeprefix(inside)}:{inline[2]}"
         frame, innermost = int(instruction.attribute(r"stack_frame_id=(\d+)") or 0), ""
         while frame in self.frames:
             frame, file, line = self.frames[frame]

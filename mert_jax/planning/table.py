@@ -12,11 +12,6 @@ from mert_jax.errors import UserError
 from mert_jax.files import atomic_write
 from mert_jax.hardware import GIB
 
-HEADINGS = (
-    *("plan", "chips", "clips an update", "a chip", "step, ms", "MFU", "memory, GiB"),
-    *("traffic a clip, GB", "matrix units, memory and links busy, %", "run, days"),
-    *("clips/s a host", "limit"),
-)
 Plan = dict[str, Any]
 
 
@@ -78,28 +73,30 @@ def limit(plan: Plan) -> str:
 
 def table(plans: Iterable[tuple[str, Plan]]) -> list[str]:
     """Return the lines of a Markdown table, one row a plan."""
-    rows = [HEADINGS, ["---"] * len(HEADINGS), *(table_row(*pair) for pair in plans)]
-    return [f"| {' | '.join(cells)} |" for cells in rows]
+    rows = [table_row(name, plan) for name, plan in plans]
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
-def table_row(name: str, plan: Plan) -> list[str]:
-    """Return the cells of a plan."""
+def table_row(name: str, plan: Plan) -> dict[str, str]:
+    """Return the cells of a plan by their headings."""
     step = plan["estimated_step_time_s"]
     accumulation = f"{plan['accumulation']} x " if plan["accumulation"] > 1 else ""
-    return [
-        name,
-        f"{plan['num_devices']} ({plan['topology']})",
-        f"{plan['batch_size']}",
-        f"{accumulation}{plan['micro_batch_per_device']:g}",
-        f"{1e3 * step:.{0 if step >= 0.1 else 1}f}",
-        f"{plan['estimated_mfu']:.3f}",
-        f"{plan['hbm_peak_gib']:.1f} of {plan['hbm_capacity_gib']:.4g}",
-        f"{plan['hbm_traffic_gb_per_clip']:.2f}",
-        ", ".join(f"{100 * share:.0f}" for share in busy_shares(plan).values()),
-        f"{plan['estimated_days']:.2f}",
-        f"{plan['batch_size'] / plan['num_hosts'] / step:.0f}",
-        limit(plan),
-    ]
+    shares = (f"{100 * share:.0f}" for share in busy_shares(plan).values())
+    return {
+        "plan": name,
+        "chips": f"{plan['num_devices']} ({plan['topology']})",
+        "clips an update": f"{plan['batch_size']}",
+        "a chip": f"{accumulation}{plan['micro_batch_per_device']:g}",
+        "step, ms": f"{1e3 * step:.{0 if step >= 0.1 else 1}f}",
+        "MFU": f"{plan['estimated_mfu']:.3f}",
+        "memory, GiB": f"{plan['hbm_peak_gib']:.1f} of {plan['hbm_capacity_gib']:.4g}",
+        "traffic a clip, GB": f"{plan['hbm_traffic_gb_per_clip']:.2f}",
+        "matrix units, memory and links busy, %": ", ".join(shares),
+        "run, days": f"{plan['estimated_days']:.2f}",
+        "clips/s a host": f"{plan['batch_size'] / plan['num_hosts'] / step:.0f}",
+        "limit": limit(plan),
+    }
 
 
 # titles of the picture's panels, and the value of a plan in each

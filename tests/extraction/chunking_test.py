@@ -1,4 +1,4 @@
-"""How recordings are cut, and pieces of one length brought together."""
+"""Recordings are cut into segments, and segments of one length are batched."""
 
 import itertools
 
@@ -16,9 +16,9 @@ HOP, FIELD = 20, 40
 @given(frames=st.integers(1, 3000), length=st.integers(3, 400), data=st.data())
 def test_chunks_keep_every_frame_once_with_its_context(frames, length, data):
     context = data.draw(st.integers(0, (length - 1) // 2))
-    found = chunking.chunks(frames, length, context)
-    assert [f for p in found for f in range(p.first, p.last)] == list(range(frames))
-    for p in found:
+    pieces = chunking.chunks(frames, length, context)
+    assert [f for p in pieces for f in range(p.first, p.last)] == list(range(frames))
+    for p in pieces:
         assert p.stop - p.start == min(length, frames)
         assert p.start <= max(p.first - context, 0)
         assert p.stop >= min(p.last + context, frames)
@@ -30,7 +30,7 @@ def test_buckets_are_few_and_close(frames):
     assert chunking.bucket(chunking.bucket(frames)) == chunking.bucket(frames)
 
 
-def test_an_octave_has_so_many_buckets():
+def test_an_octave_has_a_few_buckets():
     assert len({chunking.bucket(frames) for frames in range(1025, 2049)}) == chunking.STEPS
 
 
@@ -43,21 +43,21 @@ def test_cut_is_slicing(blocks, starts, size):
     wave = np.arange(sum(blocks), dtype=np.float32)
     spans = [(s, s + size) for s in sorted(starts) if s + size <= len(wave)]
     divided = np.split(wave, np.cumsum(blocks)[:-1])
-    for (start, stop), found in zip(spans, chunking.cut(iter(divided), spans), strict=True):
-        np.testing.assert_array_equal(found, wave[start:stop])
+    for (start, stop), part in zip(spans, chunking.cut(iter(divided), spans), strict=True):
+        np.testing.assert_array_equal(part, wave[start:stop])
 
 
 @given(keys=st.lists(st.integers(1, 4)), waiting=st.integers(0, 9))
 def test_batches_hold_every_item_once_and_none_waits_for_long(keys, waiting):
     drawn = []
 
-    def rows():
+    def items():
         for i, key in enumerate(keys):
             drawn.append(i)
             yield key, i
 
     seen = []
-    for name, group in chunking.batches(rows(), lambda row: row[0], lambda key: key, waiting):
+    for name, group in chunking.batches(items(), lambda item: item[0], lambda key: key, waiting):
         assert 0 < len(group) <= name
         assert {key for key, _ in group} == {name}
         if len(drawn) < len(keys):
@@ -74,27 +74,27 @@ def chunker(window=0):
 
 @pytest.mark.parametrize("window", [0, 100, 130])
 @pytest.mark.parametrize("samples", [FIELD, 139, 600, 1301, 2_600])
-def test_rows_are_all_frames_of_a_recording(samples, window):
+def test_segments_are_all_frames_of_a_recording(samples, window):
     wave = np.arange(samples, dtype=np.float32)
     moments = Moments(10, 5)
     moments.add(wave)
     blocks = iter(np.array_split(wave, 7))
-    segments = list(chunker(window).segments(blocks, moments, "owner"))
+    segments = list(chunker(window).segments(blocks, moments, "recording"))
     times = chunker(window).times(samples)
     at = itertools.accumulate((segment.last - segment.first for segment in segments), initial=0)
     assert [segment.at for segment in segments] == list(at)[:-1]
-    found = [
+    middles = [
         segment.wave[t * HOP : t * HOP + FIELD].mean() + 0.5  # the middle of each frame's samples
         for segment in segments
         for t in range(segment.first, segment.last)
     ]
-    np.testing.assert_allclose(found, times, rtol=1e-6)
+    np.testing.assert_allclose(middles, times, rtol=1e-6)
     assert all(len(segment.wave) == (segment.frames - 1) * HOP + FIELD for segment in segments)
-    heard = {segment.norm for segment in segments}  # a window's own norm, or the recording's
-    whole = {min(window, samples - start) for start in range(0, samples - FIELD + 1, window or 1)}
-    assert heard == (whole if window else {samples})
+    norms = {segment.norm for segment in segments}  # a window's own norm, or the recording's
+    lengths = {min(window, samples - start) for start in range(0, samples - FIELD + 1, window or 1)}
+    assert norms == (lengths if window else {samples})
 
 
-def test_too_short_a_recording_has_no_frame():
+def test_a_recording_that_is_too_short_has_no_frame():
     assert len(chunker().times(FIELD - 1)) == 0
     assert len(chunker(100).times(FIELD - 1)) == 0

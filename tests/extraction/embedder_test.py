@@ -13,7 +13,7 @@ from mert_jax.models.mert_v1 import hidden_states
 from tests.extraction.small_student import RATE, checkpoint, music
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
-CONTEXT = 8 / RATE  # what the positions reach
+CONTEXT = 8 / RATE  # the reach of the positional convolution
 
 
 @pytest.fixture(scope="module", params=["95m", "330m"])
@@ -21,8 +21,8 @@ def small(request):
     return embedder.Model(checkpoint(request.param))
 
 
-def alone(model, wave):
-    """One pass over the whole recording, without any of the machinery."""
+def one_pass(model, wave):
+    """Return the hidden states from one pass over the whole recording."""
     if model.about.do_normalize:
         wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
     states = hidden_states(model.student, model.params, jnp.asarray(wave)[None])
@@ -34,27 +34,27 @@ LENGTHS = (40, 41, 61, 2_000, 700, 2_000, 9_000, 1_999, 2_000, 4_321)
 
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("flavour", ["95m", "330m"])
-def test_company_and_padding_change_nothing(flavour, normalised):
+def test_batch_and_padding_change_nothing(flavour, normalised):
     model = embedder.Model(checkpoint(flavour, normalised))
     waves = music(*LENGTHS)
     together = list(model.embed(waves, batch=3.0))
-    for wave, found in zip(waves, together, strict=True):
-        expected = alone(model, wave)
-        assert found.shape == expected.shape
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-        np.testing.assert_allclose(model(wave), found, atol=1e-5)
+    for wave, states in zip(waves, together, strict=True):
+        expected = one_pass(model, wave)
+        assert states.shape == expected.shape
+        np.testing.assert_allclose(states, expected, atol=1e-5)
+        np.testing.assert_allclose(model(wave), states, atol=1e-5)
 
 
 def test_a_long_recording_in_one_piece(small):
-    (wave,) = music(26_000)  # 1,299 frames: the front end goes by pieces, attention by blocks
-    np.testing.assert_allclose(small(wave), alone(small, wave), atol=1e-5)
+    (wave,) = music(26_000)  # 1,299 frames: the front end runs in pieces, attention in blocks
+    np.testing.assert_allclose(small(wave), one_pass(small, wave), atol=1e-5)
 
 
 def test_chunks_hear_their_context(small):
     (wave,) = music(30_000)
     whole, frames = small(wave), 1_499
     chunked = next(small.embed([wave], chunk=400 / RATE, context=CONTEXT))
-    # the encoder's input reaches no further than the positions do, if the norm is the whole's
+    # the encoder's input depends on no more context if the norm is that of the whole recording
     np.testing.assert_allclose(chunked[0], whole[0], atol=1e-5)
     assert chunked.shape == whole.shape == (small.num_layers + 1, frames, whole.shape[-1])
     assert np.abs(chunked[-1] - whole[-1]).max() > 1e-3  # attention hears the chunk alone
@@ -62,25 +62,25 @@ def test_chunks_hear_their_context(small):
     assert np.abs(narrow[0] - whole[0]).max() > 1e-3
 
 
-def test_windows_are_recordings_of_their_own(small):
+def test_windows_are_separate_recordings(small):
     (wave,) = music(5_010)
-    found = next(small.embed([wave], window=2_000 / 24_000))
+    states = next(small.embed([wave], window=2_000 / 24_000))
     parts = [small(part) for part in (wave[:2_000], wave[2_000:4_000], wave[4_000:])]
-    np.testing.assert_allclose(found, np.concatenate(parts, 1), atol=1e-5)
+    np.testing.assert_allclose(states, np.concatenate(parts, 1), atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"chunk": 400 / RATE, "context": CONTEXT}])
 def test_means_and_single_layers(small, options):
     waves = music(700, 30_000, 2_000)
     whole = list(small.embed(waves, **options))
-    for pooled, found in zip(small.embed(waves, pool="mean", **options), whole, strict=True):
-        np.testing.assert_allclose(pooled, found.mean(1), atol=1e-5)
+    for pooled, states in zip(small.embed(waves, pool="mean", **options), whole, strict=True):
+        np.testing.assert_allclose(pooled, states.mean(1), atol=1e-5)
     for layers in ((0,), (1,), (small.num_layers,), (2, 0)):
-        for some, found in zip(small.embed(waves, layers=layers, **options), whole, strict=True):
-            np.testing.assert_allclose(some, found[list(layers)], atol=1e-5)
+        for some, states in zip(small.embed(waves, layers=layers, **options), whole, strict=True):
+            np.testing.assert_allclose(some, states[list(layers)], atol=1e-5)
 
 
-def test_layers_above_are_not_computed():
+def test_layers_above_the_requested_ones_are_not_computed():
     model = embedder.Model(checkpoint())
     broken = jax.tree.map(lambda x: x.copy(), model.params)
     broken["encoder"]["layers"]["attention"]["v_proj"]["kernel"][1:] = np.nan
@@ -92,20 +92,20 @@ def test_layers_above_are_not_computed():
 
 def test_batches_of_waves_and_other_rates(small):
     waves = np.stack(music(2_000, 2_000))
-    found = small(waves)
-    assert found.shape[:2] == (small.num_layers + 1, 2)
-    np.testing.assert_allclose(found[:, 1], small(waves[1]), atol=1e-5)
+    states = small(waves)
+    assert states.shape[:2] == (small.num_layers + 1, 2)
+    np.testing.assert_allclose(states[:, 1], small(waves[1]), atol=1e-5)
     assert small(waves[0], sample_rate=48_000).shape[1] == small(waves[0][:1_000]).shape[1]
 
 
 def test_every_kind_of_checkpoint_is_loaded(tmp_path):
-    made = checkpoint()
-    made = made._replace(about=made.about._replace(sample_rate=16_000))
+    small = checkpoint()
+    small = small._replace(about=small.about._replace(sample_rate=16_000))
     (tmp_path / "hf").mkdir()
-    huggingface.write_checkpoint(str(tmp_path / "hf"), made)
-    workdir.write_checkpoint(str(tmp_path / "run"), made)
+    huggingface.write_checkpoint(str(tmp_path / "hf"), small)
+    workdir.write_checkpoint(str(tmp_path / "run"), small)
     (wave,) = music(2_000)
-    expected = embedder.Model(made)(wave, sample_rate=16_000)
+    expected = embedder.Model(small)(wave, sample_rate=16_000)
     for name in ("hf", "run"):
         model = mert_jax.load(str(tmp_path / name))
         assert model.sample_rate == 16_000
@@ -113,7 +113,7 @@ def test_every_kind_of_checkpoint_is_loaded(tmp_path):
         np.testing.assert_allclose(model(wave, sample_rate=16_000), expected, atol=1e-6)
 
 
-def test_fingerprints_name_what_is_heard(small):
+def test_fingerprints_change_with_weights_and_preprocessing(small):
     assert small.fingerprint == embedder.Model(small_checkpoint(small)).fingerprint
     other = small_checkpoint(small)
     for changed in (
@@ -140,13 +140,13 @@ def small_checkpoint(model):
         ({"pool": "max"}, "not none or mean"),
     ],
 )
-def test_settings_that_cannot_be(small, options, message):
+def test_impossible_settings_are_refused(small, options, message):
     with pytest.raises(UserError, match=message):
         next(small.embed(music(700), **options))
 
 
-def test_waves_that_cannot_be(small):
-    with pytest.raises(UserError, match="29 samples; 30"):
+def test_unusable_waves_are_refused(small):
+    with pytest.raises(UserError, match="29 samples; a frame needs 30"):
         small(np.zeros(29))
     with pytest.raises(UserError, match="not finite"):
         small(np.full(700, np.nan))

@@ -15,8 +15,8 @@ from mert_jax.data.decoding import decode
 from mert_jax.errors import UserError
 from mert_jax.extraction import embedder, file_runner
 from mert_jax.extraction.embedder import EmbeddingSettings
+from mert_jax.extraction.file_runner import StatesFile
 from mert_jax.extraction.folder import extract, output_names
-from mert_jax.extraction.states_file import StatesFile
 from tests.extraction.small_student import RATE, checkpoint, music
 from tests.runs import ENVIRONMENT
 
@@ -52,11 +52,11 @@ def run(model, folder, output, dtype="float32", **settings):
 
 
 def arrays(path):
-    with np.load(path) as found:
-        return dict(found)
+    with np.load(path) as file:
+        return dict(file)
 
 
-def heard(path):
+def decoded(path):
     with decode(str(path)) as (_, blocks):
         return np.concatenate(list(blocks))
 
@@ -74,13 +74,13 @@ def test_a_folder(model, folder, tmp_path):
     assert not (out / ".staging").exists()
     loaded = embedder.load(model)
     for name, source in (("a", "a.wav"), ("album/b", "album/b.flac"), ("album/c", "album/c.ogg")):
-        found, wave = arrays(out / f"{name}.npz"), heard(folder / source)
+        npz, wave = arrays(out / f"{name}.npz"), decoded(folder / source)
         expected = loaded(wave)
-        np.testing.assert_allclose(found["hidden_states"], expected, atol=1e-5)
-        assert found["hidden_states"].dtype == np.float32
-        assert found["layers"].tolist() == [0, 1, 2]
-        assert found["frame_rate"] == RATE
-        np.testing.assert_allclose(found["times"], (np.arange(expected.shape[1]) + 0.75) / RATE)
+        np.testing.assert_allclose(npz["hidden_states"], expected, atol=1e-5)
+        assert npz["hidden_states"].dtype == np.float32
+        assert npz["layers"].tolist() == [0, 1, 2]
+        assert npz["frame_rate"] == RATE
+        np.testing.assert_allclose(npz["times"], (np.arange(expected.shape[1]) + 0.75) / RATE)
 
 
 def test_means_are_a_table_too(model, folder, tmp_path):
@@ -114,20 +114,20 @@ def test_half_precision_and_its_limit(model, folder, tmp_path, monkeypatch):
     assert not list((tmp_path / "over").rglob("*.npz"))
 
 
-def test_long_files_are_those_of_the_model_in_chunks(model, folder, tmp_path):
+def test_long_files_are_embedded_in_chunks_or_windows(model, folder, tmp_path):
     options = dict(chunk=300 / RATE, context=20 / RATE)
     run(model, folder, tmp_path / "out", **options)
     run(model, folder, tmp_path / "windows", window=0.05)
-    loaded, wave = embedder.load(model), heard(folder / "album" / "c.ogg")
+    loaded, wave = embedder.load(model), decoded(folder / "album" / "c.ogg")
     for name, expected in (("out", options), ("windows", {"window": 0.05})):
-        found = arrays(tmp_path / name / "album" / "c.npz")
+        npz = arrays(tmp_path / name / "album" / "c.npz")
         (expected,) = loaded.embed([wave], **expected)
-        np.testing.assert_allclose(found["hidden_states"], expected, atol=1e-5)
+        np.testing.assert_allclose(npz["hidden_states"], expected, atol=1e-5)
     # 1,200 samples make 59 frames, the first of the next window begins 20 later
-    assert np.diff(found["times"])[[0, 58]] * RATE == pytest.approx([1, 2])
+    assert np.diff(npz["times"])[[0, 58]] * RATE == pytest.approx([1, 2])
 
 
-def test_it_goes_on_where_it_stopped(model, folder, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_resumes(model, folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     original, paths = StatesFile.finish, []
 
@@ -147,7 +147,7 @@ def test_it_goes_on_where_it_stopped(model, folder, tmp_path, monkeypatch, capsy
     assert "2 of 5 files are done already" in capsys.readouterr().err
     assert report["embedded"] == 4
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    # a file that changed is embedded again, a result that went is made again
+    # a changed file and a missing result are embedded again
     soundfile.write(folder / "a.wav", music(5_000)[0], 24_000)
     (out / "low.npz").unlink()
     run(model, folder, out)
@@ -163,15 +163,15 @@ def test_other_settings_are_refused(model, folder, tmp_path):
     run(model, folder, tmp_path / "out", pool="mean", batch=7.0)
 
 
-def test_files_of_one_name(model, tmp_path):
+def test_files_of_one_name_have_different_outputs(model, tmp_path):
     root = tmp_path / "music"
     root.mkdir()
     (wave,) = music(2_000)
     for name in ("x.wav", "x.flac", "y.wav"):
         soundfile.write(root / name, wave, 24_000)
     run(model, root, tmp_path / "out")
-    found = {p.name for p in (tmp_path / "out").rglob("*.npz")}
-    assert found == {"x.wav.npz", "x.flac.npz", "y.npz"}
+    outputs = {p.name for p in (tmp_path / "out").rglob("*.npz")}
+    assert outputs == {"x.wav.npz", "x.flac.npz", "y.npz"}
     assert output_names(["a.wav", "a.wav", "b"]) == ["a.wav.npz", "a.wav~2.npz", "b.npz"]
 
 
@@ -195,17 +195,17 @@ def command(model, folder, output, *more):
     return [sys.executable, "-m", "mert_jax.extract", *flags]
 
 
-def started(*arguments):
+def run_command(*arguments):
     return subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT)
 
 
-def test_the_command_ends_with_1_where_a_file_is_bad(model, folder, tmp_path):
-    done = started(model, folder, tmp_path / "out", "--layers=2", "--pool=mean")
+def test_the_exit_code_is_1_if_a_file_is_bad(model, folder, tmp_path):
+    done = run_command(model, folder, tmp_path / "out", "--layers=2", "--pool=mean")
     assert done.returncode == 1, done.stderr
     assert "4 of 6 files" in done.stdout
     assert "album/broken.wav" in done.stdout
     (folder / "album" / "broken.wav").unlink()
-    done = started(model, folder, tmp_path / "out", "--layers=2", "--pool=mean")
+    done = run_command(model, folder, tmp_path / "out", "--layers=2", "--pool=mean")
     assert done.returncode == 0, done.stderr
     assert "4 of 4 files are done already" in done.stderr
 
@@ -222,7 +222,7 @@ def test_the_command_ends_with_1_where_a_file_is_bad(model, folder, tmp_path):
 )
 def test_mistakes_end_in_one_line(model, folder, tmp_path, change, message):
     chosen = dict(model=model, folder=folder, more="--pool=none") | change
-    done = started(chosen["model"], chosen["folder"], tmp_path / "out", chosen["more"])
+    done = run_command(chosen["model"], chosen["folder"], tmp_path / "out", chosen["more"])
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert message in line
@@ -236,9 +236,9 @@ def test_a_full_disk(model, folder, tmp_path):
     done = subprocess.run([*limited, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 2, done.stderr
     assert re.search(r"^error: cannot write .*/out: .*finished files are kept", done.stderr, re.M)
-    for path in (tmp_path / "out").rglob("*.npz"):  # whole or not there
+    for path in (tmp_path / "out").rglob("*.npz"):  # complete if they exist
         arrays(path)
-    assert started(model, folder, tmp_path / "out").returncode == 1
+    assert run_command(model, folder, tmp_path / "out").returncode == 1
 
 
 def test_nothing_heavy_is_imported(model):

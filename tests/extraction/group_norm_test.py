@@ -35,7 +35,7 @@ def moments_of(wave, cuts=()):
     normalised=st.booleans(),
     cuts=st.lists(st.integers(0, 700), max_size=4),
 )
-def test_it_is_the_norm_of_the_whole_wave(samples, level, offset, normalised, cuts):
+def test_the_norm_is_that_of_the_whole_wave(samples, level, offset, normalised, cuts):
     wave, kernel, scale, bias = parts(samples, level, offset)
     norm = moments_of(wave, [min(c, samples) for c in cuts]).norm(kernel, scale, bias, normalised)
     heard = wave.astype(np.float64)
@@ -43,13 +43,13 @@ def test_it_is_the_norm_of_the_whole_wave(samples, level, offset, normalised, cu
         heard = (heard - heard.mean()) / np.sqrt(heard.var() + 1e-7)
     convolved = np.lib.stride_tricks.sliding_window_view(heard, TAPS)[::STRIDE] @ kernel
     expected = (convolved - convolved.mean(0)) / np.sqrt(convolved.var(0) + EPSILON) * scale + bias
-    ours = (wave - norm.mean) * norm.scale
-    found = np.lib.stride_tricks.sliding_window_view(ours, TAPS)[::STRIDE] @ kernel
-    found = found * norm.factor + norm.shift
-    np.testing.assert_allclose(found, expected, atol=2e-3 if offset and not level else 2e-4)
+    scaled = (wave - norm.mean) * norm.scale
+    convolved = np.lib.stride_tricks.sliding_window_view(scaled, TAPS)[::STRIDE] @ kernel
+    normed = convolved * norm.factor + norm.shift
+    np.testing.assert_allclose(normed, expected, atol=2e-3 if offset and not level else 2e-4)
 
 
-def test_it_is_the_students_own():
+def test_the_norm_is_that_of_the_student():
     wave, kernel, scale, bias = parts(4_000, 0.1, 0.0)
     norm = moments_of(wave).norm(kernel, scale, bias, False)
     expected = two_pass(wave[None], kernel, scale, bias, STRIDE)[0]
