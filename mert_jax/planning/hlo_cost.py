@@ -40,7 +40,7 @@ def summary(text: str, frames: int | None = None, inside: str = "") -> dict[str,
     innermost in files that begin with `inside`. Raises ValueError for a text that is not HLO.
     """
     module = hlo_parser.parse(text)
-    runs, loops = hlo_parser.executed(module)
+    runs = hlo_parser.executed(module)
     source = functools.partial(module.source, inside=inside)
     exchanges = collectives(module, runs, source)
     cycles = [run.instruction.cycles * run.times for run in runs]
@@ -73,13 +73,14 @@ def summary(text: str, frames: int | None = None, inside: str = "") -> dict[str,
         "collectives": exchanges,
         "loops": [
             {
-                "name": loop.instruction.name,
-                "trips": loop.trips,
-                "times": loop.times,
-                "collective_matmul": "windowed_dot_general" in loop.instruction.rest,
-                "source": source(loop.instruction),
+                "name": run.instruction.name,
+                "trips": hlo_parser.trip_count(module, run),
+                "times": run.times,
+                "collective_matmul": "windowed_dot_general" in run.instruction.rest,
+                "source": source(run.instruction),
             }
-            for loop in loops
+            for run in runs
+            if run.instruction.opcode == "while"
         ],
         "costliest_ops": [
             describe(run, cycles=n, share=share(n)) | {"what": run.instruction.op_name}
@@ -108,7 +109,8 @@ def summary(text: str, frames: int | None = None, inside: str = "") -> dict[str,
 def _is_copy(module: Module, run: Run) -> bool:
     """Whether an instruction only moves elements, from HBM to HBM."""
     instruction = run.instruction
-    opcodes = {x.opcode for x, _ in hlo_parser.inner(module, instruction)} or {instruction.opcode}
+    itself, *inside = hlo_parser.unfused(module, instruction, run.computation)
+    opcodes = {x.opcode for x, _ in inside or [itself]}
     copies = {"copy", "transpose"}
     if not opcodes & copies or opcodes - copies - {"bitcast", "reshape", "parameter"}:
         return False
@@ -133,9 +135,8 @@ def flops(module: Module, run: Run) -> float:
 
     Products with padding or with the holes of a dilation are not counted.
     """
-    inside = hlo_parser.inner(module, run.instruction)
-    executed = [(run.instruction, run.computation), *inside]
-    return run.times * sum(2.0 * _multiply_adds(x, computation) for x, computation in executed)
+    parts = hlo_parser.unfused(module, run.instruction, run.computation)
+    return run.times * sum(2.0 * _multiply_adds(x, computation) for x, computation in parts)
 
 
 def _multiply_adds(product: Instruction, computation: Computation) -> int:
@@ -273,14 +274,12 @@ def collectives(
 ) -> list[dict[str, Any]]:
     """Return the executed collectives, each with its kind, bytes, group, times, source and fused.
 
-    bytes: the whole array, the larger of input and output. group: devices, None for all. source:
-    the line that the argument `source` returns. fused: done in pieces inside other fusions, all of
-    which name its channel.
+    bytes: the whole array, the larger of input and output. group: devices, None for all. fused:
+    done in pieces inside other fusions, all of which name its channel.
     """
     rows, channels = [], set()
     for run in runs:
-        inside = hlo_parser.inner(module, run.instruction)
-        for x, computation in [(run.instruction, run.computation), *inside]:
+        for x, computation in hlo_parser.unfused(module, run.instruction, run.computation):
             kind = x.opcode.removesuffix("-start")
             fused, channel = x is not run.instruction, x.attribute(r"channel_id=(\d+)")
             if kind not in COLLECTIVES or (fused and channel in channels):

@@ -124,14 +124,6 @@ class Run(NamedTuple):
     times: int
 
 
-class Loop(NamedTuple):
-    """A while loop; a number of `trips` that the text does not tell is None and counts as 1."""
-
-    instruction: Instruction
-    trips: int | None
-    times: int
-
-
 class Module(NamedTuple):
     """A program; `frames` maps a stack frame to (its caller's frame, file, line)."""
 
@@ -205,12 +197,13 @@ def _stack_frames(text: str) -> dict[int, tuple[int, str, int]]:
     return frames
 
 
-def executed(module: Module) -> tuple[list[Run], list[Loop]]:
-    """Return what a step executes, loop bodies as often as they run, and the loops.
+def executed(module: Module) -> list[Run]:
+    """Return what a step executes, loop bodies as often as they run.
 
-    A fusion is one instruction. Of a conditional's branches, the one with the most cycles counts.
+    A fusion is one instruction. Of a conditional's branches, the one with the most cycles counts; a
+    loop whose number of trips is unknown counts once.
     """
-    runs, loops = [], []
+    runs = []
 
     def cycles(name: str) -> int:
         return sum(x.cycles for x in module.computations[name].instructions.values())
@@ -218,10 +211,10 @@ def executed(module: Module) -> tuple[list[Run], list[Loop]]:
     def walk(name: str, times: int) -> None:
         computation = module.computations[name]
         for instruction in computation.instructions.values():
-            runs.append(Run(instruction, computation, times))
+            run = Run(instruction, computation, times)
+            runs.append(run)
             if instruction.opcode == "while":
-                trips = trip_count(module, computation, instruction)
-                loops.append(Loop(instruction, trips, times))
+                trips = trip_count(module, run)
                 walk(instruction.called("body"), times * (1 if trips is None else trips))
             elif instruction.opcode == "call":
                 walk(instruction.called("to_apply"), times)
@@ -235,23 +228,27 @@ def executed(module: Module) -> tuple[list[Run], list[Loop]]:
                 walk(max(branches, key=cycles), times)
 
     walk(module.entry, 1)
-    return runs, loops
+    return runs
 
 
-def inner(module: Module, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
-    """Yield the instructions inside a fusion, and inside the fusions in it."""
+def unfused(
+    module: Module, instruction: Instruction, computation: Computation
+) -> Iterator[tuple[Instruction, Computation]]:
+    """Yield an instruction and, if it is a fusion, those inside it, each with its computation."""
+    yield instruction, computation
     if instruction.opcode == "fusion" and (name := instruction.called("calls")):
-        for each in module.computations[name].instructions.values():
-            yield each, module.computations[name]
-            yield from inner(module, each)
+        body = module.computations[name]
+        for inside in body.instructions.values():
+            yield from unfused(module, inside, body)
 
 
-def trip_count(module: Module, around: Computation, loop: Instruction) -> int | None:
+def trip_count(module: Module, run: Run) -> int | None:
     """Return how often the body of a while loop runs, None if the text does not tell.
 
     The TPU compiler does not write it down: it follows from the condition (counter < limit), the
     counter's first value, and what the body adds to it.
     """
+    loop, around = run.instruction, run.computation
     if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
         return int(known)
     condition = module.computations[loop.called("condition")]

@@ -1,4 +1,4 @@
-"""What is read from optimised HLO, by hand from pieces of a TPU compiler's output."""
+"""Costs of optimised HLO, against figures worked out by hand from a TPU compiler's output."""
 
 import pathlib
 
@@ -7,55 +7,53 @@ import pytest
 from mert_jax.planning import hlo_cost, hlo_parser
 
 STEP = (pathlib.Path(__file__).parents[1] / "hlo" / "step.txt").read_text()
-# what one trip of its loop writes: [16, 12, 374, 374] float32, in tiles of 8 x 128
+# bytes that a trip of the loop writes: [16, 12, 374, 374] float32, in tiles of 8 x 128
 SLICE = 16 * 12 * 376 * 384 * 4
 WEIGHTS = 2 * 512 * 512 * 2
 
 
 def run_of(text: str, name: str):
-    whole = hlo_parser.parse(text)
-    runs, _ = hlo_parser.executed(whole)
-    return whole, next(run for run in runs if run.instruction.name == name)
+    module = hlo_parser.parse(text)
+    runs = hlo_parser.executed(module)
+    return module, next(run for run in runs if run.instruction.name == name)
 
 
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        (
-            "bitcast_dynamic-update-slice_fusion.21",
-            2 * SLICE,
-        ),  # in place: neither read nor rewritten
+        # in place: neither read nor rewritten
+        ("bitcast_dynamic-update-slice_fusion.21", 2 * SLICE),
         ("fusion.945", WEIGHTS + 16 * 749 * 512 * 2),  # its other operand is in VMEM
         ("copy-start.160", WEIGHTS),  # into VMEM
         ("slice-start.145", 8 * 938 * 128 * 4),  # 120,000 samples in tiles of 128
         ("slice-done.145", 0),
         ("all-reduce.49", 2 * 1024 * 4),  # 768 in a tile of 1024, read and written
         ("custom-call.8", 0),
-        ("while.147", 0),  # its body is what moves
+        ("while.147", 0),  # the traffic is that of its body
     ],
 )
-def test_traffic_is_what_lies_in_hbm_tiles_and_all(name, size):
+def test_traffic_is_that_of_arrays_in_hbm_with_their_tiles(name, size):
     assert hlo_cost.hbm_bytes(*run_of(STEP, name)) == size
 
 
 def test_the_summary_counts_loop_bodies_as_often_as_they_run():
-    found = hlo_cost.summary(STEP, frames=374, inside="/checkout/")
-    assert found["cycles"] == 2 * 395_787 + 100_000
+    costs = hlo_cost.summary(STEP, frames=374, inside="/checkout/")
+    assert costs["cycles"] == 2 * 395_787 + 100_000
     # of each output's two taps, one meets a sample and one a hole: 374 pairs for each tap
-    assert found["flops"] == 2 * 16 * (2 * 374) * 512 * 512
+    assert costs["flops"] == 2 * 16 * (2 * 374) * 512 * 512
     traffic = 2 * SLICE + 2 * WEIGHTS + 16 * 749 * 512 * 2 + 8 * 938 * 128 * 4 + 2 * 1024 * 4
-    assert found["hbm_bytes"] == traffic
-    assert found["collectives"] == [
+    assert costs["hbm_bytes"] == traffic
+    assert costs["collectives"] == [
         dict(kind="all-reduce", bytes=768 * 4, group=8, times=1, source="", fused=False)
     ]
-    (loop,) = found["loops"]
+    (loop,) = costs["loops"]
     assert (loop["trips"], loop["collective_matmul"]) == (2, False)
-    first, second = found["costliest_ops"]
+    first, second = costs["costliest_ops"]
     assert (first["op"], first["times"]) == ("bitcast_dynamic-update-slice_fusion.21", 2)
     assert first["share"] == pytest.approx(0.8878, abs=1e-4)
     # the caller's line in the checkout, not the library's
     assert second["source"] == "mert_jax/model.py:126"
-    (square,) = found["square_fp32_tensors"]
+    (square,) = costs["square_fp32_tensors"]
     assert (square["shape"], square["bytes"]) == ("f32[2, 16, 12, 374, 374]", 2 * SLICE)
     assert hlo_cost.summary(STEP, frames=375)["square_fp32_tensors"] == []
 
@@ -74,16 +72,16 @@ BODY = "body=%wide.region_19.45_spmd.sunk"
         ({BODY: BODY + ', backend_config={"known_trip_count":{"n":"7"}}'}, 7),
         ({"direction=LT": "direction=NE"}, None),
     ],
-    ids=["as it is", "24", "by fives", "unknown start", "written down", "another test"],
+    ids=["unchanged", "24", "by fives", "unknown start", "written down", "another condition"],
 )
 def test_trip_counts(changes, trips):
     text = STEP
     for old, new in changes.items():
         assert old in text
         text = text.replace(old, new)
-    found = hlo_cost.summary(text)
-    assert found["loops"][0]["trips"] == trips
-    assert found["cycles"] == (1 if trips is None else trips) * 395_787 + 100_000
+    costs = hlo_cost.summary(text)
+    assert costs["loops"][0]["trips"] == trips
+    assert costs["cycles"] == (1 if trips is None else trips) * 395_787 + 100_000
 
 
 def test_a_limit_that_the_loop_carries():
@@ -101,7 +99,7 @@ def test_a_limit_that_the_loop_carries():
     assert hlo_cost.summary(text)["loops"][0]["trips"] == 5
 
 
-def convolution(out, left, right, rest):
+def program(out, left, right, rest):
     return f"""HloModule one
 
 ENTRY %main (a: {left}, b: {right}) -> {out} {{
@@ -155,8 +153,7 @@ def conv(window: str, rest: str) -> str:
     ids="forward kernel attention grouped batch_groups matrix dot".split(),
 )  # fmt: skip
 def test_flops_of_products(out, left, right, rest, flops):
-    whole, run = run_of(convolution(out, left, right, rest), "product")
-    assert hlo_cost.flops(whole, run) == flops
+    assert hlo_cost.flops(*run_of(program(out, left, right, rest), "product")) == flops
 
 
 @pytest.mark.parametrize(
@@ -215,14 +212,14 @@ ENTRY %main (a: {piece}, b: {whole}) -> ({piece}, {whole}) {{
   ROOT %second = ({piece}, {whole}) fusion(%x, %y), kind=kCustom, calls=%piece.1
 }}
 """
-    found = hlo_cost.summary(text)
+    costs = hlo_cost.summary(text)
     size = 512 * 768 * 4
-    assert found["collectives"] == [
+    assert costs["collectives"] == [
         dict(kind="all-gather", bytes=size, group=8, times=1, source="", fused=True)
     ]
-    assert found["hbm_bytes"] == size
+    assert costs["hbm_bytes"] == size
 
 
-def test_what_is_no_hlo():
+def test_a_text_that_is_not_hlo_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
-        hlo_cost.summary("nothing of the kind")
+        hlo_cost.summary("some other text")

@@ -152,7 +152,7 @@ def test_each_dataset_of_several_has_its_validation_loss():
     np.testing.assert_array_equal(panel.lines[2].values, [np.nan, np.nan, 9.0])
 
 
-def test_a_teacher_of_features_alone_has_no_codebooks():
+def test_a_teacher_of_features_has_no_codebooks():
     rows = make_rows(3, {30: 1.0}, books=0)
     panels, figures = plots.panels(rows), summary.summarize(rows, {})
     assert "Masked accuracy" not in [panel.title for panel in panels]
@@ -194,11 +194,11 @@ def test_axes_of_a_panel():
         plots.draw(axes[panel.title], panel, 300)
         assert axes[panel.title].get_xlabel() == "step"
         assert axes[panel.title].get_xlim() == (0, 306)
-    # collapse is a line on the floor
+    # a collapsed student is a line at the bottom
     assert axes["Perplexity of the predictions"].get_yscale() == "log"
     assert axes["Perplexity of the predictions"].get_ylim()[0] == 0.9
     assert axes["Masked accuracy"].get_ylim()[0] == 0
-    # logarithms where the range asks for them, and there are any
+    # logarithmic if the range is wide and positive
     assert axes["Loss of cqt"].get_yscale() == "log"
     assert axes["Features penalty"].get_yscale() == "linear"
     assert [text.get_text() for text in axes["Loss"].get_legend().get_texts()] == [
@@ -218,7 +218,7 @@ def test_axes_of_a_panel():
         ({"masked_accuracy": [0.0, 0.0], "prediction_perplexity": [1.0, 1.0]}, None),
     ],
 )
-def test_warns_of_collapse(changes, message):
+def test_warnings(changes, message):
     rows = make_rows(6, {30: 4.0, 60: 3.0})
     assert summary.list_warnings(rows, summary.summarize(rows, {})) == []
     rows[-1] |= changes
@@ -228,7 +228,7 @@ def test_warns_of_collapse(changes, message):
         assert re.search(message, warnings[0])
 
 
-def test_without_validation_the_last_step_counts():
+def test_without_validation_the_last_step_is_reported():
     rows = make_rows(4)
     rows[-1]["masked_accuracy"] = [0.1, 0.9]
     figures = summary.summarize(rows, {})
@@ -237,7 +237,7 @@ def test_without_validation_the_last_step_counts():
     assert "training accuracy is no better" in summary.list_warnings(rows, figures)[0]
 
 
-def test_a_validation_loss_that_is_never_finite():
+def test_a_validation_loss_may_never_be_finite():
     rows = make_rows(4, {20: float("nan"), 40: float("inf")})
     figures = summary.summarize(rows, CONFIG)
     assert (figures["first"], figures["best"]) == (None, None)
@@ -277,7 +277,7 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path):
         ({"step": 20, "loss": "low"}, "loss is not as many numbers"),
     ],
 )
-def test_rows_that_are_not_metrics(tmp_path, changes, message):
+def test_rows_that_are_not_metrics_are_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         report.write_report(save(tmp_path, [{"step": 10}, changes]))
 
@@ -297,7 +297,7 @@ def test_a_cut_off_last_line_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"), [("report.png", "cannot be written"), ("config.json", "cannot be read")]
 )
-def test_a_file_that_cannot_be_used(tmp_path, name, message):
+def test_unreadable_and_unwritable_files_are_refused(tmp_path, name, message):
     workdir = save(tmp_path, make_rows(1))
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=message):
