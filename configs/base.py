@@ -107,8 +107,6 @@ def get_config() -> ConfigDict:
             attention_dropout=0.1,
             activation_dropout=0.0,
             layerdrop=0.05,
-            attention_relax=0.0,
-            fitted_gelu=False,  # within 3e-5 of the exact one, and cheaper on TPUs
             remat="none",  # none, dots or full: what the backward pass recomputes
             # layers an iteration of the scan; all of them: a TPU need not stack their activations,
             # and compiles for minutes longer

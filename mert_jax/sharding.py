@@ -1,4 +1,4 @@
-"""The device mesh and what of the model lies where on it."""
+"""The device mesh, and the layout of parameters and batches on it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mert_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-# logical axis of a parameter -> mesh axis; everything else is whole on every device
+# logical axis of a parameter -> mesh axis; all others are replicated
 RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
 BATCH = PartitionSpec(("data", "fsdp"))
 
@@ -20,9 +20,9 @@ BATCH = PartitionSpec(("data", "fsdp"))
 def make_mesh(
     data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh of `devices` (none given: of all there are); one size may be -1, which means the rest.
+    """Return a mesh of `devices`, by default of all; one size may be -1, which means the rest.
 
-    Raises UserError when the sizes do not multiply to the number of devices.
+    Raises UserError if the product of the sizes is not the number of devices.
     """
     sizes, number = [data, fsdp, tensor], len(devices or jax.devices())
     if sizes.count(-1) == 1:
@@ -37,7 +37,7 @@ def make_mesh(
 
 
 def check_batch(micro_batch: int, mesh: Mesh) -> None:
-    """Raises UserError when the clips of a micro-batch cannot be split over the mesh."""
+    """Raise UserError if the clips of a micro-batch cannot be split over the mesh."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if micro_batch % shards:
         raise UserError(
@@ -47,16 +47,21 @@ def check_batch(micro_batch: int, mesh: Mesh) -> None:
 
 
 def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """`spec` in mesh axes, without those that do not divide the dimension they would split."""
+    """Return `spec` in mesh axes, without those that do not divide their dimension."""
     axes = [RULES.get(name) for name in spec] + [None] * (len(shape) - len(spec))
-    fits = lambda axis, size: axis is not None and size % mesh.shape[axis] == 0
-    axes = [axis if fits(axis, size) else None for axis, size in zip(axes, shape, strict=True)]
-    return PartitionSpec(*axes)
+    return PartitionSpec(
+        *(
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, shape, strict=True)
+        )
+    )
 
 
 def state_shardings(init: Callable[[], Any], mesh: Mesh) -> Any:
-    """Shardings of what `init` makes (with flax's logical axis names still on it), computed without
-    making it."""
+    """Return the shardings of the state that `init` returns, without computing it.
+
+    The state must still have flax's logical axis names.
+    """
     boxed = jax.eval_shape(init)
     specs = nn.get_partition_spec(boxed)
     return jax.tree.map(
@@ -67,34 +72,33 @@ def state_shardings(init: Callable[[], Any], mesh: Mesh) -> Any:
 
 
 def on_each_shard(
-    function: Callable[..., jax.Array], x: jax.Array, *whole: Any, differentiable: bool = True
+    function: Callable[..., jax.Array], x: jax.Array, *replicated: Any, differentiable: bool = True
 ) -> jax.Array:
-    """`function(x, *whole)`, where each device does its own rows of `x` [B, ...] with all of
-    `whole`, in the mesh that is set; in one go where there is none or it does not divide B.
+    """Return `function(x, *replicated)`, computed by each device on its own rows of `x` [B, ...].
 
-    Where it is `differentiable`, its loops must not begin with constants that end as rows of `x`.
+    Without a mesh, or if it does not divide B, the function is called once. The loops of a
+    `differentiable` function must not begin with constants that become rows of `x`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        return function(x, *whole)
-    specs = (BATCH, *(PartitionSpec() for _ in whole))
+        return function(x, *replicated)
+    specs = (BATCH, *(PartitionSpec() for _ in replicated))
     options = dict(in_specs=specs, out_specs=BATCH, check_vma=differentiable)
-    return jax.shard_map(function, **options)(x, *whole)
+    return jax.shard_map(function, **options)(x, *replicated)
 
 
 def rows_of_host(number: int, mesh: Mesh) -> np.ndarray:
-    """Which of the `number` rows of a global batch lie on this process's devices, ascending."""
+    """Return the rows of a global batch of `number` on this process's devices, ascending."""
     indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((number,)).values()
     return np.unique(np.concatenate([np.arange(number)[rows] for rows in indices]))
 
 
 def global_batch(rows: np.ndarray, number: int, mesh: Mesh) -> jax.Array:
-    """The global array [`number`, ...], sharded on the batch, of which `rows` is what
-    `rows_of_host` says."""
-    held = rows_of_host(number, mesh)
+    """Return the global array [`number`, ...] of which `rows` are those of `rows_of_host`."""
+    numbers = rows_of_host(number, mesh)
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
-        return rows[np.searchsorted(held, np.arange(number)[index[0]])]
+        return rows[np.searchsorted(numbers, np.arange(number)[index[0]])]
 
     return jax.make_array_from_callback(
         (number, *rows.shape[1:]), NamedSharding(mesh, BATCH), shard
@@ -102,7 +106,7 @@ def global_batch(rows: np.ndarray, number: int, mesh: Mesh) -> jax.Array:
 
 
 def placed(tree: Any, sharding: NamedSharding) -> Any:
-    """`tree`, which every process has whole, laid out by `sharding`: each device gets its part."""
+    """Lay out `tree`, of which every process has all, by `sharding`."""
 
     def place(x: Any) -> jax.Array:
         x = np.asarray(x)
@@ -112,12 +116,12 @@ def placed(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """Return the sharding of an array that every device has all of."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def each_host(value: int, mesh: Mesh) -> jax.Array:
-    """int32 [devices], on each of them what its own process says."""
+    """Return int32 [devices] with the `value` of each device's own process."""
     sharding = NamedSharding(mesh, PartitionSpec(AXES))
     here = np.full(1, value, np.int32)
     return jax.make_array_from_callback((mesh.size,), sharding, lambda _: here)

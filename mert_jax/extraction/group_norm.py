@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mert_jax.models.layers import EPSILON
+from mert_jax.kernels.numerics import EPSILON
 
 FLOOR = 1e-7  # added to the variance of a wave that is normalised, as transformers does
 

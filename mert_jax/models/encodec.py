@@ -1,11 +1,11 @@
 """The networks of EnCodec (arXiv 2210.13438, section 3.1): causal encoder and decoder, in float32.
 
 Shapes: B clips, N samples, T = ceil(N / hop) frames, C channels, D width of a latent frame. Frame t
-is made of samples up to hop * (t + 1) and of all before them, through the LSTM; the first six also
-of what is reflected before the start.
+depends on all samples before hop * (t + 1), through the LSTM; the first six also depend on the
+reflection before the start.
 
-A long recording is encoded piece by piece to the same latents: each convolution keeps the end of
-its last input, and the LSTM its state, in the flax collection `stream`.
+A long recording is encoded in parts, with the same latents: each convolution keeps the end of its
+last input, and the LSTM its state, in the flax collection `stream`.
 """
 
 from typing import NamedTuple
@@ -19,21 +19,26 @@ from mert_jax.constants import HOP_LENGTH
 
 Array = jax.Array
 RATIOS = (2, 4, 5, 8)  # of the encoder's downsampling: 24 kHz to 75 frames a second
-# codes are labels, and nearly tied ones would flip in bf16 or TF32
+# codes are labels: near ties would flip in bf16 or TF32
 PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Stream(NamedTuple):
-    """Which piece of a recording each row holds: `start`, bool [B], whether it is the first, and
-    `length`, int32 [B], how many of its samples or frames are the recording's."""
+    """The parts of recordings that the rows of a batch hold.
+
+    start: True for the first part of a recording, bool [B]
+    length: number of samples or frames before the padding, int32 [B]
+    """
 
     start: Array
     length: Array
 
 
 def reflect_pad(x: Array, left: int, right: int) -> Array:
-    """`x` [B, N, C] continued by reflection; where it is too short for that, by zeros after its end
-    first (facebookresearch/encodec, `encodec/modules/conv.py`, pad1d)."""
+    """Pad `x` [B, N, C] by reflection, after zeros at its end if it is too short to reflect.
+
+    Source: facebookresearch/encodec, `encodec/modules/conv.py`, pad1d.
+    """
     short = max(0, max(left, right) - x.shape[1] + 1)
     x = jnp.pad(x, ((0, 0), (0, short), (0, 0)))
     x = jnp.pad(x, ((0, 0), (left, right), (0, 0)), mode="reflect")
@@ -41,7 +46,7 @@ def reflect_pad(x: Array, left: int, right: int) -> Array:
 
 
 class CausalConv(nn.Module):
-    """Convolution [B, N, C] -> [B, ceil(N / stride), features] that sees no later sample."""
+    """Causal convolution: [B, N, C] -> [B, ceil(N / stride), features]."""
 
     features: int
     kernel_size: int
@@ -64,12 +69,12 @@ class CausalConv(nn.Module):
         )(x)
 
     def _continue(self, x: Array, left: int, stream: Stream) -> Array:
-        """`x` after the end of its row's last piece, and reflected where the recording ends."""
+        """Put the end of the row's last part before `x`, and reflect the end of a recording."""
         start = stream.start[:, None, None]
         before = self.variable("stream", "context", jnp.zeros_like, x[:, :left])
         x = jnp.concatenate([jnp.where(start, x[:, left:0:-1], before.value), x], 1)
         before.value = x[:, -left:]
-        if self.stride > 1:  # the last frame may need samples that are not there
+        if self.stride > 1:  # the last frame may need samples beyond the end
             last = stream.length[:, None] + left - 1
             index = jnp.arange(x.shape[1])[None]
             index = jnp.where(index > last, jnp.maximum(2 * last - index, 0), index)
@@ -97,13 +102,13 @@ class LSTM(nn.Module):
         width = x.shape[-1]
         uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's
         kernel = self.param("recurrent", uniform, (width, 4 * width))
-        # every frame's input product at once; only the recurrent one has to wait
+        # the input products of all frames at once; only the recurrent ones are sequential
         gates = nn.Dense(4 * width, precision=PRECISION, name="input")(x)
         zeros = jnp.zeros((x.shape[0], width), x.dtype)
         carry = (zeros, zeros)
         if stream is not None:
-            kept = self.variable("stream", "carry", lambda: carry)
-            carry = jax.tree.map(lambda x: jnp.where(stream.start[:, None], 0, x), kept.value)
+            last = self.variable("stream", "carry", lambda: carry)
+            carry = jax.tree.map(lambda x: jnp.where(stream.start[:, None], 0, x), last.value)
 
         def step(carry: tuple[Array, Array], gate: Array) -> tuple[tuple[Array, Array], Array]:
             h, c = carry
@@ -114,13 +119,15 @@ class LSTM(nn.Module):
 
         carry, y = jax.lax.scan(step, carry, gates.swapaxes(0, 1))
         if stream is not None:
-            kept.value = carry
+            last.value = carry
         return y.swapaxes(0, 1)
 
 
 class Encoder(nn.Module):
-    """Wave [B, N] at 24 kHz -> latents [B, ceil(N / 320), dim] (facebookresearch/encodec,
-    `encodec/modules/seanet.py`, SEANetEncoder)."""
+    """Encoder of waves at 24 kHz: [B, N] -> [B, ceil(N / 320), dim].
+
+    Source: facebookresearch/encodec, `encodec/modules/seanet.py`, SEANetEncoder.
+    """
 
     filters: int = 32
     dim: int = 128
@@ -142,8 +149,7 @@ class Encoder(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Transposed convolution [B, T, C] -> [B, T * ratio, features] of twice `ratio` taps, cut at
-    the end so that it stays causal."""
+    """Causal transposed convolution of 2 `ratio` taps: [B, T, C] -> [B, T * ratio, features]."""
 
     features: int
     ratio: int
@@ -159,7 +165,7 @@ class Upsample(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, T, dim] -> wave [B, 320 T], the encoder's mirror image (SEANetDecoder)."""
+    """Decoder, the mirror image of the encoder: [B, T, dim] -> [B, 320 T] (SEANetDecoder)."""
 
     filters: int = 32
     lstm_layers: int = 2

@@ -5,6 +5,7 @@ V codebook size, F feature bins. Names are Hugging Face's; numerics are the offi
 (yizhilll/MERT, `mert_fairseq/models/mert`, on fairseq's wav2vec 2.0 encoder).
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -13,31 +14,26 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import uniform
 
-from mert_jax.models.attention import ATTENDED, Attention
+from mert_jax.kernels.attention import ATTENDED
+from mert_jax.kernels.gelu import gelu
+from mert_jax.kernels.numerics import full_precision
+from mert_jax.models.attention import Attention
 from mert_jax.models.feature_encoder import FeatureEncoder, receptive_field
-from mert_jax.models.layers import (
-    Dropout,
-    Norm,
-    encoder_init,
-    full_precision,
-    gelu,
-    linear,
-    logical,
-)
+from mert_jax.models.layers import Dropout, Norm, encoder_init, linear, logical
 from mert_jax.models.pos_conv_embed import PosConvEmbed
 
 Array = jax.Array
 
 
 def num_frames(num_samples: int, kernels: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Frames that the front end makes of `num_samples` samples."""
+    """Return the number of frames that the front end computes from `num_samples` samples."""
     for kernel, stride in zip(kernels, strides, strict=True):
         num_samples = max(num_samples - kernel, -stride) // stride + 1
     return num_samples
 
 
 class Head(NamedTuple):
-    """What the student predicts of one teacher: codes (K books of V) or F features (K = 0)."""
+    """Prediction of one teacher: K codebooks of `size` codes, or `size` features if K = 0."""
 
     name: str
     size: int
@@ -45,10 +41,11 @@ class Head(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What one pass returns.
+    """The result of one forward pass.
 
-    last_hidden_state: [B, T, D]; features_penalty: scalar, mean square of the conv features;
-    predictions: by teacher, features [B, T, F] or (projections [B, T, K, d], codebooks [K, V, d]).
+    last_hidden_state: [B, T, D]
+    features_penalty: mean square of the conv features, scalar
+    predictions: by teacher, features [B, T, F] or (projections [B, T, K, d], codebooks [K, V, d])
     """
 
     last_hidden_state: Array
@@ -57,7 +54,7 @@ class Output(NamedTuple):
 
 
 def scale_gradient(x: Array, factor: float) -> Array:
-    """`x` itself, with its gradient multiplied by `factor` (fairseq's GradMultiply)."""
+    """Return `x`, with its gradient multiplied by `factor` (fairseq's GradMultiply)."""
     if factor == 1.0:
         return x
     frozen = jax.lax.stop_gradient(x)
@@ -65,7 +62,7 @@ def scale_gradient(x: Array, factor: float) -> Array:
 
 
 class FeatureProjection(nn.Module):
-    """Norm and projection to width D, which equal widths may lack: [B, T, C] -> [B, T, D]."""
+    """Norm, and projection to width D unless C = D and not `always`: [B, T, C] -> [B, T, D]."""
 
     width: int
     always: bool
@@ -80,8 +77,9 @@ class FeatureProjection(nn.Module):
         return linear(self.width, x.shape[-1], self.dtype, "projection")(x)
 
 
-class EncoderLayer(nn.Module):
-    """One transformer layer, post-norm (95M) or pre-norm (330M): [B, T, D] -> [B, T, D]."""
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """Sizes and dropout rates of a transformer layer; post-norm at 95M, pre-norm at 330M."""
 
     num_heads: int
     intermediate_size: int
@@ -90,76 +88,73 @@ class EncoderLayer(nn.Module):
     attention_dropout: float
     activation_dropout: float
     layerdrop: float
-    attention_relax: float
-    fitted_gelu: bool
     dtype: Any
+
+
+class EncoderLayer(nn.Module):
+    """One transformer layer: [B, T, D] -> [B, T, D]."""
+
+    config: LayerConfig
 
     @nn.compact
     def __call__(self, x: Array, padding: Array | None, deterministic: bool) -> tuple[Array, None]:
-        drop = Dropout(self.hidden_dropout)
+        config = self.config
+        drop = Dropout(config.hidden_dropout)
         attention = Attention(
-            self.num_heads,
-            self.attention_dropout,
-            self.attention_relax,
-            self.dtype,
-            name="attention",
+            config.num_heads, config.attention_dropout, config.dtype, name="attention"
         )
-        norm1 = Norm(self.dtype, name="layer_norm")
-        norm2 = Norm(self.dtype, name="final_layer_norm")
+        norm1 = Norm(config.dtype, name="layer_norm")
+        norm2 = Norm(config.dtype, name="final_layer_norm")
 
         def feed_forward(y: Array) -> Array:
-            up, down = (
-                logical(encoder_init, *axes) for axes in (("embed", "mlp"), ("mlp", "embed"))
-            )
-            y = nn.Dense(
-                self.intermediate_size, dtype=self.dtype, kernel_init=up, name="intermediate_dense"
-            )(y)
-            y = gelu(y, self.fitted_gelu)
-            y = Dropout(self.activation_dropout)(y, deterministic)
-            return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=down, name="output_dense")(y)
+            y = dense(config.intermediate_size, "intermediate_dense", "embed", "mlp")(y)
+            y = Dropout(config.activation_dropout)(gelu(y), deterministic)
+            return dense(x.shape[-1], "output_dense", "mlp", "embed")(y)
 
-        if self.pre_norm:
+        def dense(size: int, name: str, *axes: str) -> nn.Dense:
+            init = logical(encoder_init, *axes)
+            return nn.Dense(size, dtype=config.dtype, kernel_init=init, name=name)
+
+        if config.pre_norm:
             y = x + drop(attention(norm1(x), padding, deterministic), deterministic)
             y = y + drop(feed_forward(norm2(y)), deterministic)
         else:
             y = norm1(x + drop(attention(x, padding, deterministic), deterministic))
             y = norm2(y + drop(feed_forward(y), deterministic))
-        if self.layerdrop and not deterministic:  # whole batch, no rescaling, as in fairseq
-            keep = jax.random.uniform(self.make_rng("dropout")) > self.layerdrop
+        if config.layerdrop and not deterministic:  # whole batch, no rescaling, as in fairseq
+            keep = jax.random.uniform(self.make_rng("dropout")) > config.layerdrop
             y = jnp.where(keep, y, x)
         self.sow("intermediates", "hidden_states", y)
         return y, None
 
 
 class Encoder(nn.Module):
-    """Positions and L layers, whose parameters are stacked on a leading axis: [B, T, D] -> same."""
+    """Positional embedding and L layers: [B, T, D] -> [B, T, D].
+
+    The layers' parameters are stacked on a leading axis.
+    """
 
     num_layers: int
     pos_conv_kernel: int
     pos_conv_groups: int
     remat: str
     unroll: int
-    layer: dict[str, Any]
+    layer: LayerConfig
 
     @nn.compact
     def __call__(self, x: Array, padding: Array | None, deterministic: bool) -> Array:
-        layer = dict(self.layer)
-        dtype, pre_norm = layer["dtype"], layer["pre_norm"]
+        dtype, pre_norm = self.layer.dtype, self.layer.pre_norm
         if padding is not None:
             x = jnp.where(padding[..., None], 0, x)
         positions = PosConvEmbed(
-            self.pos_conv_kernel,
-            self.pos_conv_groups,
-            layer["fitted_gelu"],
-            dtype,
-            name="pos_conv_embed",
+            self.pos_conv_kernel, self.pos_conv_groups, dtype, name="pos_conv_embed"
         )(x)
         self.sow("intermediates", "pos_conv_out", positions)
         norm = Norm(dtype, name="layer_norm")
         x = x + positions
         if not pre_norm:
             x = norm(x)
-        x = Dropout(layer["hidden_dropout"])(x, deterministic)
+        x = Dropout(self.layer.hidden_dropout)(x, deterministic)
         self.sow("intermediates", "encoder_input", x)
         layers = nn.scan(
             rematerialised(EncoderLayer, self.remat),
@@ -170,17 +165,19 @@ class Encoder(nn.Module):
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = layers(**layer, name="layers")(x, padding, deterministic)
+        x, _ = layers(self.layer, name="layers")(x, padding, deterministic)
         return norm(x) if pre_norm else x
 
 
 def rematerialised(module: type[nn.Module], policy: str) -> type[nn.Module]:
-    """The layer with what its backward pass recomputes: nothing ("none"), all but matrix products
-    ("dots") or everything ("full")."""
+    """Return `module` whose backward pass recomputes what `policy` says.
+
+    "none" recomputes nothing, "dots" all but matrix products, "full" everything.
+    """
     if policy == "none":
         return module
     keep = jax.checkpoint_policies
-    # with attention's results its scores, T x T numbers a head, need not be kept
+    # attention's result and sums are kept, so that its scores, T x T a head, need not be
     dots = keep.save_from_both_policies(keep.checkpoint_dots, keep.save_only_these_names(ATTENDED))
     policies = {"dots": dots, "full": None}
     return nn.remat(module, policy=policies[policy], prevent_cse=False, static_argnums=(3,))
@@ -189,10 +186,10 @@ def rematerialised(module: type[nn.Module], policy: str) -> type[nn.Module]:
 class Student(nn.Module):
     """MERT: wave [B, N] -> hidden states [B, T, D] and a prediction for each teacher.
 
-    `num_frames` crops the conv features where a teacher has fewer frames. `mask` and `padding` are
-    [B, T]; True hides a frame, or says that it is padding. `norm` is the front end's group norm
-    where it is known (`FeatureEncoder`). Intermediate activations are sown under "intermediates":
-    `hidden_states` of the layers come stacked, [L, B, T, D].
+    `mask` [B, T] is True at frames to hide, `padding` [B, T] at frames that are padding.
+    `num_frames` crops the conv features to the frames of the teachers; `norm` is the front end's
+    group norm if it is known (`FeatureEncoder`). Activations are sown under "intermediates", with
+    the layers' `hidden_states` stacked as [L, B, T, D]. Raises ValueError for other shapes.
     """
 
     conv_dim: int
@@ -205,7 +202,7 @@ class Student(nn.Module):
     pre_norm: bool
     heads: tuple[Head, ...] = ()
     final_dim: int = 64
-    project_equal_widths: bool = False  # where C = D; Hugging Face does, fairseq does not
+    project_equal_widths: bool = False  # if C = D: True in Hugging Face, False in fairseq
     pos_conv_kernel: int = 128
     pos_conv_groups: int = 16
     feature_grad_mult: float = 1.0
@@ -214,14 +211,12 @@ class Student(nn.Module):
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
     layerdrop: float = 0.0
-    attention_relax: float = 0.0
-    fitted_gelu: bool = False
     remat: str = "none"
     unroll: int = 1
     dtype: Any = jnp.float32
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames of a clip of `num_samples` samples."""
+        """Return the number of frames of `num_samples` samples."""
         return num_frames(num_samples, self.conv_kernels, self.conv_strides)
 
     @property
@@ -231,13 +226,15 @@ class Student(nn.Module):
 
     @property
     def receptive_field(self) -> int:
-        """Samples that a frame hears, the fewest that make one."""
+        """Samples that one frame depends on, and the fewest that give one."""
         return receptive_field(self.conv_kernels, self.conv_strides)
 
     def flops(self, num_samples: int) -> float:
-        """FLOPs of one forward pass of one clip: products of the front end, layers, positions and
-        heads, two a multiply-add; norms and activations left out. A training step costs 3 times as
-        many."""
+        """Return the FLOPs of a forward pass of one clip; a training step costs 3 times as many.
+
+        They count the products of front end, positions, layers and heads, two a multiply-add, and
+        neither norms nor activations.
+        """
         frames, width, total, channels = num_samples, self.hidden_size, 0, 1
         for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
             frames = (frames - kernel) // stride + 1
@@ -262,16 +259,11 @@ class Student(nn.Module):
         deterministic: bool = True,
         norm: tuple[Array, Array] | None = None,
     ) -> Output:
-        if wave.ndim != 2:  # channels would pass for clips
+        if wave.ndim != 2:  # channels would be taken for clips
             raise ValueError(f"wave is {wave.shape}, not [B, N]; average its channels first")
         full = full_precision(self.dtype)
         features = FeatureEncoder(
-            self.conv_dim,
-            self.conv_kernels,
-            self.conv_strides,
-            self.fitted_gelu,
-            self.dtype,
-            name="feature_encoder",
+            self.conv_dim, self.conv_kernels, self.conv_strides, self.dtype, name="feature_encoder"
         )(wave, norm)
         features = scale_gradient(features, self.feature_grad_mult)[:, :num_frames]
         features_penalty = jnp.mean(jnp.square(features.astype(full)))
@@ -287,24 +279,16 @@ class Student(nn.Module):
             x = jnp.where(mask[..., None], embed.astype(self.dtype)[None, None, :], x)
         self.sow("intermediates", "masked_input", x)
 
+        layer = LayerConfig(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(LayerConfig)}
+        )
         x = Encoder(
             self.num_layers,
             self.pos_conv_kernel,
             self.pos_conv_groups,
             self.remat,
             self.unroll,
-            dict(
-                num_heads=self.num_heads,
-                intermediate_size=self.intermediate_size,
-                pre_norm=self.pre_norm,
-                hidden_dropout=self.hidden_dropout,
-                attention_dropout=self.attention_dropout,
-                activation_dropout=self.activation_dropout,
-                layerdrop=self.layerdrop,
-                attention_relax=self.attention_relax,
-                fitted_gelu=self.fitted_gelu,
-                dtype=self.dtype,
-            ),
+            layer,
             name="encoder",
         )(x, padding, deterministic)
         predictions = {head.name: self._predict(head, x.astype(full)) for head in self.heads}
@@ -330,12 +314,14 @@ def hidden_states(
     padding: Array | None = None,
     norm: tuple[Array, Array] | None = None,
 ) -> Array:
-    """The encoder's input and every layer's output, [L + 1, B, T, D]; the last one is after the
-    final norm where there is one. Arguments as `Student`'s."""
-    output, seen = student.apply(
+    """Return the encoder's input and every layer's output, [L + 1, B, T, D].
+
+    The last one is after the final norm of a pre-norm encoder. Arguments are those of `Student`.
+    """
+    output, variables = student.apply(
         {"params": params}, wave, padding=padding, norm=norm, mutable=["intermediates"]
     )
-    encoder = seen["intermediates"]["encoder"]
+    encoder = variables["intermediates"]["encoder"]
     layers = encoder["layers"]["hidden_states"][0][:-1]
     return jnp.concatenate(
         [encoder["encoder_input"][0][None], layers, output.last_hidden_state[None]]

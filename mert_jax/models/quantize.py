@@ -1,4 +1,4 @@
-"""Vectors to codes: nearest codeword, residual encode and decode, k-means step. Pure.
+"""Vector quantisation: nearest code, residual encoding and decoding, and a k-means step.
 
 Shapes: K codebooks, V codes each, d dimensions, n vectors.
 """
@@ -10,12 +10,13 @@ Array = jax.Array
 
 
 def nearest(x: Array, codebook: Array) -> Array:
-    """Index of the row of `codebook` [V, d] nearest to each vector of `x` [..., d], int32 [...].
+    """Return the row of `codebook` [V, d] nearest to each vector of `x` [..., d], int32 [...].
 
-    Highest matmul precision: on TPU the default would flip nearly tied codes. The first of equally
-    near rows wins.
+    Of equally near rows the first wins. Products are in the highest precision: the default on TPUs
+    would flip near ties.
     """
-    # |e|^2 - 2 x.e as one product, [x, 1] . [-2 e, |e|^2]: arithmetic beside it would slow argmin
+    # argmin |x - e|^2 = argmin |e|^2 - 2 x.e, as one product [x, 1] . [-2 e, |e|^2]: arithmetic
+    # after the product would slow argmin down
     rows = jnp.concatenate([-2 * codebook, jnp.sum(jnp.square(codebook), -1, keepdims=True)], -1)
     vectors = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
     distances = jnp.einsum("...d,vd->...v", vectors, rows, precision=jax.lax.Precision.HIGHEST)
@@ -23,36 +24,39 @@ def nearest(x: Array, codebook: Array) -> Array:
 
 
 def residual_encode(x: Array, codebooks: Array) -> tuple[Array, Array]:
-    """Codes int32 [..., K] of `x` [..., d] by `codebooks` [K, V, d], and the residual's square
-    [..., K] after each: every book quantises what the ones before it left over (EnCodec, arXiv
-    2210.13438, section 3.2; facebookresearch/encodec, `encodec/quantization/core_vq.py`)."""
+    """Return the codes int32 [..., K] of `x` [..., d], and the squared residual after each.
 
-    def book(residual: Array, codebook: Array) -> tuple[Array, tuple[Array, Array]]:
+    Each of the `codebooks` [K, V, d] quantises the residual of those before it (EnCodec, arXiv
+    2210.13438, section 3.2; facebookresearch/encodec, `encodec/quantization/core_vq.py`).
+    """
+
+    def quantise(residual: Array, codebook: Array) -> tuple[Array, tuple[Array, Array]]:
         codes = nearest(residual, codebook)
         residual = residual - codebook[codes]
         return residual, (codes, jnp.sum(jnp.square(residual), -1))
 
-    _, found = jax.lax.scan(book, x, codebooks)
-    codes, squares = (jnp.moveaxis(each, 0, -1) for each in found)
+    _, outputs = jax.lax.scan(quantise, x, codebooks)
+    codes, squares = (jnp.moveaxis(each, 0, -1) for each in outputs)
     return codes, squares
 
 
 def residual_decode(codes: Array, codebooks: Array) -> Array:
-    """Sum of the rows of `codebooks` [K, V, d] that `codes` int [..., K] name: [..., d]."""
+    """Return the sum of the rows of `codebooks` [K, V, d] at `codes` int [..., K]: [..., d]."""
     return sum(codebooks[k][codes[..., k]] for k in range(codebooks.shape[0]))
 
 
 def kmeans_step(x: Array, centres: Array) -> tuple[Array, Array, Array]:
-    """One step of Lloyd's algorithm on `x` [chunks, n, d]: the means of the vectors nearest to each
-    of `centres` [V, d], int32 [V] how many those are, and squared distances [chunks, n] before.
+    """Make one step of Lloyd's algorithm on `x` [chunks, n, d].
 
-    A centre without vectors stays. Chunks bound the memory to n * V distances.
+    Return the new centres [V, d], their numbers of vectors int32 [V], and the squared distances
+    [chunks, n] to the old `centres`. A centre without vectors stays. Chunks bound the memory to
+    n * V distances.
     """
     size = centres.shape[0]
 
     def chunk(sums: Array, vectors: Array) -> tuple[Array, Array]:
         codes = nearest(vectors, centres)
-        # a product and not a scatter, whose order of additions on a GPU differs from run to run
+        # not a scatter, whose order of additions on GPUs differs from run to run
         ones = jnp.concatenate([vectors, jnp.ones_like(vectors[:, :1])], -1)
         members = jax.nn.one_hot(codes, size, dtype=vectors.dtype)
         sums += jnp.einsum("nv,nd->vd", members, ones, precision=jax.lax.Precision.HIGHEST)

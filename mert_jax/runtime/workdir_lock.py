@@ -19,6 +19,9 @@ FREE = (
     *("data.max_faulty", "model.remat", "model.unroll"),
 )
 
+# settings that earlier versions wrote, with the only values that this one can go on with
+REMOVED = {"model.attention_relax": 0.0, "model.fitted_gelu": False}
+
 
 def lock(workdir: str) -> Any:
     """Hold `workdir` for this process until it ends, however it ends; UserError where another one
@@ -77,6 +80,7 @@ def lock_workdir(
     except (OSError, ValueError) as e:  # ValueError: neither JSON nor text
         raise UserError(f"--workdir={workdir} cannot be used: {e}") from e
     old, new = _flat(before), _flat(json.loads(json.dumps(config)))
+    old = {key: x for key, x in old.items() if key not in REMOVED or x != REMOVED[key]}
     changed = [
         f"{key}: {old.get(key)} there, {new.get(key)} now"
         for key in sorted(old | new)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mert_jax.extraction.group_norm import Moments
-from mert_jax.models.feature_encoder import two_pass
-from mert_jax.models.layers import EPSILON
+from mert_jax.kernels.first_layer import normed_convolution_plain
+from mert_jax.kernels.numerics import EPSILON
 
 TAPS, STRIDE, CHANNELS = 10, 5, 6
 
@@ -52,7 +52,7 @@ def test_the_norm_is_that_of_the_whole_wave(samples, level, offset, normalised, 
 def test_the_norm_is_that_of_the_student():
     wave, kernel, scale, bias = parts(4_000, 0.1, 0.0)
     norm = moments_of(wave).norm(kernel, scale, bias, False)
-    expected = two_pass(wave[None], kernel, scale, bias, STRIDE)[0]
+    expected = normed_convolution_plain(wave[None], kernel, scale, bias, STRIDE)[0]
     convolved = np.lib.stride_tricks.sliding_window_view(wave, TAPS)[::STRIDE] @ kernel
     np.testing.assert_allclose(convolved * norm.factor + norm.shift, expected, atol=1e-5)
 

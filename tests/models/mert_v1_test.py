@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 from configs import base, large, tiny
 from mert_jax import teachers
-from mert_jax.models import attention, mert_v1
+from mert_jax.models import mert_v1
 from mert_jax.pretraining import build, step
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -219,31 +219,6 @@ def test_recomputing_layers_keeps_nothing_of_frames_by_frames():
 # precision ---------------------------------------------------------------------------------------
 
 
-def weights(query, key, relax, padding=None):
-    return np.asarray(jax.nn.softmax(attention.scores(query, key, padding, relax)))
-
-
-def test_relaxed_attention_is_plain_softmax_in_float32():
-    query, key = jax.random.normal(jax.random.key(0), (2, 2, 9, 4, 8))
-    padding = jnp.arange(9)[None, :] >= jnp.array([[9], [6]])
-    for relax in (1.0, 32.0):
-        np.testing.assert_allclose(
-            weights(query, key, relax, padding), weights(query, key, 0, padding), atol=2e-7
-        )
-
-
-def test_relaxed_attention_is_finite_where_float16_scores_overflow():
-    large = 100 * jax.random.normal(jax.random.key(0), (2, 2, 9, 4, 64))
-    query, key = large.astype(jnp.float16)
-    exact = weights(query.astype(jnp.float32), key.astype(jnp.float32), 0)
-    assert not np.isfinite(weights(30 * query, key, 0)).all()
-    relaxed = weights(30 * query, key, 32.0)
-    assert np.isfinite(relaxed).all()
-    np.testing.assert_allclose(relaxed.sum(-1), 1, rtol=1e-5)
-    assert np.isfinite(exact).all()
-    assert (relaxed.argmax(-1) == exact.argmax(-1)).mean() > 0.99
-
-
 def primitives(jaxpr, found):
     for equation in jaxpr.eqns:
         for value in equation.invars:
@@ -368,7 +343,7 @@ def parameters() -> dict[str, dict[str, str]]:
 def test_parameter_names_shapes_and_dtypes():
     assert parameters() == json.loads(PARAMETERS.read_text()), (
         "parameters differ from tests/parameters.json, and old checkpoints would not load; if that "
-        "is meant, run: python -m tests.model_test"
+        "is meant, run: python -m tests.models.mert_v1_test"
     )
 
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mert_jax.models import attention
-from mert_jax.models.layers import keep, random_words
+from mert_jax.kernels import attention
+from mert_jax.kernels.dropout import hash_bits
+from mert_jax.models.attention import Attention
 
 B, T, H, D = 2, 11, 3, 8
 RATE = 0.3
@@ -17,13 +18,6 @@ def inputs(dtype=jnp.float32):
     return (query, key, value), gradient
 
 
-def plain(query, key, value, padding, words, rate, relax):
-    weights = jax.nn.softmax(attention.scores(query, key, padding, relax))
-    if words is not None:
-        weights = jnp.where(keep(words, rate), weights / (1 - rate), 0)
-    return jnp.einsum("bhts,bshd->bthd", weights.astype(value.dtype), value)
-
-
 def value_and_gradients(function, dtype, *options):
     arrays, gradient = inputs(dtype)
     value, pull = jax.vjp(lambda *arrays: function(*arrays, *options), *arrays)
@@ -31,29 +25,28 @@ def value_and_gradients(function, dtype, *options):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("relax", [0.0, 32.0])
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_it_is_its_plain_form(padded, dropout, relax, dtype):
+def test_it_is_its_plain_form(padded, dropout, dtype):
     padding = jnp.arange(T)[None] >= jnp.array([[T], [7]]) if padded else None
-    words = random_words(jax.random.key(1), (B, H, T, T)) if dropout else None
-    options = padding, words, RATE, relax
-    ours = value_and_gradients(attention.attend, dtype, *options)
-    exact = value_and_gradients(plain, dtype, *options)
+    bits = hash_bits(jax.random.key(1), (B, H, T, T)) if dropout else None
+    options = padding, bits, RATE
+    actual = value_and_gradients(attention.attention_recomputed, dtype, *options)
+    exact = value_and_gradients(attention.attention_plain, dtype, *options)
     tolerance = 2e-6 if dtype == jnp.float32 else 0.02
-    for a, b in zip(ours, exact, strict=True):
+    for a, b in zip(actual, exact, strict=True):
         assert np.linalg.norm(a - b) < tolerance * np.linalg.norm(b)
 
 
 def test_the_backward_pass_keeps_nothing_of_frames_by_frames():
     arrays, _ = inputs()
-    words = random_words(jax.random.key(1), (B, H, T, T))
+    bits = hash_bits(jax.random.key(1), (B, H, T, T))
     keeping = lambda *arrays: jax.vjp(
-        lambda *arrays: attention.attend(*arrays, None, words, RATE, 0.0), *arrays
+        lambda *arrays: attention.attention_recomputed(*arrays, None, bits, RATE), *arrays
     )[1]
-    kept = jax.tree.leaves(jax.eval_shape(keeping, *arrays))
-    assert kept
-    assert not [x.shape for x in kept if x.shape.count(T) > 1]
+    stored = jax.tree.leaves(jax.eval_shape(keeping, *arrays))
+    assert stored
+    assert not [x.shape for x in stored if x.shape.count(T) > 1]
 
 
 def test_totals_by_a_product_are_those_by_a_sum():
@@ -74,18 +67,18 @@ def test_totals_by_a_product_are_those_by_a_sum():
 def test_blocks_of_queries_change_nothing(dropout, block, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", block)
     padding = jnp.arange(T)[None] >= jnp.array([[T], [7]])
-    words = random_words(jax.random.key(1), (B, H, T, T)) if dropout else None
-    options = jnp.float32, padding, words, RATE, 0.0
-    whole = value_and_gradients(attention.attend, *options)
-    found = value_and_gradients(attention.attend_in_blocks, *options)
-    for a, b in zip(found, whole, strict=True):
+    bits = hash_bits(jax.random.key(1), (B, H, T, T)) if dropout else None
+    options = jnp.float32, padding, bits, RATE
+    together = value_and_gradients(attention.attention_recomputed, *options)
+    blocks = value_and_gradients(attention.attention_in_blocks, *options)
+    for a, b in zip(blocks, together, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
 def test_long_clips_are_attended_in_blocks(dropout, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 5)
-    layer = attention.Attention(H, RATE if dropout else 0.0, 0.0, jnp.float32)
+    layer = Attention(H, RATE if dropout else 0.0, jnp.float32)
     x = jax.random.normal(jax.random.key(4), (B, T, H * D))
     apply = lambda x: layer.init_with_output(jax.random.key(5), x, None, False)[0]
     program = jax.make_jaxpr(apply)(x)
@@ -96,9 +89,9 @@ def test_long_clips_are_attended_in_blocks(dropout, monkeypatch):
 def test_single_heads_change_nothing(dropout):
     arrays, _ = inputs()
     padding = jnp.arange(T)[None] >= jnp.array([[T], [7]])
-    words = random_words(jax.random.key(1), (B, H, T, T)) if dropout else None
-    weighted = lambda *arrays: attention._weighted(*arrays, rate=RATE, relax=0.0)
-    together = weighted(padding, words, *arrays)
-    in_turn = attention._in_turn(weighted, padding, words, *arrays)
+    bits = hash_bits(jax.random.key(1), (B, H, T, T)) if dropout else None
+    weighted = lambda *arrays: attention.weighted_mean(*arrays, rate=RATE)
+    together = weighted(padding, bits, *arrays)
+    in_turn = attention.head_by_head(weighted, padding, bits, *arrays)
     for a, b in zip(together, in_turn, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
