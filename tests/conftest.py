@@ -24,6 +24,8 @@ from tests import runs
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+collect_ignore = ["golden_test.py"]  # if not named on the command line: see there
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _eight_devices():
