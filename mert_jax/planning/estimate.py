@@ -1,7 +1,6 @@
 """A compiled step as the figures of a plan: memory, bounds on its time, the compiler's estimate."""
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,24 +133,9 @@ def estimate_costs(
 
 
 def _program(summary: dict[str, Any] | None, chip: Chip | None) -> dict[str, Any]:
-    names = (
-        *("costliest_ops", "costliest_lines", "biggest_collectives", "square_fp32_tensors"),
-        *("loops", "big_copies", "pallas_kernels"),
-    )
+    names = ("costliest_ops", "square_fp32_tensors", "loops", "big_copies", "pallas_kernels")
     if not summary:
         return dict.fromkeys(names)
-    for row in (*summary["costliest_ops"], *summary["costliest_lines"]):
-        row["ms"] = chip and round(1e3 * row["cycles"] / chip.clock, 3)
-    lists = summary | {"biggest_collectives": biggest_collectives(summary["collectives"])}
-    return {name: lists[name] for name in names}
-
-
-def biggest_collectives(collectives: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the source lines that exchange most bytes, by kind of collective."""
-    total = Counter()
-    for c in collectives:
-        total[c["kind"], c["source"] or "?"] += c["bytes"] * c["times"]
-    return [
-        {"kind": kind, "source": source, "bytes": size}
-        for (kind, source), size in total.most_common(hlo_cost.TOP)
-    ]
+    for op in summary["costliest_ops"]:
+        op["ms"] = chip and round(1e3 * op["cycles"] / chip.clock, 3)
+    return {name: summary[name] for name in names}

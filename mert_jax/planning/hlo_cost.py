@@ -10,16 +10,15 @@ of every executed instruction, padded to tiles.
 import functools
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mert_jax.planning import hlo_parser
 from mert_jax.planning.hlo_parser import Computation, Instruction, Module, Run, Shape
 
-TOP = 10  # entries of each list of the costliest
+TOP = 10  # entries of the lists of the costliest
 # instructions without work of their own: names for what exists, or what `executed` walks into
 _FREE = set(
     "parameter constant get-tuple-element tuple bitcast while call conditional after-all "
@@ -31,78 +30,73 @@ COLLECTIVES = tuple(
 )
 
 
+class _Op(NamedTuple):
+    """An executed instruction, and its cycles, HBM bytes and source line in a step."""
+
+    run: Run
+    cycles: int
+    bytes: int
+    source: str
+
+    def row(self, **figures: Any) -> dict[str, Any]:
+        name, place = self.run.instruction.name, self.run.instruction.op_name
+        return dict(op=name, **figures, times=self.run.times, source=self.source, what=place)
+
+
 def summary(text: str, frames: int | None = None, inside: str = "") -> dict[str, Any]:
     """Return the costs of one step on one device, from the text of its optimised HLO.
 
     flops: of matrix products and convolutions only. collectives: see there. costliest_ops,
-    costliest_lines, big_copies (HBM to HBM): the first TOP. square_fp32_tensors: float32 arrays in
-    HBM of `frames` x `frames`, or rounded up. pallas_kernels: how many run. Source lines are the
-    innermost in files that begin with `inside`. Raises ValueError for a text that is not HLO.
+    big_copies (HBM to HBM): the first TOP. square_fp32_tensors: float32 arrays in HBM of `frames` x
+    `frames`, or rounded up. pallas_kernels: how many run. Source lines are the innermost in files
+    that begin with `inside`. Raises ValueError for a text that is not HLO.
     """
     module = hlo_parser.parse(text)
     runs = hlo_parser.executed(module)
     source = functools.partial(module.source, inside=inside)
     exchanges = collectives(module, runs, source)
-    cycles = [run.instruction.cycles * run.times for run in runs]
-    traffic = [hbm_bytes(module, run) for run in runs]
     # a collective may be done in pieces inside fusions, whose own traffic is counted without it
     fused = sum(x["bytes"] * x["times"] for x in exchanges if x["fused"])
-
-    def describe(run: Run, **figures: Any) -> dict[str, Any]:
-        place = {"times": run.times, "source": source(run.instruction)}
-        return {"op": run.instruction.name, **figures, **place}
-
-    def share(part: int) -> float:
-        return round(part / sum(cycles), 4)
-
-    costliest = sorted(zip(runs, cycles, strict=True), key=lambda pair: -pair[1])[:TOP]
-    lines, moved = Counter(), Counter()
-    for run, run_cycles, size in zip(runs, cycles, traffic, strict=True):
-        line = source(run.instruction)
-        lines[line] += run_cycles
-        moved[line] += size
-    copies = [
-        describe(run, bytes=size) | {"what": run.instruction.op_name}
-        for run, size in zip(runs, traffic, strict=True)
-        if size >= 2**20 and _is_copy(module, run)
-    ]
+    ops = []
+    for run in runs:
+        cycles = run.instruction.cycles * run.times
+        ops.append(_Op(run, cycles, hbm_bytes(module, run), source(run.instruction)))
+    total = sum(op.cycles for op in ops)
+    copies = [op for op in ops if op.bytes >= 2**20 and _is_copy(module, op.run)]
     return {
-        "cycles": sum(cycles),
+        "cycles": total,
         "flops": sum(flops(module, run) for run in runs),
-        "hbm_bytes": sum(traffic) + fused,
+        "hbm_bytes": sum(op.bytes for op in ops) + fused,
         "collectives": exchanges,
-        "loops": [
-            {
-                "name": run.instruction.name,
-                "trips": hlo_parser.trip_count(module, run),
-                "times": run.times,
-                "collective_matmul": "windowed_dot_general" in run.instruction.rest,
-                "source": source(run.instruction),
-            }
-            for run in runs
-            if run.instruction.opcode == "while"
-        ],
+        "loops": [_loop(module, op) for op in ops if op.run.instruction.opcode == "while"],
         "costliest_ops": [
-            describe(run, cycles=n, share=share(n)) | {"what": run.instruction.op_name}
-            for run, n in costliest
-            if n
+            op.row(cycles=op.cycles, share=round(op.cycles / total, 4))
+            for op in sorted(ops, key=lambda op: -op.cycles)[:TOP]
+            if op.cycles
         ],
-        "costliest_lines": [
-            {"source": line or "?", "share": share(n), "cycles": n, "hbm_bytes": moved[line]}
-            for line, n in lines.most_common(TOP)
-            if n
+        "big_copies": [
+            op.row(bytes=op.bytes) for op in sorted(copies, key=lambda op: -op.bytes)[:TOP]
         ],
-        "big_copies": sorted(copies, key=lambda copy: -copy["bytes"])[:TOP],
         "square_fp32_tensors": [
-            describe(run, shape=f"{shape.dtype}{list(shape.dims)}", bytes=shape.padded)
-            for run in runs
-            if frames and not _is_free(run.instruction)
-            for shape in run.instruction.shapes
+            op.row(shape=f"{shape.dtype}{list(shape.dims)}", bytes=shape.padded)
+            for op in ops
+            if frames and not _is_free(op.run.instruction)
+            for shape in op.run.instruction.shapes
             if _is_square_fp32(shape, frames)
         ],
         "pallas_kernels": sum(
             run.times for run in runs if '_target="tpu_custom_call"' in run.instruction.rest
         ),
+    }
+
+
+def _loop(module: Module, op: _Op) -> dict[str, Any]:
+    return {
+        "name": op.run.instruction.name,
+        "trips": hlo_parser.trip_count(module, op.run),
+        "times": op.run.times,
+        "collective_matmul": "windowed_dot_general" in op.run.instruction.rest,
+        "source": op.source,
     }
 
 

@@ -156,18 +156,6 @@ def test_bounds_and_estimates():
     assert costs["estimated_step_time_s"] == pytest.approx(1.0)
 
 
-def test_the_biggest_collectives_are_sums_by_line():
-    exchanges = [
-        dict(kind="all-reduce", bytes=3, times=2, source="a.py:1"),
-        dict(kind="all-reduce", bytes=5, times=1, source="a.py:1"),
-        dict(kind="all-gather", bytes=9, times=1, source=""),
-    ]
-    assert estimate.biggest_collectives(exchanges) == [
-        dict(kind="all-reduce", source="a.py:1", bytes=11),
-        dict(kind="all-gather", source="?", bytes=9),
-    ]
-
-
 @pytest.mark.parametrize(
     ("error", "size"),
     [
