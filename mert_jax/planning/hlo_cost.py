@@ -68,7 +68,11 @@ def summary(text: str, frames: int | None = None, inside: str = "") -> dict[str,
         "flops": sum(flops(module, run) for run in runs),
         "hbm_bytes": sum(op.bytes for op in ops) + fused,
         "collectives": exchanges,
-        "loops": [_loop(module, op) for op in ops if op.run.instruction.opcode == "while"],
+        "loops": [
+            op.row(trips=hlo_parser.trip_count(module, op.run))
+            for op in ops
+            if op.run.instruction.opcode == "while"
+        ],
         "costliest_ops": [
             op.row(cycles=op.cycles, share=round(op.cycles / total, 4))
             for op in sorted(ops, key=lambda op: -op.cycles)[:TOP]
@@ -87,16 +91,6 @@ def summary(text: str, frames: int | None = None, inside: str = "") -> dict[str,
         "pallas_kernels": sum(
             run.times for run in runs if '_target="tpu_custom_call"' in run.instruction.rest
         ),
-    }
-
-
-def _loop(module: Module, op: _Op) -> dict[str, Any]:
-    return {
-        "name": op.run.instruction.name,
-        "trips": hlo_parser.trip_count(module, op.run),
-        "times": op.run.times,
-        "collective_matmul": "windowed_dot_general" in op.run.instruction.rest,
-        "source": op.source,
     }
 
 
