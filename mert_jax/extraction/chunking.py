@@ -13,28 +13,20 @@ from mert_jax.extraction.group_norm import Moments, Norm
 STEPS = 8  # padded lengths an octave: at most an eighth longer, 3 % at 5 to 60 s
 
 
-class Piece(NamedTuple):
-    """Frames [start, stop) to compute, and [first, last) of them to keep."""
-
-    start: int
-    stop: int
-    first: int
-    last: int
-
-
-def chunks(frames: int, length: int, context: int) -> list[Piece]:
+def chunks(frames: int, length: int, context: int) -> list[tuple[int, int, int, int]]:
     """Cut a file into pieces of `length` frames, or one piece if it is shorter.
 
-    Each kept frame has `context` frames of its piece on both sides, as far as the file has them.
+    Each piece is (start, stop, first, last): frames [start, stop) to compute, and [first, last) of
+    them to keep, with `context` frames on both sides as far as the file has them.
     """
     if frames <= length:
-        return [Piece(0, frames, 0, frames)]
+        return [(0, frames, 0, frames)]
     pieces, first = [], 0
     while first < frames:
         # the last piece is as long as the others, so that it needs no program of its own
         start = min(max(first - context, 0), frames - length)
         last = frames if start + length == frames else start + length - context
-        pieces.append(Piece(start, start + length, first, last))
+        pieces.append((start, start + length, first, last))
         first = last
     return pieces
 
@@ -42,8 +34,8 @@ def chunks(frames: int, length: int, context: int) -> list[Piece]:
 class Segment(NamedTuple):
     """A piece of a recording to embed.
 
-    wave: f32 [n]. norm: of the whole recording. frames: in the segment, of which [first, last) are
-    kept. at: the first kept frame, counted in the recording.
+    wave: f32 [n]. norm: of the whole recording or window. frames: in the segment, of which [first,
+    last) are kept. at: the first kept frame, counted in the recording.
     """
 
     wave: np.ndarray
@@ -80,7 +72,7 @@ class Chunker(NamedTuple):
         return (frames - 1) * self.hop + self.field
 
     def windows(self, samples: int) -> list[tuple[int, int]]:
-        """Return the first and last sample of each window, without a last one below a frame."""
+        """Return samples [start, stop) of each window; a last one below a frame is left out."""
         starts = range(0, samples - self.field + 1, self.window)
         return [(start, min(start + self.window, samples)) for start in starts]
 
@@ -105,7 +97,7 @@ class Chunker(NamedTuple):
                 at += frames
             return
         pieces = chunks(self.num_frames(moments.samples), self.chunk, self.context)
-        spans = ((p.start * self.hop, self.num_samples(p.stop)) for p in pieces)
+        spans = ((start * self.hop, self.num_samples(stop)) for start, stop, _, _ in pieces)
         norm = self.norm(moments)
         for (start, stop, first, last), wave in zip(pieces, cut(blocks, spans), strict=True):
             kept = first - start, last - start

@@ -17,11 +17,12 @@ HOP, FIELD = 20, 40
 def test_chunks_keep_every_frame_once_with_its_context(frames, length, data):
     context = data.draw(st.integers(0, (length - 1) // 2))
     pieces = chunking.chunks(frames, length, context)
-    assert [f for p in pieces for f in range(p.first, p.last)] == list(range(frames))
-    for p in pieces:
-        assert p.stop - p.start == min(length, frames)
-        assert p.start <= max(p.first - context, 0)
-        assert p.stop >= min(p.last + context, frames)
+    kept = [frame for _, _, first, last in pieces for frame in range(first, last)]
+    assert kept == list(range(frames))
+    for start, stop, first, last in pieces:
+        assert stop - start == min(length, frames)
+        assert start <= max(first - context, 0)
+        assert stop >= min(last + context, frames)
 
 
 @given(frames=st.integers(1, 20_000))
