@@ -100,8 +100,8 @@ class Chunker(NamedTuple):
         spans = ((start * self.hop, self.num_samples(stop)) for start, stop, _, _ in pieces)
         norm = self.norm(moments)
         for (start, stop, first, last), wave in zip(pieces, cut(blocks, spans), strict=True):
-            kept = first - start, last - start
-            yield Segment(wave, norm, stop - start, *kept, first, recording_id)
+            own_range = first - start, last - start
+            yield Segment(wave, norm, stop - start, *own_range, first, recording_id)
 
 
 def cut(blocks: Iterable[np.ndarray], spans: Iterable[tuple[int, int]]) -> Iterator[np.ndarray]:

@@ -137,15 +137,15 @@ class _Result:
         self.states: Any = None
 
     def add(self, segment: Segment, states: np.ndarray) -> None:
-        kept = segment.last - segment.first
+        count = segment.last - segment.first
         if self.states is None:
             shape = states.shape if self.mean else (len(states), self.frames, states.shape[-1])
             self.states = np.zeros(shape, np.float32)
         if self.mean:
             self.states += states / np.float32(self.frames)
         else:
-            self.states[:, segment.at : segment.at + kept] = states
-        self.missing -= kept
+            self.states[:, segment.at : segment.at + count] = states
+        self.missing -= count
 
 
 class Embedder:
@@ -191,7 +191,7 @@ class Embedder:
         self._params = sharding.placed(params, sharding.replicated(self._mesh))
         self._forward = jax.jit(self._states)
 
-    def _states(self, params, wave, frames, kept, center, factor, shift):
+    def _states(self, params, wave, frames, ranges, center, factor, shift):
         wave = (wave - center[:, :1]) * center[:, 1:]
         number = jnp.arange(self.chunker.num_frames(wave.shape[1]))[None]
         padding = number >= frames[:, None]
@@ -199,7 +199,7 @@ class Embedder:
         states = states[np.array(self.layers)]
         if self.settings.pool == "none":
             return states
-        weight = (number >= kept[:, :1]) & (number < kept[:, 1:])
+        weight = (number >= ranges[:, :1]) & (number < ranges[:, 1:])
         return jnp.einsum("lbtd,bt->lbd", states, weight.astype(states.dtype))
 
     def run(self, segments: Iterable[Segment]) -> Iterator[tuple[Segment, np.ndarray]]:

@@ -52,14 +52,14 @@ def test_a_long_recording_in_one_piece(small):
 
 def test_chunks_hear_their_context(small):
     (wave,) = music(30_000)
-    whole, frames = small(wave), 1_499
+    at_once, frames = small(wave), 1_499
     chunked = next(small.embed([wave], chunk=400 / RATE, context=CONTEXT))
     # the encoder's input depends on no more context if the norm is that of the whole recording
-    np.testing.assert_allclose(chunked[0], whole[0], atol=1e-5)
-    assert chunked.shape == whole.shape == (small.num_layers + 1, frames, whole.shape[-1])
-    assert np.abs(chunked[-1] - whole[-1]).max() > 1e-3  # attention hears the chunk alone
+    np.testing.assert_allclose(chunked[0], at_once[0], atol=1e-5)
+    assert chunked.shape == at_once.shape == (small.num_layers + 1, frames, at_once.shape[-1])
+    assert np.abs(chunked[-1] - at_once[-1]).max() > 1e-3  # attention hears the chunk alone
     narrow = next(small.embed([wave], chunk=400 / RATE, context=0.0))
-    assert np.abs(narrow[0] - whole[0]).max() > 1e-3
+    assert np.abs(narrow[0] - at_once[0]).max() > 1e-3
 
 
 def test_windows_are_separate_recordings(small):
@@ -72,11 +72,11 @@ def test_windows_are_separate_recordings(small):
 @pytest.mark.parametrize("options", [{}, {"chunk": 400 / RATE, "context": CONTEXT}])
 def test_means_and_single_layers(small, options):
     waves = music(700, 30_000, 2_000)
-    whole = list(small.embed(waves, **options))
-    for pooled, states in zip(small.embed(waves, pool="mean", **options), whole, strict=True):
+    at_once = list(small.embed(waves, **options))
+    for pooled, states in zip(small.embed(waves, pool="mean", **options), at_once, strict=True):
         np.testing.assert_allclose(pooled, states.mean(1), atol=1e-5)
     for layers in ((0,), (1,), (small.num_layers,), (2, 0)):
-        for some, states in zip(small.embed(waves, layers=layers, **options), whole, strict=True):
+        for some, states in zip(small.embed(waves, layers=layers, **options), at_once, strict=True):
             np.testing.assert_allclose(some, states[list(layers)], atol=1e-5)
 
 

@@ -60,6 +60,6 @@ def test_the_norm_is_that_of_the_student():
 @pytest.mark.parametrize("cuts", [(), (3,), (1, 2, 3), (399, 400)])
 def test_blocks_do_not_matter(cuts):
     wave, kernel, scale, bias = parts(401, 0.1, 0.01)
-    whole, cut = (moments_of(wave, c).norm(kernel, scale, bias, True) for c in ((), cuts))
-    np.testing.assert_allclose(whole.factor, cut.factor, rtol=1e-6)
-    np.testing.assert_allclose(whole.shift, cut.shift, rtol=1e-6)
+    at_once, cut = (moments_of(wave, c).norm(kernel, scale, bias, True) for c in ((), cuts))
+    np.testing.assert_allclose(at_once.factor, cut.factor, rtol=1e-6)
+    np.testing.assert_allclose(at_once.shift, cut.shift, rtol=1e-6)

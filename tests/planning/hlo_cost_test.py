@@ -189,13 +189,13 @@ def test_group_sizes(groups, size):
 
 def test_a_collective_in_pieces_counts_once():
     piece = "f32[64,768]{1,0:T(8,128)}"
-    whole = "f32[512,768]{1,0:T(8,128)}"
+    array = "f32[512,768]{1,0:T(8,128)}"
     body = "\n".join(
-        f"""%piece.{i} (p: {piece}, q: {whole}) -> ({piece}, {whole}) {{
+        f"""%piece.{i} (p: {piece}, q: {array}) -> ({piece}, {array}) {{
   %p = {piece} parameter(0)
-  %q = {whole} parameter(1)
-  %gathered = {whole} all-gather(%p), channel_id=164, replica_groups=[1,8]<=[8], dimensions={{0}}
-  ROOT %both = ({piece}, {whole}) tuple(%p, %gathered)
+  %q = {array} parameter(1)
+  %gathered = {array} all-gather(%p), channel_id=164, replica_groups=[1,8]<=[8], dimensions={{0}}
+  ROOT %both = ({piece}, {array}) tuple(%p, %gathered)
 }}
 """
         for i in range(2)
@@ -203,13 +203,13 @@ def test_a_collective_in_pieces_counts_once():
     text = f"""HloModule pieces
 
 {body}
-ENTRY %main (a: {piece}, b: {whole}) -> ({piece}, {whole}) {{
+ENTRY %main (a: {piece}, b: {array}) -> ({piece}, {array}) {{
   %a = {piece} parameter(0)
-  %b = {whole} parameter(1)
-  %first = ({piece}, {whole}) fusion(%a, %b), kind=kCustom, calls=%piece.0
+  %b = {array} parameter(1)
+  %first = ({piece}, {array}) fusion(%a, %b), kind=kCustom, calls=%piece.0
   %x = {piece} get-tuple-element(%first), index=0
-  %y = {whole} get-tuple-element(%first), index=1
-  ROOT %second = ({piece}, {whole}) fusion(%x, %y), kind=kCustom, calls=%piece.1
+  %y = {array} get-tuple-element(%first), index=1
+  ROOT %second = ({piece}, {array}) fusion(%x, %y), kind=kCustom, calls=%piece.1
 }}
 """
     costs = hlo_cost.summary(text)
