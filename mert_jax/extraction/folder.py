@@ -16,7 +16,7 @@ from mert_jax.data.decoding import SkippedFile
 from mert_jax.data.preparation.sources import SourceFile, SourceList, find_sources
 from mert_jax.errors import UserError
 from mert_jax.extraction.embedder import Embedder, EmbeddingSettings, Model, load
-from mert_jax.extraction.file_runner import FileRunner
+from mert_jax.extraction.files import embed_files
 from mert_jax.files import JsonlFile, Row, atomic_write, directory_lock, read_jsonl
 
 SETTINGS, FILES, REPORT, TABLE = "settings.json", "files.jsonl", "report.json", "features.parquet"
@@ -106,8 +106,8 @@ def _embed(
             bar.set_postfix_str(f"{len(rows)} files, {speed:.1f}x real time", refresh=False)
             bar.update(size)
 
-        run = FileRunner(embedder, output, staging, names, dtype, on_progress)
-        for source, outcome in run(todo):
+        outcomes = embed_files(embedder, todo, names, output, staging, dtype, on_progress)
+        for source, outcome in outcomes:
             if isinstance(outcome, SkippedFile):
                 failed[source] = outcome
             else:

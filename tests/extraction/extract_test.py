@@ -13,9 +13,9 @@ import soundfile
 from mert_jax.checkpoints import huggingface
 from mert_jax.data.decoding import decode
 from mert_jax.errors import UserError
-from mert_jax.extraction import embedder, file_runner
+from mert_jax.extraction import embedder, files
 from mert_jax.extraction.embedder import EmbeddingSettings
-from mert_jax.extraction.file_runner import StatesFile
+from mert_jax.extraction.files import StatesFile
 from mert_jax.extraction.folder import extract, output_names
 from tests.extraction.small_student import RATE, checkpoint, music
 from tests.runs import ENVIRONMENT
@@ -176,14 +176,14 @@ def test_files_of_one_name_have_different_outputs(model, tmp_path):
 
 
 def test_a_file_that_shrinks_between_its_two_readings(model, folder, tmp_path, monkeypatch):
-    original = file_runner.segments
+    original = files.segments
 
     def segments(recording, *rest):
         if recording.source.name == "album/c.ogg":
             recording.moments.samples += 9_000
         return original(recording, *rest)
 
-    monkeypatch.setattr(file_runner, "segments", segments)
+    monkeypatch.setattr(files, "segments", segments)
     report = run(model, folder, tmp_path / "out", chunk=300 / RATE, context=20 / RATE)
     assert [x["reason"] for x in report["failed"]] == ["not audio", "changed"]
     assert report["embedded"] == 3

@@ -4,7 +4,7 @@ import collections
 import itertools
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from mert_jax.data.preparation.workers import cpus
 from mert_jax.extraction.chunking import Chunker, Segment
 from mert_jax.extraction.embedder import Embedder
 from mert_jax.extraction.group_norm import Moments
+from mert_jax.files import Row
 
 MAX_THREADS = 4  # that decode
 
@@ -138,80 +139,71 @@ class StatesFile:
             os.unlink(self._path)
 
 
-class FileRunner:
-    """Yields each source with its row for the log, or the SkippedFile that says why there is none.
+def embed_files(
+    embedder: Embedder,
+    sources: Sequence[SourceFile],
+    names: Mapping[SourceFile, str],
+    output: str,
+    staging: str,
+    dtype: np.dtype,
+    on_progress: Callable[[float, float], None],
+) -> Iterator[tuple[SourceFile, Row | SkippedFile]]:
+    """Yield each source with its row for the log, or with the reason why it is skipped.
 
-    names: of the results in `output`, by source. on_progress: called with the bytes of a source and
-    the seconds of audio that are done. Calls raise OSError if the results cannot be written.
+    names: of the results in `output`. on_progress: called with the bytes of a source and the
+    seconds of audio that are done. Raises OSError if the results cannot be written.
     """
+    chunker, rate = embedder.chunker, embedder.model.sample_rate
+    started: dict[str, tuple[Recording, StatesFile]] = {}
+    failures: list[tuple[SourceFile, SkippedFile]] = []
 
-    def __init__(
-        self,
-        embedder: Embedder,
-        output: str,
-        staging: str,
-        names: dict[SourceFile, str],
-        dtype: np.dtype,
-        on_progress: Callable[[float, float], None],
-    ):
-        self._embedder, self._output, self._staging = embedder, output, staging
-        self._names, self._dtype, self._on_progress = names, dtype, on_progress
-        self._open: dict[str, tuple[Recording, StatesFile]] = {}
-        self._outcomes: list[tuple[SourceFile, dict[str, Any] | SkippedFile]] = []
+    def fail(source: SourceFile, error: SkippedFile) -> None:
+        if source.path in started:
+            started.pop(source.path)[1].discard()
+        failures.append((source, error))
 
-    def __call__(
-        self, sources: list[SourceFile]
-    ) -> Iterator[tuple[SourceFile, dict[str, Any] | SkippedFile]]:
-        for segment, states in self._embedder.run(self._segments(sources)):
-            self._add(segment, states)
-            while self._outcomes:
-                yield self._outcomes.pop()
-        yield from self._outcomes
-
-    def _segments(self, sources: list[SourceFile]) -> Iterator[Segment]:
-        chunker, rate = self._embedder.chunker, self._embedder.model.sample_rate
+    def all_segments() -> Iterator[Segment]:
         # the largest first, so that none of them runs alone at the end
         order = sorted(sources, key=lambda source: (-source.size, source.path))
         for number, (source, future) in enumerate(read_ahead(order, chunker, rate)):
             try:
                 recording = future.result()
                 frames = len(chunker.times(recording.moments.samples))
-                path = os.path.join(self._staging, str(number))
-                file = StatesFile(path, frames, self._embedder.settings.pool, self._dtype)
-                self._open[source.path] = recording._replace(wave=None), file
+                path = os.path.join(staging, str(number))
+                file = StatesFile(path, frames, embedder.settings.pool, dtype)
+                started[source.path] = recording._replace(wave=None), file
                 yield from segments(recording, chunker, rate)
             except SkippedFile as e:
-                self._fail(source, e)
+                fail(source, e)
 
-    def _add(self, segment: Segment, states: np.ndarray) -> None:
-        if segment.recording_id not in self._open:  # the file failed after this segment
-            return
-        recording, file = self._open[segment.recording_id]
-        share = (segment.last - segment.first) / file.frames
-        seconds = recording.moments.samples / self._embedder.model.sample_rate
-        self._on_progress(share * recording.source.size, share * seconds)
-        try:
-            file.add(segment, states)
-            if not file.missing:
-                self._finish(recording, file)
-        except SkippedFile as e:
-            self._fail(recording.source, e)
+    for segment, states in embedder.run(all_segments()):
+        if segment.recording_id in started:  # or the file has failed after this segment
+            recording, file = started[segment.recording_id]
+            source, seconds = recording.source, recording.moments.samples / rate
+            share = (segment.last - segment.first) / file.frames
+            on_progress(share * source.size, share * seconds)
+            try:
+                file.add(segment, states)
+                if not file.missing:
+                    row = _finish(embedder, recording, file, output, names[source])
+                    del started[source.path]
+                    yield source, row
+            except SkippedFile as e:
+                fail(source, e)
+        while failures:
+            yield failures.pop()
+    yield from failures
 
-    def _fail(self, source: SourceFile, error: SkippedFile) -> None:
-        if source.path in self._open:
-            self._open.pop(source.path)[1].discard()
-        self._outcomes.append((source, error))
 
-    def _finish(self, recording: Recording, file: StatesFile) -> None:
-        source, samples = recording.source, recording.moments.samples
-        embedder, rate = self._embedder, self._embedder.model.sample_rate
-        path = os.path.join(self._output, self._names[source])
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        arrays = {"layers": np.array(embedder.layers), "frame_rate": embedder.model.frame_rate}
-        if embedder.settings.pool == "none":
-            arrays["times"] = embedder.chunker.times(samples) / rate
-        file.finish(path, **arrays)
-        del self._open[source.path]
-        row = dict(output=self._names[source], seconds=samples / rate, frames=file.frames)
-        row = source._asdict() | row | {"sample_rate": recording.header.sample_rate}
-        self._outcomes.append((source, row))
+def _finish(
+    embedder: Embedder, recording: Recording, file: StatesFile, output: str, name: str
+) -> Row:
+    samples, rate = recording.moments.samples, embedder.model.sample_rate
+    path = os.path.join(output, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    arrays = {"layers": np.array(embedder.layers), "frame_rate": embedder.model.frame_rate}
+    if embedder.settings.pool == "none":
+        arrays["times"] = embedder.chunker.times(samples) / rate
+    file.finish(path, **arrays)
+    row = dict(output=name, seconds=samples / rate, frames=file.frames)
+    return recording.source._asdict() | row | {"sample_rate": recording.header.sample_rate}
