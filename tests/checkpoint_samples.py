@@ -1,4 +1,4 @@
-"""Small students of both flavours, and their checkpoints as others write them."""
+"""Small students of both flavours, and their checkpoints as fairseq and transformers write them."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from mert_jax.checkpoints import fairseq, tensor_names
 from mert_jax.models import mert_v1
@@ -44,23 +45,30 @@ def params_of(student: mert_v1.Student, seed: int = 0):
         name: rng.normal(size=x.shape).astype(np.float32)
         for name, x in tensor_names.abstract_params(student).items()
     }
-    return tensor_names.traverse_util.unflatten_dict(flat, sep="/")
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def assert_same(a, b):
-    """Two trees of equal names, dtypes and values, bit for bit."""
+    """Assert that two trees have equal names, dtypes and values."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
-    dtypes = lambda tree: [np.asarray(x).dtype for x in jax.tree.leaves(tree)]
-    assert dtypes(a) == dtypes(b)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_equal(np.asarray(x).dtype, np.asarray(y).dtype), a, b
+    )
+
+
+def pos_conv_kernel(params):
+    """Return the kernel of the positional convolution that its weight norm stands for."""
+    g, v = (params["encoder"]["pos_conv_embed"][name] for name in ("weight_g", "weight_v"))
+    return v * (g / np.linalg.norm(v, axis=(1, 2))).reshape(-1, 1, 1)
 
 
 # fairseq's files ---------------------------------------------------------------------------------
 
 
 def settings(student: mert_v1.Student, convs: str = CONVS) -> dict:
-    """What a fairseq file says of a student, as its trainer writes it."""
-    chosen = dict(
+    """Return the `cfg` of a fairseq file, as its trainer writes it."""
+    model = dict(
         _name="mert",
         extractor_mode="default",
         conv_feature_layers=convs,
@@ -77,11 +85,11 @@ def settings(student: mert_v1.Student, convs: str = CONVS) -> dict:
         audio_cqt_loss_m=True,
     )
     task = dict(_name="mert_pretraining", labels=["encodec_0", "encodec_1"], sample_rate=24_000)
-    return {"_name": None, "common": {"fp16": True}, "model": chosen, "task": task}
+    return {"_name": None, "common": {"fp16": True}, "model": model, "task": task}
 
 
 def official_state(student: mert_v1.Student, dtype=np.float32, seed: int = 0) -> dict:
-    """A fairseq model state, the CQT's tables included, of random values on the grid of `dtype`."""
+    """Return a random fairseq model state in `dtype`, with the CQT's tables."""
     state = tensor_names.params_to_fairseq(params_of(student, seed))
     state |= fairseq.cqt_tables(student.heads[-1].size)
     return {
@@ -90,12 +98,13 @@ def official_state(student: mert_v1.Student, dtype=np.float32, seed: int = 0) ->
 
 
 def moments(state: dict, flat: bool, step: int = 7) -> dict:
-    """`last_optimizer_state`: float32, one vector of all or one for each parameter."""
+    """Return a float32 `last_optimizer_state`: one vector of all, or one for each parameter."""
     rng = np.random.default_rng(1)
     shapes = [x.shape for name, x in state.items() if "spec_layer" not in name]
-    draw = lambda: [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-    joined = lambda xs: [np.concatenate([x.reshape(-1) for x in xs])] if flat else xs
-    mu, nu = joined(draw()), joined([x**2 for x in draw()])
+    mu, nu = ([rng.normal(size=s).astype(np.float32) for s in shapes] for _ in range(2))
+    nu = [x**2 for x in nu]
+    if flat:
+        mu, nu = ([np.concatenate([x.reshape(-1) for x in xs])] for xs in (mu, nu))
     entries = {
         i: {"step": step, "exp_avg": m, "exp_avg_sq": v}
         for i, (m, v) in enumerate(zip(mu, nu, strict=True))
@@ -105,7 +114,7 @@ def moments(state: dict, flat: bool, step: int = 7) -> dict:
 
 
 def content(student: mert_v1.Student, state: dict, **changes) -> dict:
-    """All that a fairseq file holds (SPEC of the layout: `mert_jax/formats/fairseq.py`)."""
+    """Return the content of a fairseq file; `checkpoints/fairseq.py` describes its layout."""
     history = {
         "criterion_name": "MertCriterion",
         "optimizer_name": "FP16Optimizer",
@@ -125,7 +134,7 @@ def content(student: mert_v1.Student, state: dict, **changes) -> dict:
 
 
 class Object(NamedTuple):
-    """An object in a pickle, of a class that is not here."""
+    """An object in a pickle, of a class that is not installed."""
 
     module: str
     name: str
@@ -133,21 +142,21 @@ class Object(NamedTuple):
 
 
 def write_with_objects(path, content) -> None:
-    """torch_files.write, for content with `Object`s too."""
+    """Write content that may have `Object`s as `torch_pickle.write_pickle` does."""
     plain = torch_pickle._pickled
 
     def pickled(x, arrays):
         if not isinstance(x, Object):
             return plain(x, arrays)
-        made = f"c{x.module}\n{x.name}\n)".encode() + b"\x81"
-        return made + plain(x.attributes, arrays) + b"b"
+        instance = f"c{x.module}\n{x.name}\n)".encode() + b"\x81"
+        return instance + plain(x.attributes, arrays) + b"b"
 
     with mock.patch.object(torch_pickle, "_pickled", pickled):
         torch_pickle.write_pickle(path, content)
 
 
 def dictionary(codes) -> Object:
-    """A fairseq dictionary whose text file listed `codes` in this order."""
+    """Return a fairseq dictionary whose text file listed `codes` in this order."""
     symbols = ["<s>", "<pad>", "</s>", "<unk>", *map(str, codes)]
     attributes = {"symbols": symbols, "indices": {s: i for i, s in enumerate(symbols)}}
     return Object("fairseq.data.dictionary", "Dictionary", attributes | {"nspecial": 4})
@@ -162,7 +171,7 @@ SPELLINGS = {
 
 
 def respelt(state: dict, spelling: str) -> dict:
-    """A Hugging Face state with its weight norm in one of three spellings."""
+    """Return a Hugging Face state with its weight norm in one of three spellings."""
     conv = "encoder.pos_conv_embed.conv."
     g, v = state[f"{conv}weight_g"], state[f"{conv}weight_v"]
     rest = {name: x for name, x in state.items() if not name.startswith(f"{conv}weight")}
@@ -173,18 +182,18 @@ def respelt(state: dict, spelling: str) -> dict:
 
 
 def hf_student(**options) -> mert_v1.Student:
-    """A headless student as Hugging Face's files make it."""
+    """Return a student without heads, as read from Hugging Face's files."""
     return student(heads=(), project_equal_widths=True, final_dim=64, **options)
 
 
 def hf_state(student: mert_v1.Student, dtype=np.float32, seed: int = 0) -> dict:
-    """A Hugging Face state of random values on the grid of `dtype`."""
+    """Return a random Hugging Face state in `dtype`."""
     state = tensor_names.params_to_hf(params_of(student, seed))
     return {name: np.ascontiguousarray(x).astype(dtype) for name, x in state.items()}
 
 
 def hf_config(student: mert_v1.Student) -> dict:
-    """The official config.json of the student's flavour, leftovers included, with its sizes."""
+    """Return the official config.json of the student's flavour with its sizes."""
     size = "large" if student.pre_norm else "base"
     config = json.loads((GOLDEN / f"hf_{size}_config.json").read_text())
     layers = len(student.conv_kernels)
@@ -203,7 +212,7 @@ def hf_config(student: mert_v1.Student) -> dict:
 
 
 def hf_folder(folder: Path, student: mert_v1.Student, state: dict, file: str = state_dict.NAMES[0]):
-    """A Hugging Face directory with `state` in `file`."""
+    """Write a Hugging Face directory with `state` in `file`, and return its path."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(hf_config(student)))
     if file.endswith(".bin"):
@@ -213,13 +222,8 @@ def hf_folder(folder: Path, student: mert_v1.Student, state: dict, file: str = s
     return str(folder)
 
 
-def hf_tensors(folder) -> dict:
-    """What a Hugging Face directory holds."""
-    return state_dict.read_tensor_folder(folder)
-
-
 def same_state(a: dict, b: dict):
-    """Equal names in equal order, equal shapes, dtypes and bytes."""
+    """Assert equal names in equal order, and equal shapes, dtypes and bytes."""
     assert list(a) == list(b)
     for name, x in a.items():
         assert (x.dtype, x.shape) == (b[name].dtype, b[name].shape), name

@@ -1,4 +1,4 @@
-"""TensorFlow checkpoints for tests, in several blocks, with names that share their beginnings."""
+"""Writes TensorFlow checkpoints of several blocks for tests."""
 
 import struct
 from pathlib import Path
@@ -18,7 +18,7 @@ def write(
     block_type: int = 0,
     per_block: int = 5,
 ) -> None:
-    """Write `tensors` as TensorFlow would, but for checksums, which are zeros."""
+    """Write `tensors` as TensorFlow would, except that checksums are zeros."""
     folder.mkdir(parents=True, exist_ok=True)
     entries, data = [(b"", header)], b""
     for name in sorted(tensors):
@@ -41,7 +41,7 @@ def write(
 
 
 def _append(file: bytes, entries: list[tuple[bytes, bytes]], kind: int) -> tuple[bytes, bytes]:
-    """`file` and a block, and the block's handle."""
+    """Return `file` with a block appended, and the block's handle."""
     block, last = b"", b""
     for key, value in entries:
         shared = next((i for i, (a, b) in enumerate(zip(key, last, strict=False)) if a != b), 0)
@@ -54,10 +54,10 @@ def _append(file: bytes, entries: list[tuple[bytes, bytes]], kind: int) -> tuple
 
 
 def _varint(value: int) -> bytes:
-    found = b""
+    encoded = b""
     while value > 127:
-        found, value = found + bytes([value & 127 | 128]), value >> 7
-    return found + bytes([value])
+        encoded, value = encoded + bytes([value & 127 | 128]), value >> 7
+    return encoded + bytes([value])
 
 
 def _number(field: int, value: int) -> bytes:

@@ -124,18 +124,18 @@ def _to_state(params: Any, style: int) -> dict[str, np.ndarray]:
 
 def _from_state(state: State, student: Student, style: int, path: str) -> Any:
     state = {name: x for name, x in weight_norm(state).items() if not BUFFERS.search(name)}
-    shapes = {ours: x.shape for ours, x in abstract_params(student).items()}
-    zeros = {ours: np.broadcast_to(np.float32(0), shape) for ours, shape in shapes.items()}
+    shapes = {key: x.shape for key, x in abstract_params(student).items()}
+    zeros = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
     expected = {name: x.shape for name, x in _to_state(zeros, style).items()}
     check_tensors(state, expected, path)
     flat = {}
-    for ours, shape in shapes.items():
-        name = official_name(ours, shapes.keys(), style)
-        if ours.startswith(LAYERS):
+    for key, shape in shapes.items():
+        name = official_name(key, shapes.keys(), style)
+        if key.startswith(LAYERS):
             layers = [state[name.format(i)] for i in range(shape[0])]
-            flat[ours] = np.stack([_from_torch(ours, x, shape[1:]) for x in layers])
+            flat[key] = np.stack([_from_torch(key, x, shape[1:]) for x in layers])
         elif name is not None:
-            flat[ours] = _from_torch(ours, state[name], shape)
+            flat[key] = _from_torch(key, state[name], shape)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

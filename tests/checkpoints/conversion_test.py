@@ -20,7 +20,7 @@ from mert_jax.checkpoints import conversion, fairseq, in_memory, stablehlo, tens
 from mert_jax.checkpoints.reading import read_checkpoint
 from mert_jax.errors import UserError
 from mert_jax.tensors import state_dict, torch_pickle
-from tests import checkpoint_samples as checkpoints
+from tests import checkpoint_samples
 from tests.checkpoint_samples import FLAVOURS, GOLDEN, hf_folder, hf_state, hf_student, student
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -30,10 +30,10 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 def sources(request, tmp_path_factory):
     """A student's fairseq file after fp16 training, its HF directory, and both as runs of ours."""
     folder, options = tmp_path_factory.mktemp("sources"), FLAVOURS[request.param]
-    ours = student(**options)
-    state = checkpoints.official_state(ours, np.float16)
-    last = checkpoints.moments(state, flat=True)
-    content = checkpoints.content(ours, state, last_optimizer_state=last)
+    model = student(**options)
+    state = checkpoint_samples.official_state(model, np.float16)
+    last = checkpoint_samples.moments(state, flat=True)
+    content = checkpoint_samples.content(model, state, last_optimizer_state=last)
     torch_pickle.write_pickle(folder / "x.pt", content)
     headless = hf_student(**options)
     hf_folder(folder / "hf", headless, hf_state(headless, np.float16))
@@ -58,9 +58,9 @@ def test_fairseq_to_ours_to_fairseq(sources, tmp_path, source, capsys):
     before, after = (
         torch_pickle.read_pickle(path) for path in (sources / "x.pt", tmp_path / "back.pt")
     )
-    checkpoints.same_state(after["model"], before["model"])
+    checkpoint_samples.same_state(after["model"], before["model"])
     moments = after["last_optimizer_state"]["state"]
-    checkpoints.assert_same(moments, before["last_optimizer_state"]["state"])
+    checkpoint_samples.assert_same(moments, before["last_optimizer_state"]["state"])
     assert after["optimizer_history"][-1]["num_updates"] == 7
     printed = capsys.readouterr().out
     assert "parameters in float16, heads: rvq_vae, cqt; 7 updates, with Adam's moments" in printed
@@ -74,7 +74,7 @@ def test_hugging_face_to_ours_to_hugging_face(sources, tmp_path, source):
     before, after = (
         state_dict.read_tensor_folder(path) for path in (sources / "hf", tmp_path / "back")
     )
-    checkpoints.same_state({name: after[name] for name in before}, before)
+    checkpoint_samples.same_state({name: after[name] for name in before}, before)
     assert after.keys() == before.keys()
     assert read_checkpoint(tmp_path / "back").about.licence == "cc-by-nc-4.0"
 
@@ -86,8 +86,8 @@ def test_fairseq_to_hugging_face(sources, tmp_path, source):
 
 
 def assert_official_mapping(file, folder, size: str) -> None:
-    """The tensors of `folder` are those of the fairseq `file` under the official converter's
-    names, all of them, of the same bytes."""
+    """Assert that `folder` has the tensors of the fairseq `file`, bit for bit, in the names of
+    the official converter."""
     listed = json.loads((GOLDEN / f"shapes_student_{size}.json").read_text())
     mapping = listed["converter_mapping_fairseq_to_hf_oldnames"]
     left_out = set(listed["converter_unused_or_skipped"])
@@ -97,9 +97,9 @@ def assert_official_mapping(file, folder, size: str) -> None:
         for name, x in torch_pickle.read_pickle(file)["model"].items()
         if name not in left_out
     }
-    found = state_dict.read_tensor_folder(folder)
-    assert found.keys() == expected.keys()
-    checkpoints.same_state({name: found[name] for name in expected}, expected)
+    state = state_dict.read_tensor_folder(folder)
+    assert state.keys() == expected.keys()
+    checkpoint_samples.same_state({name: state[name] for name in expected}, expected)
 
 
 def test_a_directory_without_heads_makes_no_fairseq_file(small, tmp_path):
@@ -110,8 +110,8 @@ def test_a_directory_without_heads_makes_no_fairseq_file(small, tmp_path):
 
 def test_moments_and_licence_are_as_asked(sources, tmp_path):
     conversion.convert(str(sources / "x.pt"), str(tmp_path / "run"), "orbax", "mit", moments=False)
-    found = read_checkpoint(tmp_path / "run")
-    assert (found.moments, found.step, found.about.licence) == (None, 7, "mit")
+    checkpoint = read_checkpoint(tmp_path / "run")
+    assert (checkpoint.moments, checkpoint.step, checkpoint.about.licence) == (None, 7, "mit")
     conversion.convert(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
     text = (tmp_path / "hf" / "README.md").read_text()
     assert "license: mit" in text
@@ -145,11 +145,11 @@ np.save(out, call(params, wave))
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """A pre-norm student with heads as StableHLO, and the checkpoint it was made of."""
+    """A pre-norm student with heads as StableHLO, and its checkpoint."""
     folder = tmp_path_factory.mktemp("program")
-    ours = student(**FLAVOURS["330m"])
-    params = jax.tree.map(lambda x: 0.3 * x, checkpoints.params_of(ours))
-    checkpoint = in_memory.Checkpoint(ours, params, None, 0, in_memory.About())
+    model = student(**FLAVOURS["330m"])
+    params = jax.tree.map(lambda x: 0.3 * x, checkpoint_samples.params_of(model))
+    checkpoint = in_memory.Checkpoint(model, params, None, 0, in_memory.About())
     stablehlo.write_program(str(folder), checkpoint)
     return folder, checkpoint
 
@@ -160,11 +160,11 @@ def test_the_program_runs_any_batch_and_length(program):
     forward = jax.jit(stablehlo.hidden_states, static_argnums=0)
     for shape in ((1, checkpoint.student.receptive_field), (5, 2_001)):
         wave = np.random.default_rng(1).normal(0, 0.1, shape).astype(np.float32)
-        ours = forward(checkpoint.student, checkpoint.params, wave)
-        found = np.asarray(call(params, wave))
-        assert found.shape == ours.shape
-        assert found.shape[:2] == (checkpoint.student.num_layers + 1, shape[0])
-        np.testing.assert_allclose(found, ours, atol=1e-4)
+        expected = forward(checkpoint.student, checkpoint.params, wave)
+        states = np.asarray(call(params, wave))
+        assert states.shape == expected.shape
+        assert states.shape[:2] == (checkpoint.student.num_layers + 1, shape[0])
+        np.testing.assert_allclose(states, expected, atol=1e-4)
     with pytest.raises(ValueError, match="n"):
         call(params, np.zeros((1, checkpoint.student.receptive_field - 1), np.float32))
     signature = json.loads((folder / "signature.json").read_text())
@@ -188,10 +188,10 @@ def test_the_program_runs_without_this_package(program, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     wave = np.random.default_rng(5).normal(0, 0.1, (3, 777)).astype(np.float32)
-    ours = jax.jit(stablehlo.hidden_states, static_argnums=0)(
+    expected = jax.jit(stablehlo.hidden_states, static_argnums=0)(
         checkpoint.student, checkpoint.params, wave
     )
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), ours, atol=1e-4)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-4)
 
 
 def test_a_program_that_computes_nan_fails_its_check(program, monkeypatch):
@@ -214,12 +214,12 @@ def test_a_program_that_computes_something_else_is_not_written(small, tmp_path, 
     assert os.listdir(tmp_path) == []
 
 
-# what goes wrong ---------------------------------------------------------------------------------
+# failures ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("to", ["hf", "fairseq", "orbax", "stablehlo"])
 def test_a_full_disk_leaves_nothing_behind(sources, tmp_path, to):
-    """As far as a limit on the size of files is one."""
+    """A limit on the size of files stands for the full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 1024, before[1]))
@@ -277,8 +277,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, options, message):
 # full size ---------------------------------------------------------------------------------------
 
 HEADS = {"95m": 12, "330m": 16}
-# getrusage() of a child counts the memory of the process that started it: this one, which has
-# held a checkpoint or two by then
+# prints a command's own peak memory: getrusage() of a child would count this process's too
 PEAK = """
 import runpy, sys
 try:
@@ -299,24 +298,24 @@ def full_size_file(path, size: str, dtype, flat: bool) -> None:
         if not tensor_names.BUFFERS.search(name)
     }
     assert list(state) == listed["fairseq_trainable_names"]
-    last = checkpoints.moments(state, flat, step=400_000)
-    found = fairseq.student({"encoder_attention_heads": HEADS[size]}, state)
-    found = found.clone(pre_norm=size == "330m")
+    last = checkpoint_samples.moments(state, flat, step=400_000)
+    model = fairseq.student({"encoder_attention_heads": HEADS[size]}, state)
+    model = model.clone(pre_norm=size == "330m")
     tables = {name: x.astype(dtype) for name, x in fairseq.cqt_tables(336).items()}
-    model = {name: (state | tables)[name] for name, *_ in listed["fairseq_state_dict"]}
-    content = checkpoints.content(found, model, last_optimizer_state=last)
-    content["cfg"] = checkpoints.settings(found, fairseq.DEFAULT_CONV)
+    tensors = {name: (state | tables)[name] for name, *_ in listed["fairseq_state_dict"]}
+    content = checkpoint_samples.content(model, tensors, last_optimizer_state=last)
+    content["cfg"] = checkpoint_samples.settings(model, fairseq.DEFAULT_CONV)
     torch_pickle.write_pickle(path, content)
 
 
 def digest(x: np.ndarray) -> tuple:
-    """A tensor's dtype, shape and bytes, in little memory."""
+    """Return a tensor's dtype, shape and a hash of its bytes."""
     content = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
     return x.dtype.name, x.shape, hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def fairseq_digests(path) -> tuple[dict, dict]:
-    """Of a file's tensors, and of its moments."""
+    """Return the digests of a file's tensors, and of its moments."""
     content = torch_pickle.read_pickle(path)
     moments = {
         (i, key): digest(entry[key])
@@ -335,7 +334,7 @@ def hf_digests(folder) -> dict:
 @pytest.mark.parametrize("size", HEADS)
 @pytest.mark.parametrize("kind", ["flat", "each"])
 def test_every_loop_at_full_size(tmp_path, size, kind, record_property):
-    """On disk at once: three checkpoints, 11 GB for the 330M."""
+    """Needs room on disk for three checkpoints, 11 GB for the 330M."""
     paths = {name: tmp_path / name for name in ("x.pt", "run", "back.pt", "hf", "run2", "hf2")}
 
     def run(source: str, output: str, to: str) -> None:
@@ -385,7 +384,7 @@ def test_a_program_of_full_size(tmp_path, size, record_property):
     if size == "330m":
         large = dict(hidden_size=1024, num_layers=24, num_heads=16, intermediate_size=4096)
         options = large | dict(pre_norm=True)
-    found = hf_student(
+    model = hf_student(
         conv_dim=512,
         conv_kernels=(10, 3, 3, 3, 3, 2, 2),
         conv_strides=(5, 2, 2, 2, 2, 2, 2),
@@ -393,8 +392,8 @@ def test_a_program_of_full_size(tmp_path, size, record_property):
         pos_conv_groups=16,
         **options,
     )
-    state = {name: 0.05 * x for name, x in hf_state(found).items()}
-    source = hf_folder(tmp_path / "hf", found, state)
+    state = {name: 0.05 * x for name, x in hf_state(model).items()}
+    source = hf_folder(tmp_path / "hf", model, state)
     began = time.monotonic()
     done = command(f"--input={source}", f"--output={tmp_path / 'hlo'}", "--to=stablehlo")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Files of the official trainer: what they hold, however they say it, and what we write back."""
+"""Files of the official trainer: reading, refusals, and writing them back bit for bit."""
 
 import re
 
@@ -10,7 +10,7 @@ from mert_jax.checkpoints.reading import read_checkpoint
 from mert_jax.errors import UserError
 from mert_jax.models.mert_v1 import Head
 from mert_jax.tensors import torch_pickle
-from tests import checkpoint_samples as checkpoints
+from tests import checkpoint_samples
 from tests.checkpoint_samples import (
     CONVS,
     FLAVOURS,
@@ -33,27 +33,31 @@ def flavour(request):
 @pytest.fixture(scope="module")
 def base():
     """A student and the tensors of its file."""
-    return student(), checkpoints.official_state(student())
+    return student(), checkpoint_samples.official_state(student())
 
 
 def write(path, student, state, **changes) -> str:
-    checkpoints.write_with_objects(path, checkpoints.content(student, state, **changes))
+    checkpoint_samples.write_with_objects(
+        path, checkpoint_samples.content(student, state, **changes)
+    )
     return str(path)
 
 
 def test_a_file_after_fp16_training(flavour, tmp_path):
-    state = checkpoints.official_state(flavour, np.float16)
-    last = checkpoints.moments(state, flat=True)
-    found = read_checkpoint(write(tmp_path / "x.pt", flavour, state, last_optimizer_state=last))
-    assert found.student == flavour
-    assert found.step == 7
-    about = found.about
+    state = checkpoint_samples.official_state(flavour, np.float16)
+    last = checkpoint_samples.moments(state, flat=True)
+    checkpoint = read_checkpoint(
+        write(tmp_path / "x.pt", flavour, state, last_optimizer_state=last)
+    )
+    assert checkpoint.student == flavour
+    assert checkpoint.step == 7
+    about = checkpoint.about
     assert (about.sample_rate, about.do_normalize, about.dtype) == (24_000, False, "float16")
     assert about.flat_moments
     assert about.lineage == ("x.pt (fairseq)",)
-    assert_same(found.params, tensor_names.params_from_fairseq(state, flavour))
+    assert_same(checkpoint.params, tensor_names.params_from_fairseq(state, flavour))
     order = [name for name in state if "spec_layer" not in name]
-    for moment, key in zip(found.moments, ("exp_avg", "exp_avg_sq"), strict=True):
+    for moment, key in zip(checkpoint.moments, ("exp_avg", "exp_avg_sq"), strict=True):
         again = tensor_names.params_to_fairseq(moment)
         assert list(again) == order
         flat = np.concatenate([x.reshape(-1) for x in again.values()])
@@ -63,12 +67,12 @@ def test_a_file_after_fp16_training(flavour, tmp_path):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("moments", ["flat", "each", None])
 def test_there_and_back_gives_the_same_bytes(flavour, tmp_path, dtype, moments):
-    state = checkpoints.official_state(flavour, tensor_names.DTYPES[dtype])
-    last = moments and checkpoints.moments(state, moments == "flat")
+    state = checkpoint_samples.official_state(flavour, tensor_names.DTYPES[dtype])
+    last = moments and checkpoint_samples.moments(state, moments == "flat")
     first = read_checkpoint(write(tmp_path / "x.pt", flavour, state, last_optimizer_state=last))
     fairseq.write_checkpoint(tmp_path / "back.pt", first)
     content = torch_pickle.read_pickle(tmp_path / "back.pt")
-    checkpoints.same_state(content["model"], state)
+    checkpoint_samples.same_state(content["model"], state)
     assert content["optimizer_history"][-1]["num_updates"] == 7
     again = content["last_optimizer_state"]
     if last is None:
@@ -78,32 +82,32 @@ def test_there_and_back_gives_the_same_bytes(flavour, tmp_path, dtype, moments):
     assert again["state"].keys() == last["state"].keys()
     for i, entry in last["state"].items():
         assert again["state"][i]["step"] == 7
-        checkpoints.same_state(
+        checkpoint_samples.same_state(
             {key: again["state"][i][key] for key in ("exp_avg", "exp_avg_sq")},
             {key: entry[key] for key in ("exp_avg", "exp_avg_sq")},
         )
     assert again["param_groups"][0]["params"] == list(last["state"])
 
 
-def test_what_we_write_says_what_the_student_is(flavour, tmp_path):
-    state = checkpoints.official_state(flavour)
+def test_written_settings_describe_the_student(flavour, tmp_path):
+    state = checkpoint_samples.official_state(flavour)
     first = read_checkpoint(write(tmp_path / "x.pt", flavour, state))
     first = first._replace(about=first.about._replace(do_normalize=True, sample_rate=16_000))
     fairseq.write_checkpoint(tmp_path / "back.pt", first)
     again = read_checkpoint(tmp_path / "back.pt")
     assert again.student == flavour
     assert (again.about.do_normalize, again.about.sample_rate) == (True, 16_000)
-    said = torch_pickle.read_pickle(tmp_path / "back.pt")["cfg"]["model"]
-    ours = checkpoints.settings(flavour)["model"]
-    same = ours.keys() & said.keys() - {"conv_feature_layers"}
+    written = torch_pickle.read_pickle(tmp_path / "back.pt")["cfg"]["model"]
+    expected = checkpoint_samples.settings(flavour)["model"]
+    same = expected.keys() & written.keys() - {"conv_feature_layers"}
     assert len(same) > 10
-    assert {key: said[key] for key in same} == {key: ours[key] for key in same}
-    layers = [fairseq.conv_layers(x["conv_feature_layers"]) for x in (said, ours)]
+    assert {key: written[key] for key in same} == {key: expected[key] for key in same}
+    layers = [fairseq.conv_layers(x["conv_feature_layers"]) for x in (written, expected)]
     assert layers[0] == layers[1]
 
 
 def node(value) -> Object:
-    """A setting as OmegaConf keeps it."""
+    """Return a setting as OmegaConf stores it."""
     if isinstance(value, dict):
         inside = {key: node(x) for key, x in value.items()}
         return Object("omegaconf.dictconfig", "DictConfig", {"_content": inside, "_parent": None})
@@ -115,42 +119,42 @@ def node(value) -> Object:
 
 @pytest.mark.parametrize("kind", ["omegaconf", "namespace", "both"])
 def test_other_spellings_of_the_settings(flavour, tmp_path, kind):
-    said = checkpoints.settings(flavour)
-    state = checkpoints.official_state(flavour)
-    old = {**said["common"], **said["task"], **said["model"], "normalize": True}
+    settings = checkpoint_samples.settings(flavour)
+    state = checkpoint_samples.official_state(flavour)
+    old = {**settings["common"], **settings["task"], **settings["model"], "normalize": True}
     namespace = Object("argparse", "Namespace", old)
     changes = {
-        "omegaconf": {"cfg": node(said | {"task": said["task"] | {"normalize": True}})},
+        "omegaconf": {"cfg": node(settings | {"task": settings["task"] | {"normalize": True}})},
         "namespace": {"cfg": None, "args": namespace},
         "both": {"cfg": {}, "args": namespace},
     }[kind]
-    found = read_checkpoint(write(tmp_path / "x.pt", flavour, state, **changes))
-    assert found.student == flavour
-    assert found.about.do_normalize
-    assert_same(found.params, params_of(flavour))
+    checkpoint = read_checkpoint(write(tmp_path / "x.pt", flavour, state, **changes))
+    assert checkpoint.student == flavour
+    assert checkpoint.about.do_normalize
+    assert_same(checkpoint.params, params_of(flavour))
 
 
 def test_settings_that_are_left_out_have_fairseqs_defaults(base, tmp_path):
-    found, state = student(num_heads=1, hidden_size=24), None
-    state = checkpoints.official_state(found)
+    expected = student(num_heads=1, hidden_size=24)
+    state = checkpoint_samples.official_state(expected)
     cfg = {"model": {"conv_feature_layers": CONVS, "encoder_attention_heads": 1}}
-    read = read_checkpoint(write(tmp_path / "x.pt", found, state, cfg=cfg))
-    assert read.student == found
-    assert (read.about.sample_rate, read.about.do_normalize) == (24_000, False)
+    checkpoint = read_checkpoint(write(tmp_path / "x.pt", expected, state, cfg=cfg))
+    assert checkpoint.student == expected
+    assert (checkpoint.about.sample_rate, checkpoint.about.do_normalize) == (24_000, False)
 
 
 def test_heads_that_a_file_lacks(base, tmp_path):
-    whole, state = base
-    without = lambda *parts: {k: x for k, x in state.items() if not k.startswith(parts)}
+    model, state = base
     for parts, heads in (
-        (("encoder_cqt_model",), whole.heads[:1]),
-        (("label_embs_concat", "final_proj"), whole.heads[1:]),
+        (("encoder_cqt_model",), model.heads[:1]),
+        (("label_embs_concat", "final_proj"), model.heads[1:]),
         (("label_embs_concat", "final_proj", "encoder_cqt_model"), ()),
     ):
-        found = read_checkpoint(write(tmp_path / "x.pt", whole, without(*parts)))
-        assert found.student.heads == heads
+        rest = {name: x for name, x in state.items() if not name.startswith(parts)}
+        checkpoint = read_checkpoint(write(tmp_path / "x.pt", model, rest))
+        assert checkpoint.student.heads == heads
         with pytest.raises(UserError, match=r"one head for codes and one for the CQT"):
-            fairseq.write_checkpoint(tmp_path / "back.pt", found)
+            fairseq.write_checkpoint(tmp_path / "back.pt", checkpoint)
 
 
 # codebooks whose rows are in another order -------------------------------------------------------
@@ -158,17 +162,19 @@ def test_heads_that_a_file_lacks(base, tmp_path):
 
 @pytest.mark.parametrize("flat", [True, False])
 def test_rows_follow_the_dictionaries_and_go_back(base, tmp_path, flat):
-    ours, state = base
+    model, state = base
     rng = np.random.default_rng(3)
     listed = [rng.permutation(CODES), np.arange(CODES)]
-    last = checkpoints.moments(state, flat)
+    last = checkpoint_samples.moments(state, flat)
     changes = dict(
         task_state={"dictionaries": [dictionary(codes) for codes in listed]},
         last_optimizer_state=last,
     )
-    found = read_checkpoint(write(tmp_path / "x.pt", ours, state, **changes))
-    plain = read_checkpoint(write(tmp_path / "plain.pt", ours, state, last_optimizer_state=last))
-    pairs = zip((found.params, *found.moments), (plain.params, *plain.moments), strict=True)
+    checkpoint = read_checkpoint(write(tmp_path / "x.pt", model, state, **changes))
+    plain = read_checkpoint(write(tmp_path / "plain.pt", model, state, last_optimizer_state=last))
+    pairs = zip(
+        (checkpoint.params, *checkpoint.moments), (plain.params, *plain.moments), strict=True
+    )
     for read, file in pairs:
         books, rows = read["rvq_vae_codebooks"], file["rvq_vae_codebooks"]
         np.testing.assert_array_equal(books[:, :4], rows[:, :4])
@@ -176,35 +182,35 @@ def test_rows_follow_the_dictionaries_and_go_back(base, tmp_path, flat):
             np.testing.assert_array_equal(books[0, 4 + code], rows[0, 4 + row])
         np.testing.assert_array_equal(books[1], rows[1])
         assert not np.array_equal(books[0], rows[0])
-    fairseq.write_checkpoint(tmp_path / "back.pt", found)
+    fairseq.write_checkpoint(tmp_path / "back.pt", checkpoint)
     content = torch_pickle.read_pickle(tmp_path / "back.pt")
-    checkpoints.same_state(content["model"], state)
+    checkpoint_samples.same_state(content["model"], state)
     assert_same(content["last_optimizer_state"]["state"], last["state"])
     again = read_checkpoint(tmp_path / "back.pt")
-    assert again.about.row_orders == found.about.row_orders
-    assert_same(again.params, found.params)
-    assert_same(again.moments, found.moments)
+    assert again.about.row_orders == checkpoint.about.row_orders
+    assert_same(again.params, checkpoint.params)
+    assert_same(again.moments, checkpoint.moments)
 
 
 def test_dictionaries_in_order_change_nothing(base, tmp_path):
-    ours, state = base
+    model, state = base
     changes = dict(task_state={"dictionaries": [dictionary(range(CODES))] * BOOKS})
-    found = read_checkpoint(write(tmp_path / "x.pt", ours, state, **changes))
-    assert found.about.row_orders == ()
-    assert_same(found.params, params_of(ours))
+    checkpoint = read_checkpoint(write(tmp_path / "x.pt", model, state, **changes))
+    assert checkpoint.about.row_orders == ()
+    assert_same(checkpoint.params, params_of(model))
 
 
-def test_numpys_labels_are_rows_themselves(base, tmp_path):
-    """`numpy_memmap_label`: code c was trained on row c, and the last four rows are nobody's."""
-    ours, state = base
-    said = checkpoints.settings(ours)
-    cfg = said | {"task": said["task"] | {"numpy_memmap_label": True}}
-    found = read_checkpoint(write(tmp_path / "x.pt", ours, state, cfg=cfg))
-    books, rows = found.params["rvq_vae_codebooks"], params_of(ours)["rvq_vae_codebooks"]
+def test_numpy_labels_are_row_numbers(base, tmp_path):
+    """With `numpy_memmap_label` code c was trained on row c, and the last four rows are unused."""
+    model, state = base
+    settings = checkpoint_samples.settings(model)
+    cfg = settings | {"task": settings["task"] | {"numpy_memmap_label": True}}
+    checkpoint = read_checkpoint(write(tmp_path / "x.pt", model, state, cfg=cfg))
+    books, rows = checkpoint.params["rvq_vae_codebooks"], params_of(model)["rvq_vae_codebooks"]
     np.testing.assert_array_equal(books[:, 4:], rows[:, :CODES])
     np.testing.assert_array_equal(books[:, :4], rows[:, CODES:])
-    fairseq.write_checkpoint(tmp_path / "back.pt", found)
-    checkpoints.same_state(torch_pickle.read_pickle(tmp_path / "back.pt")["model"], state)
+    fairseq.write_checkpoint(tmp_path / "back.pt", checkpoint)
+    checkpoint_samples.same_state(torch_pickle.read_pickle(tmp_path / "back.pt")["model"], state)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +242,7 @@ def test_orders_of_other_books_are_refused(base, tmp_path):
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
 def test_moments_of_other_parameters_are_refused(base, tmp_path, flat, key):
-    last = checkpoints.moments(base[1], flat)
+    last = checkpoint_samples.moments(base[1], flat)
     entry = last["state"][max(last["state"])]
     entry[key] = np.append(entry[key], np.float32(0))
     path = write(tmp_path / "x.pt", *base, last_optimizer_state=last)
@@ -251,8 +257,8 @@ def test_moments_of_another_optimizer_are_refused(base, tmp_path):
         read_checkpoint(write(tmp_path / "x.pt", *base, last_optimizer_state=last))
 
 
-def test_a_nan_in_a_moment_is_named(base, tmp_path):
-    last = checkpoints.moments(base[1], flat=True)
+def test_a_nan_in_a_moment_is_reported(base, tmp_path):
+    last = checkpoint_samples.moments(base[1], flat=True)
     last["state"][0]["exp_avg_sq"][0] = np.nan
     path = write(tmp_path / "x.pt", *base, last_optimizer_state=last)
     with pytest.raises(UserError, match=r"exp_avg_sq: .*mask_emb has 1 values"):
@@ -263,22 +269,22 @@ def test_a_nan_in_a_moment_is_named(base, tmp_path):
 @pytest.mark.parametrize("last", [None, {}, {"state": {}, "param_groups": []}])
 def test_a_file_without_moments(base, tmp_path, last):
     changes = dict(last_optimizer_state=last, optimizer_history=[])
-    found = read_checkpoint(write(tmp_path / "x.pt", *base, **changes))
-    assert found.moments is None
-    assert found.step == 0
+    checkpoint = read_checkpoint(write(tmp_path / "x.pt", *base, **changes))
+    assert checkpoint.moments is None
+    assert checkpoint.step == 0
 
 
-# what is wrong with a file -----------------------------------------------------------------------
+# damaged or foreign files ------------------------------------------------------------------------
 
 
 def test_every_wrong_tensor_is_listed(base, tmp_path):
-    ours, state = base
+    model, state = base
     wrong = {name: x for name, x in state.items() if name != "encoder.layers.1.fc2.bias"}
     wrong["surprise"] = np.zeros(1, np.float32)
     wrong["layer_norm.weight"] = np.zeros(5, np.float32)
     wrong["mask_emb"] = np.full(16, np.nan, np.float32)
     with pytest.raises(UserError) as raised:
-        read_checkpoint(write(tmp_path / "x.pt", ours, wrong))
+        read_checkpoint(write(tmp_path / "x.pt", model, wrong))
     for words in (
         "x.pt: 4 tensors are wrong",
         "missing encoder.layers.1.fc2.bias",
@@ -290,12 +296,12 @@ def test_every_wrong_tensor_is_listed(base, tmp_path):
 
 
 def test_any_missing_tensor_is_named(base, tmp_path):
-    ours, state = base
+    model, state = base
     for name in state:
         if "spec_layer" in name or ".layers.0." in name:
             continue
         rest = {key: x for key, x in state.items() if key != name}
-        path = write(tmp_path / "x.pt", ours, rest)
+        path = write(tmp_path / "x.pt", model, rest)
         with pytest.raises(UserError, match=rf"x\.pt.*missing {re.escape(name)}"):
             read_checkpoint(path)
 
@@ -324,8 +330,8 @@ def test_any_missing_tensor_is_named(base, tmp_path):
     ],
 )
 def test_settings_that_contradict_the_tensors(base, tmp_path, change, message):
-    said = checkpoints.settings(base[0])
-    cfg = said | {"model": said["model"] | change}
+    settings = checkpoint_samples.settings(base[0])
+    cfg = settings | {"model": settings["model"] | change}
     with pytest.raises(UserError, match=message):
         read_checkpoint(write(tmp_path / "x.pt", *base, cfg=cfg))
 
@@ -356,14 +362,14 @@ def test_torch_files_of_something_else(tmp_path, content, message):
 
 def test_a_file_cut_short(base, tmp_path):
     path = write(tmp_path / "x.pt", *base)
-    whole = (tmp_path / "x.pt").read_bytes()
-    for length in (0, 100, len(whole) // 2, len(whole) - 30):
-        (tmp_path / "x.pt").write_bytes(whole[:length])
+    content = (tmp_path / "x.pt").read_bytes()
+    for length in (0, 100, len(content) // 2, len(content) - 30):
+        (tmp_path / "x.pt").write_bytes(content[:length])
         with pytest.raises(UserError, match=r"x\.pt is no readable torch file"):
             read_checkpoint(path)
 
 
-# students that fairseq has no room for -----------------------------------------------------------
+# students that fairseq cannot store --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -374,38 +380,38 @@ def test_a_file_cut_short(base, tmp_path):
         (dict(project_equal_widths=True, conv_dim=16), "does not project equal widths"),
     ],
 )
-def test_students_that_fairseq_has_no_room_for(tmp_path, options, message):
-    ours = student(**options)
+def test_students_that_fairseq_cannot_store(tmp_path, options, message):
+    model = student(**options)
     about = in_memory.About()
     with pytest.raises(UserError, match=message):
         fairseq.write_checkpoint(
-            tmp_path / "x.pt", in_memory.Checkpoint(ours, params_of(ours), None, 0, about)
+            tmp_path / "x.pt", in_memory.Checkpoint(model, params_of(model), None, 0, about)
         )
     assert not (tmp_path / "x.pt").exists()
 
 
 def test_heads_in_another_order_and_of_other_names(tmp_path):
-    ours = student(heads=(Head("cqt", 14), Head("kmeans", 68, 2)))
-    params = params_of(ours)
-    first = in_memory.Checkpoint(ours, params, (params, params), 5, in_memory.About())
+    model = student(heads=(Head("cqt", 14), Head("kmeans", 68, 2)))
+    params = params_of(model)
+    first = in_memory.Checkpoint(model, params, (params, params), 5, in_memory.About())
     fairseq.write_checkpoint(tmp_path / "x.pt", first)
-    found = read_checkpoint(tmp_path / "x.pt")
-    assert found.student.heads == checkpoints.HEADS
+    checkpoint = read_checkpoint(tmp_path / "x.pt")
+    assert checkpoint.student.heads == checkpoint_samples.HEADS
     kmeans = params["kmeans_codebooks"]
-    np.testing.assert_array_equal(found.params["rvq_vae_codebooks"], kmeans)
-    np.testing.assert_array_equal(found.moments[1]["rvq_vae_codebooks"], kmeans)
-    assert found.step == 5
+    np.testing.assert_array_equal(checkpoint.params["rvq_vae_codebooks"], kmeans)
+    np.testing.assert_array_equal(checkpoint.moments[1]["rvq_vae_codebooks"], kmeans)
+    assert checkpoint.step == 5
 
 
 def test_books_without_special_codes_get_rows_for_them(tmp_path):
-    ours = student(heads=(Head("rvq_vae", 64, 2), Head("cqt", 14)))
-    params, about = params_of(ours), in_memory.About(special_codes=0)
+    model = student(heads=(Head("rvq_vae", 64, 2), Head("cqt", 14)))
+    params, about = params_of(model), in_memory.About(special_codes=0)
     fairseq.write_checkpoint(
-        tmp_path / "x.pt", in_memory.Checkpoint(ours, params, (params, params), 5, about)
+        tmp_path / "x.pt", in_memory.Checkpoint(model, params, (params, params), 5, about)
     )
-    found = read_checkpoint(tmp_path / "x.pt")
-    assert found.student.heads == checkpoints.HEADS
-    for tree in (found.params, *found.moments):
+    checkpoint = read_checkpoint(tmp_path / "x.pt")
+    assert checkpoint.student.heads == checkpoint_samples.HEADS
+    for tree in (checkpoint.params, *checkpoint.moments):
         books = tree["rvq_vae_codebooks"]
         np.testing.assert_array_equal(books[:, 4:], params["rvq_vae_codebooks"])
         assert not books[:, :4].any()

@@ -1,4 +1,4 @@
-"""Hugging Face directories: every file and spelling they come in, and the ones we write."""
+"""Hugging Face directories: every file and spelling, writing, refusals, and the model card."""
 
 import json
 
@@ -11,7 +11,7 @@ from mert_jax.checkpoints.reading import read_checkpoint
 from mert_jax.errors import UserError
 from mert_jax.models import mert_v1
 from mert_jax.tensors import state_dict, torch_pickle
-from tests import checkpoint_samples as checkpoints
+from tests import checkpoint_samples
 from tests.checkpoint_samples import FLAVOURS, GOLDEN, assert_same, hf_folder, hf_state, hf_student
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 
 def edit(folder, file, **changes):
-    """Change settings in a JSON file; None takes one away."""
+    """Change settings in a JSON file; None removes one."""
     path = f"{folder}/{file}"
     with open(path) as f:
         content = json.load(f) | changes
@@ -45,32 +45,28 @@ def edit(folder, file, **changes):
 @pytest.mark.parametrize("spelling", ["old", "new"])
 def test_a_directory_with_the_official_leftovers(flavour, tmp_path, file, dtype, spelling):
     state = hf_state(flavour, tensor_names.DTYPES[dtype])
-    path = hf_folder(tmp_path / "m", flavour, checkpoints.respelt(state, spelling), file)
-    found = read_checkpoint(path)
-    assert found.student == flavour
-    assert (found.moments, found.step) == (None, 0)
-    about = found.about
+    path = hf_folder(tmp_path / "m", flavour, checkpoint_samples.respelt(state, spelling), file)
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.student == flavour
+    assert (checkpoint.moments, checkpoint.step) == (None, 0)
+    about = checkpoint.about
     assert (about.sample_rate, about.do_normalize, about.dtype) == (24_000, False, dtype)
     assert about.lineage == ("m (Hugging Face)",)
-    assert_same(found.params, tensor_names.params_from_hf(state, flavour))
+    assert_same(checkpoint.params, tensor_names.params_from_hf(state, flavour))
 
 
 def test_a_folded_weight_norm_computes_the_same(flavour, tmp_path):
     state = hf_state(flavour)
-    path = hf_folder(tmp_path / "m", flavour, checkpoints.respelt(state, "folded"))
-    kernel = lambda p: (
-        p["weight_v"]
-        * (p["weight_g"] / np.linalg.norm(p["weight_v"], axis=(1, 2))).reshape(-1, 1, 1)
-    )
-    ours, theirs = (
-        kernel(params["encoder"]["pos_conv_embed"])
+    path = hf_folder(tmp_path / "m", flavour, checkpoint_samples.respelt(state, "folded"))
+    folded, plain = (
+        checkpoint_samples.pos_conv_kernel(params)
         for params in (read_checkpoint(path).params, tensor_names.params_from_hf(state, flavour))
     )
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(folded, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_a_bin_file_from_before_torch_1_6(tmp_path):
-    """Recognised and read: what is wrong is its names, as many as it has."""
+    """The file is read: only the names of its tensors are wrong."""
     path = hf_folder(tmp_path / "m", hf_student(), {}, "pytorch_model.bin")
     legacy = (GOLDEN.parent / "torch_files" / "state_dict_legacy.pt").read_bytes()
     (tmp_path / "m" / "pytorch_model.bin").write_bytes(legacy)
@@ -157,28 +153,28 @@ def test_without_a_model_card_there_is_no_licence(tmp_path):
 @pytest.mark.parametrize("spelling", ["old", "new"])
 def test_there_and_back_gives_the_same_bytes(flavour, tmp_path, dtype, spelling):
     state = hf_state(flavour, dtype)
-    found = read_checkpoint(
-        hf_folder(tmp_path / "m", flavour, checkpoints.respelt(state, spelling))
+    checkpoint = read_checkpoint(
+        hf_folder(tmp_path / "m", flavour, checkpoint_samples.respelt(state, spelling))
     )
     (tmp_path / "back").mkdir()
-    huggingface.write_checkpoint(str(tmp_path / "back"), found)
+    huggingface.write_checkpoint(str(tmp_path / "back"), checkpoint)
     back = state_dict.read_tensor_folder(tmp_path / "back")
-    checkpoints.same_state({name: back[name] for name in state}, state)
+    checkpoint_samples.same_state({name: back[name] for name in state}, state)
     assert back.keys() == state.keys()
     again = read_checkpoint(tmp_path / "back")
     assert again.student == flavour
-    assert again.about._replace(lineage=()) == found.about._replace(lineage=())
-    assert_same(again.params, found.params)
+    assert again.about._replace(lineage=()) == checkpoint.about._replace(lineage=())
+    assert_same(again.params, checkpoint.params)
 
 
-def test_settings_we_write(flavour, tmp_path):
+def test_written_settings(flavour, tmp_path):
     about = in_memory.About(
         sample_rate=16_000,
         do_normalize=True,
         dtype="bfloat16",
         config={"model": {"hidden_dropout": 0.1, "layerdrop": 0.05, "input_dropout": 0.2}},
     )
-    params = checkpoints.params_of(flavour)
+    params = checkpoint_samples.params_of(flavour)
     huggingface.write_checkpoint(
         str(tmp_path), in_memory.Checkpoint(flavour, params, None, 0, about)
     )
@@ -197,8 +193,8 @@ def test_settings_we_write(flavour, tmp_path):
 
 
 def test_heads_are_left_out_and_equal_widths_get_the_identity(tmp_path):
-    student = checkpoints.student(conv_dim=16)
-    params = checkpoints.params_of(student)
+    student = checkpoint_samples.student(conv_dim=16)
+    params = checkpoint_samples.params_of(student)
     checkpoint = in_memory.Checkpoint(student, params, None, 9, in_memory.About())
     huggingface.write_checkpoint(str(tmp_path), checkpoint)
     state = state_dict.read_tensor_folder(tmp_path)
@@ -209,7 +205,7 @@ def test_heads_are_left_out_and_equal_widths_get_the_identity(tmp_path):
     assert read_checkpoint(tmp_path).student == hf_student(conv_dim=16)
 
 
-# what is wrong with a directory ------------------------------------------------------------------
+# damaged or foreign directories ------------------------------------------------------------------
 
 
 def test_every_wrong_tensor_is_listed(folder):
@@ -267,9 +263,9 @@ def test_garbled_settings(folder, file, content):
 @pytest.mark.parametrize("file", state_dict.NAMES)
 def test_weights_cut_short(tmp_path, file):
     path = hf_folder(tmp_path / "m", hf_student(), hf_state(hf_student()), file)
-    whole = (tmp_path / "m" / file).read_bytes()
-    for length in (0, 100, len(whole) // 2, len(whole) - 1):
-        (tmp_path / "m" / file).write_bytes(whole[:length])
+    content = (tmp_path / "m" / file).read_bytes()
+    for length in (0, 100, len(content) // 2, len(content) - 1):
+        (tmp_path / "m" / file).write_bytes(content[:length])
         with pytest.raises(UserError, match=f"{file} is no readable"):
             read_checkpoint(path)
 
@@ -291,8 +287,8 @@ def test_integers_in_place_of_weights(folder):
 # the model card ----------------------------------------------------------------------------------
 
 
-def test_what_a_model_card_says(tmp_path):
-    student = checkpoints.student(pre_norm=True)
+def test_model_card(tmp_path):
+    student = checkpoint_samples.student(pre_norm=True)
     about = in_memory.About(
         do_normalize=True,
         licence="cc-by-nc-4.0",
@@ -301,7 +297,7 @@ def test_what_a_model_card_says(tmp_path):
         data=({"name": "folk", "tracks": 12, "hours": 1.5}, {"name": "jazz", "tracks": 3}),
         lineage=("MERT-v1-95M (Hugging Face)", "run (step 5)"),
     )
-    params = checkpoints.params_of(student)
+    params = checkpoint_samples.params_of(student)
     huggingface.write_checkpoint(
         str(tmp_path), in_memory.Checkpoint(student, params, None, 12_345, about)
     )
@@ -323,7 +319,7 @@ def test_what_a_model_card_says(tmp_path):
     assert model_card.licence(tmp_path) == "cc-by-nc-4.0"
 
 
-def test_what_a_model_card_says_where_nothing_is_known():
+def test_model_card_of_an_unknown_checkpoint():
     student = hf_student()
     text = model_card.text(in_memory.Checkpoint(student, {}, None, 0, in_memory.About()))
     for words in (
@@ -342,5 +338,5 @@ def test_what_a_model_card_says_where_nothing_is_known():
 
 def test_no_head_takes_a_name_that_transformers_knows():
     student = hf_student().clone(heads=(mert_v1.Head("cqt", 14),))
-    state = tensor_names.params_to_hf(checkpoints.params_of(student))
+    state = tensor_names.params_to_hf(checkpoint_samples.params_of(student))
     assert state.keys() == hf_state(hf_student()).keys()

@@ -1,6 +1,5 @@
-"""Beginning from other weights: what is taken over, what is made anew and what is said of it."""
+"""Starting from the weights of a checkpoint: what is loaded, what is new, and the report."""
 
-import functools
 import re
 
 import jax
@@ -48,24 +47,24 @@ def noise(tree, seed: int):
 def checkpoint(of: mert_v1.Student, moments: bool = True, **about) -> in_memory.Checkpoint:
     shapes = jax.eval_shape(of.init, jax.random.key(0), jnp.zeros((1, 400)))["params"]
     params = noise(nn.unbox(shapes), 0)
-    found = (noise(params, 1), noise(params, 2)) if moments else None
+    adam = (noise(params, 1), noise(params, 2)) if moments else None
     return in_memory.Checkpoint(
-        of, params, found, 7, in_memory.About(**{"teachers": TEACHERS} | about)
+        of, params, adam, 7, in_memory.About(**{"teachers": TEACHERS} | about)
     )
 
 
-def match(found: in_memory.Checkpoint, of: mert_v1.Student, special_codes: int = 4, **teachers):
-    return init_from.match_checkpoint(found, of, TEACHERS | teachers, special_codes)
+def match(source: in_memory.Checkpoint, of: mert_v1.Student, special_codes: int = 4, **teachers):
+    return init_from.match_checkpoint(source, of, TEACHERS | teachers, special_codes)
 
 
 def flat(tree):
     return traverse_util.flatten_dict(tree, sep="/")
 
 
-def test_the_same_student_takes_over_everything():
-    found = checkpoint(student(CODES, CQT))
-    start = match(found, found.student)
-    given, taken = (found.params, *found.moments), (start.params, *start.moments)
+def test_the_same_student_loads_everything():
+    source = checkpoint(student(CODES, CQT))
+    start = match(source, source.student)
+    given, taken = (source.params, *source.moments), (start.params, *start.moments)
     for tree, new in zip(given, taken, strict=True):
         assert new.keys() == flat(tree).keys()
         assert all(np.array_equal(new[name], x) for name, x in flat(tree).items())
@@ -98,9 +97,9 @@ def test_the_same_student_takes_over_everything():
         ((mert_v1.Head("kmeans", 12, 2), CQT), {}, {"kmeans": "x"}, "has no head with that name"),
     ],
 )
-def test_a_head_of_another_teacher_is_made_anew(heads, options, teachers, reason):
-    found = checkpoint(student(CODES, CQT))
-    start = match(found, student(*heads, **options), **teachers)
+def test_a_head_of_another_teacher_is_new(heads, options, teachers, reason):
+    source = checkpoint(student(CODES, CQT))
+    start = match(source, student(*heads, **options), **teachers)
     name = heads[0].name
     assert [line for line in start.lines if re.match(f"head {name}: new, .*{reason}", line)]
     assert not [path for path in start.params if path.startswith(name)]
@@ -115,9 +114,9 @@ def test_a_transform_of_other_settings_is_another_teacher():
     assert "rvq_vae_codebooks" in start.params
 
 
-def test_a_teacher_that_the_checkpoint_does_not_name_is_taken_to_be_the_same_and_said_so():
-    found = checkpoint(student(CODES, CQT), teachers={})
-    start = match(found, student(CODES, CQT))
+def test_an_unnamed_teacher_is_assumed_to_be_the_same_and_reported():
+    source = checkpoint(student(CODES, CQT), teachers={})
+    start = match(source, student(CODES, CQT))
     assert "rvq_vae_codebooks" in start.params
     assert len([line for line in start.lines if "does not name" in line]) == 2
 
@@ -129,13 +128,13 @@ def test_a_checkpoint_without_heads_and_moments():
     assert len([line for line in start.lines if "new, since" in line]) == 3
 
 
-def test_special_rows_are_left_out_where_the_run_has_none():
-    found = checkpoint(student(CODES, CQT))
-    start = match(found, student(mert_v1.Head("rvq_vae", 8, 2), CQT), special_codes=0)
-    books = found.params["rvq_vae_codebooks"]
+def test_special_rows_are_dropped_if_the_run_has_none():
+    source = checkpoint(student(CODES, CQT))
+    start = match(source, student(mert_v1.Head("rvq_vae", 8, 2), CQT), special_codes=0)
+    books = source.params["rvq_vae_codebooks"]
     np.testing.assert_array_equal(start.params["rvq_vae_codebooks"], books[:, 4:])
     np.testing.assert_array_equal(
-        start.moments[0]["rvq_vae_codebooks"], found.moments[0]["rvq_vae_codebooks"][:, 4:]
+        start.moments[0]["rvq_vae_codebooks"], source.moments[0]["rvq_vae_codebooks"][:, 4:]
     )
     assert any("without the 4 special rows" in line for line in start.lines)
 
@@ -166,15 +165,15 @@ def test_projection_matters_only_between_equal_widths():
         match(checkpoint(student(CODES, **equal, **other)), student(CODES, **equal))
 
 
-def test_normalised_waves_and_heads_left_out_are_said():
-    found = checkpoint(student(CODES, CQT), do_normalize=True)
-    lines = match(found, student(CQT)).lines
+def test_normalised_waves_and_skipped_heads_are_reported():
+    source = checkpoint(student(CODES, CQT), do_normalize=True)
+    lines = match(source, student(CQT)).lines
     assert any("normalised" in line for line in lines)
     assert any(line.startswith("head rvq_vae: skipped") for line in lines)
 
 
 @pytest.mark.parametrize("moments", [True, False])
-def test_the_state_has_what_was_taken_over_and_keeps_the_rest(moments):
+def test_the_state_has_the_loaded_weights_and_keeps_the_rest(moments):
     of = student(CODES, CQT)
     chain = optimizer.make(optax.constant_schedule(0.1), clip_norm=1.0)
 
@@ -184,17 +183,17 @@ def test_the_state_has_what_was_taken_over_and_keeps_the_rest(moments):
 
     mesh = sharding.make_mesh(2, 2, 2)
     shardings = sharding.state_shardings(init, mesh)
-    made = functools.partial(jax.jit(lambda: nn.unbox(init()), out_shardings=shardings))
-    before, fresh = made(), made()
-    found = checkpoint(student(CQT), moments=moments)
-    state = init_from.apply_initial_weights(before, match(found, of))
+    initialise = jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)
+    before, fresh = initialise(), initialise()
+    source = checkpoint(student(CQT), moments=moments)
+    state = init_from.apply_initial_weights(before, match(source, of))
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, fresh)
     assert int(state.step) == 0
-    new, theirs = flat(state.params), flat(found.params)
+    new, theirs = flat(state.params), flat(source.params)
     adam, empty = state.opt_state[1], fresh.opt_state[1]
     for name, x in flat(fresh.params).items():
         np.testing.assert_array_equal(new[name], theirs.get(name, x))
-        mu = flat(found.moments[0] if moments else empty.mu).get(name, np.zeros(x.shape))
+        mu = flat(source.moments[0] if moments else empty.mu).get(name, np.zeros(x.shape))
         np.testing.assert_array_equal(flat(adam.mu)[name], mu)
     assert int(adam.count) == (7 if moments else 0)
     assert int(state.opt_state[3].count) == 0  # of the learning rate's schedule

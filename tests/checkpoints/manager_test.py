@@ -1,4 +1,4 @@
-"""When a run saves, and what it gets back."""
+"""When a run saves, what it restores, and damaged checkpoints."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ class Clock:
 
 
 def due(policy, steps, clock=None):
-    """Those of `steps`, 50 s each, after which a loop that asks as training does saves."""
+    """Return those of `steps`, 50 s each, after which a training loop saves."""
     saved = []
     for step in steps:
         if clock:
@@ -47,7 +47,7 @@ def test_saves_by_minutes_since_the_last_save_of_either_kind():
     assert due(policy, range(97, 105), clock) == [99, 100, 103]
 
 
-def test_what_could_not_be_saved_stays_due():
+def test_a_postponed_save_stays_due():
     policy = manager.SavePolicy(3, 0, Clock())
     assert [policy.due(step, asked=step == 7) for step in range(1, 6)] == [False] * 2 + [True] * 3
     policy.saved()
@@ -62,7 +62,7 @@ def test_zero_never_saves():
 
 
 def saved(workdir, *numbers, **options) -> manager.Checkpoints:
-    """Checkpoints of a state that says its step, at each of `numbers`."""
+    """Save a state that contains its step at each of `numbers`."""
     checkpoints = manager.Checkpoints(str(workdir), **dict(keep=9) | options)
     for number in numbers:
         checkpoints.save(number, state_of(number))
@@ -76,17 +76,17 @@ def state_of(number: int) -> dict:
 
 
 def restored(checkpoints: manager.Checkpoints, **options) -> int:
-    """The step restored, once its values are seen to be those saved."""
+    """Return the step restored, having checked its values."""
     state = state_of(0)
-    found = checkpoints.restore(state, jax.tree.map(lambda x: x.sharding, state), **options)
-    jax.tree.map(np.testing.assert_array_equal, found, state_of(int(found["step"])))
-    return int(found["step"])
+    state = checkpoints.restore(state, jax.tree.map(lambda x: x.sharding, state), **options)
+    jax.tree.map(np.testing.assert_array_equal, state, state_of(int(state["step"])))
+    return int(state["step"])
 
 
 def files(workdir, step: int) -> list[str]:
-    """The files of a checkpoint that hold its arrays, largest first."""
-    found = (workdir / "checkpoints" / str(step)).rglob("*")
-    return sorted((p for p in found if p.is_file()), key=lambda p: -p.stat().st_size)
+    """Return the files of a checkpoint, largest first."""
+    paths = (workdir / "checkpoints" / str(step)).rglob("*")
+    return sorted((p for p in paths if p.is_file()), key=lambda p: -p.stat().st_size)
 
 
 def flip_a_bit(path):
@@ -111,7 +111,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_it_used(tmp_path, how, capsys):
+def test_a_damaged_checkpoint_is_reported_and_set_aside_and_the_previous_one_used(
+    tmp_path, how, capsys
+):
     saved(tmp_path, 1, 2, 3).close()
     DAMAGE[how](tmp_path)
     checkpoints = manager.Checkpoints(str(tmp_path), 9)
@@ -125,7 +127,7 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_it_used(tmp_
     assert manager.checkpoint_steps(str(tmp_path)) == [1, 2, 3]
 
 
-def test_without_a_whole_checkpoint_it_stops_and_changes_nothing(tmp_path):
+def test_without_an_intact_checkpoint_restore_fails_and_changes_nothing(tmp_path):
     saved(tmp_path, 1, 3).close()
     for step in (1, 3):
         os.truncate(files(tmp_path, step)[0], 0)
@@ -137,13 +139,14 @@ def test_without_a_whole_checkpoint_it_stops_and_changes_nothing(tmp_path):
     assert not (tmp_path / "damaged").exists()
 
 
-def test_what_a_killed_save_left_is_cleared_away(tmp_path):
+def test_the_partial_save_of_a_killed_run_is_removed(tmp_path):
     saved(tmp_path, 1, 2).close()
     partial = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints" / "2", partial)
-    os.unlink(partial / "commit_success.txt") if (partial / "commit_success.txt").exists() else None
+    (partial / "commit_success.txt").unlink(missing_ok=True)
     checkpoints = manager.Checkpoints(str(tmp_path), 9)
     assert restored(checkpoints) == 2
+    checkpoints.save(3, state_of(3))  # waits for the removal, which runs in the background
     checkpoints.close()
     assert not partial.exists()
 
@@ -153,12 +156,12 @@ def test_the_newest_stay_and_those_of_every_mth_step(tmp_path):
     assert manager.checkpoint_steps(str(tmp_path)) == [4, 8, 9, 10]
 
 
-def test_what_stops_add_does_not_push_out_those_of_the_interval(tmp_path):
+def test_checkpoints_of_stopped_runs_do_not_evict_regular_ones(tmp_path):
     saved(tmp_path, 0, 4, 8, 9, 10, 11, keep=2, every_steps=4).close()
     assert manager.checkpoint_steps(str(tmp_path)) == [4, 8, 10, 11]
 
 
-def test_going_back_takes_one_from_before_and_forgets_the_rest(tmp_path):
+def test_a_rollback_restores_an_earlier_regular_step_and_deletes_later_ones(tmp_path):
     checkpoints = saved(tmp_path, 2, 4, 6, every_steps=4)
     assert restored(checkpoints, before=5) == 4
     assert restored(checkpoints, before=4) == 2  # none that 4 divides: any
@@ -183,7 +186,7 @@ def test_a_checksum_shows_any_change_and_does_not_depend_on_the_sharding():
         assert manager.checksums([some]) != manager.checksums([some[::-1]])
 
 
-def test_an_unwritable_place_is_said_at_once_with_the_last_good_step(tmp_path, monkeypatch):
+def test_a_failed_save_is_reported_with_the_last_good_step(tmp_path, monkeypatch):
     checkpoints = saved(tmp_path, 1)
     monkeypatch.setattr(
         checkpoints._manager, "check_for_errors", lambda: (_ for _ in ()).throw(OSError("no space"))

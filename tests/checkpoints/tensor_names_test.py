@@ -1,4 +1,4 @@
-"""The mapping of names: there and back, every spelling, and what is said of a wrong checkpoint."""
+"""The mapping of tensor names: round trips, spellings of weight norm, and wrong checkpoints."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from mert_jax.checkpoints import tensor_names
 from mert_jax.errors import UserError
 from mert_jax.models.mert_v1 import Head
-from tests.checkpoint_samples import assert_same, params_of, student
+from tests.checkpoint_samples import assert_same, params_of, pos_conv_kernel, student
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -46,16 +46,9 @@ def test_three_spellings_of_weight_norm():
     folded = state | {conv + "weight": g * v / np.linalg.norm(v, axis=(0, 1), keepdims=True)}
     old = state | {conv + "weight_g": np.abs(g), conv + "weight_v": v * np.sign(g)}
     expected = tensor_names.params_from_hf(new, body)
-    positions = lambda params: params["encoder"]["pos_conv_embed"]
-    kernel = lambda p: (
-        p["weight_v"]
-        * (p["weight_g"] / np.linalg.norm(p["weight_v"], axis=(1, 2))).reshape(-1, 1, 1)
-    )
     for spelling in (folded, old):
-        given = tensor_names.params_from_hf(spelling, body)
-        np.testing.assert_allclose(
-            kernel(positions(given)), kernel(positions(expected)), rtol=1e-5, atol=1e-6
-        )
+        kernel = pos_conv_kernel(tensor_names.params_from_hf(spelling, body))
+        np.testing.assert_allclose(kernel, pos_conv_kernel(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_equal_widths():
@@ -65,11 +58,11 @@ def test_equal_widths():
     state = tensor_names.params_to_hf(params)
     wave = np.random.default_rng(0).normal(size=(1, 400)).astype(np.float32)
     hidden = tensor_names.params_from_hf(state, projected.clone(heads=()))
-    ours, theirs = (
+    expected, actual = (
         jax.jit(plain.apply)({"params": params}, wave),
         jax.jit(projected.clone(heads=()).apply)({"params": hidden}, wave),
     )
-    np.testing.assert_allclose(ours.last_hidden_state, theirs.last_hidden_state, atol=1e-5)
+    np.testing.assert_allclose(actual.last_hidden_state, expected.last_hidden_state, atol=1e-5)
 
 
 def test_tables_of_the_cqt_are_ignored():
@@ -79,7 +72,7 @@ def test_tables_of_the_cqt_are_ignored():
     tensor_names.params_from_fairseq(state, student())
 
 
-def test_everything_wrong_is_said_at_once():
+def test_all_wrong_tensors_are_reported_at_once():
     state = tensor_names.params_to_fairseq(params_of(student()))
     del state["mask_emb"], state["encoder.layers.1.fc2.bias"]
     state["surprise"] = np.zeros(1)

@@ -1,4 +1,4 @@
-"""Checkpoints of ours: what a workdir holds, and every way in which it can be broken."""
+"""Checkpoints in workdirs: round trips, damage, and the detection of formats."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 from mert_jax.checkpoints import in_memory, workdir
 from mert_jax.checkpoints.reading import kind_of, read_checkpoint
 from mert_jax.errors import UserError
-from tests import checkpoint_samples as checkpoints
+from tests import checkpoint_samples
 from tests.checkpoint_samples import FLAVOURS, assert_same, params_of, student
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -30,8 +30,8 @@ ABOUT = in_memory.About(
 
 
 def checkpoint_of(student, moments: bool = True, step: int = 5) -> in_memory.Checkpoint:
-    found = (params_of(student, 1), params_of(student, 2)) if moments else None
-    return in_memory.Checkpoint(student, params_of(student), found, step, ABOUT)
+    adam = (params_of(student, 1), params_of(student, 2)) if moments else None
+    return in_memory.Checkpoint(student, params_of(student), adam, step, ABOUT)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def run(written, tmp_path):
-    """A copy of it to break."""
+    """A copy of the workdir that a test may damage."""
     return shutil.copytree(written, tmp_path / "run")
 
 
@@ -53,23 +53,26 @@ def run(written, tmp_path):
 def test_there_and_back(tmp_path, flavour):
     first = checkpoint_of(student(**FLAVOURS[flavour]))
     workdir.write_checkpoint(str(tmp_path), first)
-    found = read_checkpoint(tmp_path)
-    assert found.student == first.student
-    assert found.step == 5
-    assert_same(found.params, first.params)
-    assert_same(found.moments, first.moments)
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint.student == first.student
+    assert checkpoint.step == 5
+    assert_same(checkpoint.params, first.params)
+    assert_same(checkpoint.moments, first.moments)
     lineage = (*ABOUT.lineage, f"{tmp_path.name} (step 5)")
-    numbers = lambda about: json.loads(json.dumps(about._asdict()))
-    assert numbers(found.about) == numbers(ABOUT._replace(lineage=lineage))
-    assert {type(x) for x in jax.tree.leaves(found.params)} == {np.ndarray}
+    about, expected = (
+        json.loads(json.dumps(x._asdict()))
+        for x in (checkpoint.about, ABOUT._replace(lineage=lineage))
+    )
+    assert about == expected
+    assert {type(x) for x in jax.tree.leaves(checkpoint.params)} == {np.ndarray}
 
 
 def test_without_moments(written, tmp_path):
     assert read_checkpoint(written, moments=False).moments is None
     workdir.write_checkpoint(str(tmp_path), checkpoint_of(student(), moments=False, step=0))
-    found = read_checkpoint(tmp_path)
-    assert (found.moments, found.step) == (None, 0)
-    assert_same(found.params, params_of(student()))
+    checkpoint = read_checkpoint(tmp_path)
+    assert (checkpoint.moments, checkpoint.step) == (None, 0)
+    assert_same(checkpoint.params, params_of(student()))
 
 
 def test_the_newest_step_or_the_one_named(run):
@@ -95,11 +98,11 @@ def test_settings_and_metrics_of_the_run_at_its_step(run):
     assert about.metrics == {"step": 4, "loss": 2.0}
 
 
-# what is wrong with a workdir --------------------------------------------------------------------
+# damaged workdirs --------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_with_any_file_cut_short_is_refused_or_the_same(run):
-    whole = read_checkpoint(run)
+    intact = read_checkpoint(run)
     root = run / "checkpoints" / "5"
     files = [os.path.join(at, name) for at, _, names in os.walk(root) for name in names]
     refused = 0
@@ -109,13 +112,13 @@ def test_a_checkpoint_with_any_file_cut_short_is_refused_or_the_same(run):
         with open(file, "wb") as f:
             f.write(content[: len(content) // 2])
         try:
-            assert_same(read_checkpoint(run).params, whole.params)
+            assert_same(read_checkpoint(run).params, intact.params)
         except UserError:
             refused += 1
         with open(file, "wb") as f:
             f.write(content)
     assert refused >= 4
-    assert_same(read_checkpoint(run).params, whole.params)
+    assert_same(read_checkpoint(run).params, intact.params)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +198,7 @@ def test_a_garbled_metrics_file(run):
         read_checkpoint(run)
 
 
-# what a path is ----------------------------------------------------------------------------------
+# detection of formats ----------------------------------------------------------------------------
 
 
 def test_kinds(run, tmp_path):
@@ -228,11 +231,7 @@ def test_paths_of_no_checkpoint(tmp_path, name, message):
 
 
 def test_a_student_survives_json():
-    for options in FLAVOURS.values():
-        ours = student(**options)
-        numbers = json.loads(json.dumps(in_memory.architecture(ours)))
-        assert in_memory.student_of(numbers) == ours
-    headless = checkpoints.hf_student()
-    assert (
-        in_memory.student_of(json.loads(json.dumps(in_memory.architecture(headless)))) == headless
-    )
+    headless = checkpoint_samples.hf_student()
+    for model in (*(student(**options) for options in FLAVOURS.values()), headless):
+        numbers = json.loads(json.dumps(in_memory.architecture(model)))
+        assert in_memory.student_of(numbers) == model

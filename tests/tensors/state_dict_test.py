@@ -1,4 +1,4 @@
-"""Tensors by name: safetensors and torch's files, whole folders in shards, and broken ones."""
+"""Tensors by name: safetensors, torch's files, sharded folders, and broken files."""
 
 import json
 import os
@@ -41,8 +41,8 @@ def test_broken_files(tmp_path, name, content):
 
 def test_safetensors_cut_short(tmp_path):
     save_file({"x": X, "y": X}, tmp_path / "model.safetensors")
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[:-4])
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:-4])
     with pytest.raises(UserError, match="no readable safetensors file"):
         state_dict.read_tensors(tmp_path / "model.safetensors")
 
@@ -68,7 +68,7 @@ SHARDS = {"a": "00001-of-00002", "b": "00001-of-00002", "c": "00002-of-00002"}
 
 
 def shard(folder, kind):
-    """`STATE` in two files and an index, as transformers splits large models."""
+    """Write `STATE` in two files and an index, as transformers splits large models."""
     stem, end, write = {
         "safetensors": ("model", "safetensors", save_file),
         "bin": ("pytorch_model", "bin", lambda state, path: torch_pickle.write_pickle(path, state)),
@@ -132,7 +132,7 @@ def test_transposed_and_sliced_arrays_are_written_as_they_read(tmp_path):
     assert_same(load_file(tmp_path / "x.safetensors"), state)
 
 
-def test_others_may_read_what_the_umask_lets_them(tmp_path):
+def test_written_files_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         state_dict.write_tensors(tmp_path / "x.safetensors", {"x": X})
@@ -142,6 +142,6 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path):
     assert stat.S_IMODE(os.stat(tmp_path / "x.safetensors").st_mode) == 0o640
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_a_path_that_cannot_be_written(tmp_path):
     with pytest.raises(OSError, match=r"nowhere|No such file"):
         state_dict.write_tensors(tmp_path / "nowhere" / "x.safetensors", {"x": X})

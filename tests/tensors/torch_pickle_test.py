@@ -1,4 +1,4 @@
-"""Files of torch.save: what torch and fairseq wrote, what would run code, and what we write."""
+"""Files of torch.save: reading torch's and fairseq's, refusing code, and writing."""
 
 import os
 import pickle
@@ -38,7 +38,7 @@ STATE = {
 
 
 @pytest.mark.parametrize("name", ["state_dict.pt", "state_dict_legacy.pt"])
-def test_what_torch_wrote(name):
+def test_files_of_torch(name):
     read = torch_pickle.read_pickle(FILES / name)
     assert list(read) == list(STATE)
     for key, x in STATE.items():
@@ -49,8 +49,8 @@ def test_what_torch_wrote(name):
 @pytest.mark.parametrize("name", ["state_dict.pt", "state_dict_legacy.pt"])
 @pytest.mark.parametrize("missing", [1, 100, 700, 1500, 1790])
 def test_a_file_cut_short(tmp_path, name, missing):
-    whole = (FILES / name).read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[:-missing])
+    content = (FILES / name).read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[:-missing])
     with pytest.raises(UserError, match=r"cut\.pt"):
         torch_pickle.read_pickle(tmp_path / "cut.pt")
 
@@ -66,9 +66,9 @@ def test_files_of_something_else(tmp_path, content):
 
 @pytest.mark.parametrize("file", sorted(FILES.glob("*.pt")), ids=lambda file: file.stem)
 def test_a_garbled_file_is_read_or_refused(tmp_path, file):
-    rng, whole, refused = random.Random(0), file.read_bytes(), 0
+    rng, content, refused = random.Random(0), file.read_bytes(), 0
     for _ in range(300):
-        garbled = bytearray(whole)
+        garbled = bytearray(content)
         for _ in range(rng.choice([1, 2, 5])):
             garbled[rng.randrange(len(garbled))] = rng.randrange(256)
         (tmp_path / "garbled.pt").write_bytes(garbled)
@@ -83,7 +83,7 @@ def test_a_garbled_file_is_read_or_refused(tmp_path, file):
 
 
 def save(path: str, pickled: bytes, legacy: bool) -> str:
-    """`path` with a pickle of ours where torch has its own."""
+    """Write a torch file with the given pickle, and return its path."""
     if legacy:
         parts = (torch_pickle.LEGACY_MAGIC, 1001, {})
         before, after = b"".join(pickle.dumps(part, 2) for part in parts), pickle.dumps([], 2)
@@ -99,7 +99,7 @@ def text(x: str) -> bytes:
 
 
 def call(module: str, name: str, *arguments: bytes) -> bytes:
-    """Opcodes that push module.name(*arguments)."""
+    """Return opcodes that push module.name(*arguments)."""
     return b"c" + f"{module}\n{name}\n".encode() + b"(" + b"".join(arguments) + b"tR"
 
 
@@ -113,7 +113,7 @@ STUB = b"cfairseq.data\nDictionary\n"
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty current folder, and no trace of any code that ran in it."""
+    """An empty current folder, in which code that ran would leave a file."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -149,7 +149,12 @@ FUNCTIONS = [
     *("numpy.load", "numpy.fromfile", "numpy.memmap", "numpy.core.multiarray._reconstruct"),
     *("numpy.ndarray", "numpy.distutils.exec_command.exec_command", "torch.load", "torch.hub.load"),
     *("torch.storage._load_from_bytes", "torch._utils._rebuild_tensor", "torch.jit.load"),
-    *("mert_jax.torch_files.read", "mert_jax.torch_files.Stub", "enum.Enum", "fairseqs.x"),
+    *(
+        "mert_jax.tensors.torch_pickle.read_pickle",
+        "mert_jax.tensors.torch_pickle.Stub",
+        "enum.Enum",
+        "fairseqs.x",
+    ),
     *("typing_extensions.get_type_hints", "argparser.x", "torch.FloatStorage.__class__"),
 ]
 
@@ -190,7 +195,7 @@ def test_no_other_function_or_class_is_admitted(here, name):
     }.items(),
     ids=lambda item: item[0],
 )
-def test_what_is_admitted_cannot_be_turned_against_us(here, opcodes):
+def test_admitted_names_cannot_be_misused(here, opcodes):
     for legacy in (False, True):
         with pytest.raises(UserError, match=r"bad\.pt"):
             torch_pickle.read_pickle(save("bad.pt", pickled(opcodes[1]), legacy))
@@ -198,7 +203,7 @@ def test_what_is_admitted_cannot_be_turned_against_us(here, opcodes):
 
 
 def members_of(file: Path) -> tuple[dict[str, bytes], str]:
-    """What is in a zip, and the name of its pickle."""
+    """Return the members of a zip, and the name of its pickle."""
     with zipfile.ZipFile(file) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     (pickled,) = (name for name in members if name.endswith("data.pkl"))
@@ -220,7 +225,7 @@ def test_the_memory_of_a_storage_cannot_be_swapped_below_its_tensors(here):
 
 
 def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
-    """What a forged file would read the memory beside its tensors with."""
+    """Such a file could read memory outside of its tensors."""
     members, name = members_of(FILES / "state_dict.pt")
     shape = b"K\x03K\x04\x86"  # the tuple (3, 4)
     assert shape in members[name]
@@ -260,12 +265,12 @@ def test_nothing_of_an_installed_fairseq_is_run(here, monkeypatch, package, lega
     monkeypatch.delitem(sys.modules, package, raising=False)
     class_ = f"c{package}\nDictionary\n".encode()
     state = b"}" + text("symbols") + b"]" + text("<s>") + b"asb"
-    made = {
+    spellings = {
         "called": class_ + b"(K\x07tR" + state,
         "new": class_ + b")\x81" + state,
         "old": b"(" + f"i{package}\nDictionary\n".encode() + state,
     }
-    for how, opcodes in made.items():
+    for how, opcodes in spellings.items():
         stub = torch_pickle.read_pickle(save("run.pt", pickled(opcodes), legacy))
         assert isinstance(stub, torch_pickle.Stub)
         assert type(stub).__name__ == "Dictionary"
@@ -277,8 +282,8 @@ def test_nothing_of_an_installed_fairseq_is_run(here, monkeypatch, package, lega
 
 def test_a_dotted_name_in_an_admitted_package_leads_nowhere(here):
     asked = text("argparse") + text("_sys.modules") + b"\x93"
-    found = torch_pickle.read_pickle(save("x.pt", pickled(asked, b")R"), False))
-    assert isinstance(found, torch_pickle.Stub)
+    content = torch_pickle.read_pickle(save("x.pt", pickled(asked, b")R"), False))
+    assert isinstance(content, torch_pickle.Stub)
 
 
 SETTINGS = {
@@ -297,7 +302,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("version", ["2.0", "2.3"])
-def test_what_omegaconf_wrote(version):
+def test_settings_of_omegaconf(version):
     content = torch_pickle.read_pickle(FILES / f"fairseq_omegaconf_{version}.pt")
     assert isinstance(content["cfg"], torch_pickle.Stub)
     assert content["args"] is None
@@ -318,14 +323,14 @@ def test_what_omegaconf_wrote(version):
     np.testing.assert_array_equal(content["model"]["x"], [0, 1, 2])
 
 
-def test_what_argparse_wrote():
+def test_settings_of_argparse():
     content = torch_pickle.read_pickle(FILES / "fairseq_namespace.pt")
     expected = SETTINGS | {"sample_rate": 24000, "normalize": False}
     assert fairseq.plain(content["args"]) == expected
     assert fairseq.plain(content["cfg"]) is None
 
 
-# what we write -----------------------------------------------------------------------------------
+# writing -----------------------------------------------------------------------------------------
 
 
 def there_and_back(path, content):
@@ -337,7 +342,7 @@ def there_and_back(path, content):
 def test_tensors_of_every_dtype_and_layout_come_back(tmp_path, name):
     x = np.arange(24).reshape(2, 3, 4).astype(torch_pickle.STORAGES[name])
     tensors = {
-        "whole": x,
+        "all": x,
         "transposed": x.T,
         "swapped": x.swapaxes(0, 1),
         "slice": x[:, ::2, 1:3],
@@ -368,7 +373,7 @@ PLAIN = st.recursive(
 
 
 def same(a, b) -> bool:
-    """Equal, and of equal types all the way down: 1 is neither True nor 1.0."""
+    """Return True if values and types are equal at every level: 1 is neither True nor 1.0."""
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):
@@ -384,7 +389,7 @@ def test_containers_and_values_come_back(tmp_path_factory, content):
     assert same(there_and_back(tmp_path_factory.getbasetemp() / "plain.pt", content), content)
 
 
-def test_values_that_are_easily_confused(tmp_path):
+def test_similar_values_stay_distinct(tmp_path):
     content = {
         "ints": [0, 1, -1, 255, 256, 2**31, -(2**31) - 1, 2**63, -(2**63), 5_000_000_000],
         "bools": (True, False),
@@ -406,17 +411,14 @@ def test_equal_content_gives_equal_bytes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "x", [{1, 2}, object(), b"bytes", 1j, np.float32(1), Path("x"), len, np.zeros(2, np.uint16)]
 )
-def test_nothing_else_can_be_written(tmp_path, x):
+def test_other_types_cannot_be_written(tmp_path, x):
     with pytest.raises(TypeError, match="no place in a torch file"):
         torch_pickle.write_pickle(tmp_path / "x.pt", {"a": [x]})
 
 
-# torch's own reader ------------------------------------------------------------------------------
-
-
 @pytest.mark.peers
 @pytest.mark.parametrize("mmap", [False, True])
-def test_torch_reads_what_we_write(tmp_path, mmap):
+def test_torch_reads_written_files(tmp_path, mmap):
     torch = pytest.importorskip("torch", reason="torch is missing; pip install mert_jax[peers]")
     values = {"n": [5_000_000_000, -1, True, None, 0.1, "音"], "t": (1, {"a": []}), 0: {}}
     torch_pickle.write_pickle(tmp_path / "x.pt", {"state": STATE, "values": values})
