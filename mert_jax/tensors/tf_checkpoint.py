@@ -57,7 +57,7 @@ def read_tf_checkpoint(folder: Any, prefix: str = "") -> dict[str, np.ndarray]:
 def _tensors(index: bytes, data: bytes) -> dict[str, np.ndarray]:
     if len(index) < FOOTER or int.from_bytes(index[-8:], "little") != MAGIC:
         raise ValueError("it does not end as one")
-    _, _, end = _handle(index, len(index) - FOOTER)  # of a block of statistics
+    *_, end = _varints(index, len(index) - FOOTER, 2)  # of a handle to statistics
     tensors = {}
     for _, handle in _entries(_block(index, index, end)):
         for key, value in _entries(_block(index, handle, 0)):
@@ -91,7 +91,7 @@ def _tensor(name: str, fields: dict[int, Any], data: bytes) -> np.ndarray:
 
 def _block(index: bytes, message: bytes, at: int) -> bytes:
     """Return the block of the index whose handle is in `message` at byte `at`."""
-    start, size, _ = _handle(message, at)
+    start, size, _ = _varints(message, at, 2)
     if start + size >= len(index) - FOOTER:
         raise ValueError("it is cut short")
     if index[start + size]:
@@ -106,45 +106,38 @@ def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
     if end < 0:
         raise ValueError("a block is shorter than it says")
     while at < end:
-        shared, at = _varint(block, at)
-        length, at = _varint(block, at)
-        value, at = _varint(block, at)
-        if shared > len(key) or at + length + value > end:
+        shared, unshared, size, start = _varints(block, at, 3)
+        middle, at = start + unshared, start + unshared + size
+        if shared > len(key) or at > end:
             raise ValueError("an entry is longer than its block")
-        key = key[:shared] + block[at : at + length]
-        yield key, block[at + length : at + length + value]
-        at += length + value
-
-
-def _handle(message: bytes, at: int) -> tuple[int, int, int]:
-    """Return the offset and size of a block, and the end of the handle."""
-    start, at = _varint(message, at)
-    size, at = _varint(message, at)
-    return start, size, at
+        key = key[:shared] + block[start:middle]
+        yield key, block[middle:at]
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """Yield the numbers and values (int or bytes) of a protobuf message."""
     at = 0
     while at < len(message):
-        tag, at = _varint(message, at)
+        tag, at = _varints(message, at, 1)
         if tag & 7 == 0:
-            value, at = _varint(message, at)
+            value, at = _varints(message, at, 1)
         else:
-            size, at = _varint(message, at) if tag & 7 == 2 else ({1: 8, 5: 4}[tag & 7], at)
+            size, at = _varints(message, at, 1) if tag & 7 == 2 else ({1: 8, 5: 4}[tag & 7], at)
             if at + size > len(message):
                 raise ValueError("a field is longer than its message")
             value, at = message[at : at + size], at + size
         yield tag >> 3, value
 
 
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """Return a number stored seven bits a byte, lowest first, and its end."""
-    value = shift = 0
-    while True:
-        value |= (message[at] & 127) << shift
-        at, shift = at + 1, shift + 7
-        if message[at - 1] < 128:
-            return value, at
-        if shift > 63:
-            raise ValueError("a number is too long")
+def _varints(message: bytes, at: int, count: int) -> tuple[int, ...]:
+    """Return `count` numbers stored seven bits a byte, lowest first, and their end."""
+    values = []
+    for _ in range(count):
+        value = shift = 0
+        while not shift or message[at - 1] > 127:
+            if shift > 63:
+                raise ValueError("a number is too long")
+            value |= (message[at] & 127) << shift
+            at, shift = at + 1, shift + 7
+        values.append(value)
+    return *values, at
