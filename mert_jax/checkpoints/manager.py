@@ -111,7 +111,7 @@ def _verify(tree: Any, expected: Mapping[str, int]) -> None:
 
 
 @contextlib.contextmanager
-def translate_errors(kind: type[Exception]) -> Iterator[None]:
+def translate_errors(kind: type[Exception], prefix: str = "") -> Iterator[None]:
     """Raise the errors of Orbax and tensorstore about files as `kind`, in one line."""
     try:
         yield
@@ -121,7 +121,7 @@ def translate_errors(kind: type[Exception]) -> Iterator[None]:
             e, OSError | ValueError | KeyError | TypeError | AttributeError
         ):
             raise
-        raise kind(" ".join(str(e.__cause__ or e).split())[:300]) from e
+        raise kind(prefix + " ".join(str(e.__cause__ or e).split())[:300]) from e
 
 
 class DamagedCheckpoint(Exception):
@@ -237,6 +237,7 @@ class Checkpoints:
         )
 
     def _read(self, step: int, target: Any, others: bool) -> Any:
+        """Restore and verify `step`; `others` says that older checkpoints could be tried next."""
         items = {STATE: ocp.args.StandardRestore(target), CHECKSUMS: ocp.args.JsonRestore()}
         try:
             with translate_errors(DamagedCheckpoint):
@@ -268,11 +269,11 @@ class Checkpoints:
                 yield
         except OSError as e:
             remote = object_storage.is_remote(self._workdir)
-            steps = checkpoint_steps(self._workdir)
+            last = max(checkpoint_steps(self._workdir), default="none")
             raise (RetryableError if remote else UserError)(
-                f"a checkpoint could not be written to {self._workdir}/checkpoints: {e}; the last "
-                f"whole one is of step {steps[-1] if steps else 'none'}. "
-                f"{'R' if remote else 'Make room and r'}un the same command again"
+                f"a checkpoint could not be written to {self._workdir}/checkpoints: {e}; step of "
+                f"the last intact one: {last}. {'R' if remote else 'Make room and r'}un the same "
+                "command again"
             ) from e
 
     def forget(self, above: int) -> None:
@@ -299,18 +300,14 @@ def read_arrays(directory: str, step: int, moments: bool) -> dict[str, Any]:
     not be known beforehand. Raises UserError if the checkpoint cannot be read.
     """
     handlers = {STATE: ocp.PyTreeCheckpointHandler(), CHECKSUMS: ocp.JsonCheckpointHandler()}
-    reader = ocp.CheckpointManager(os.path.abspath(directory), item_handlers=handlers)
-    try:
-        with translate_errors(DamagedCheckpoint):
-            request = _partial_restore(reader.item_metadata(step)[STATE], moments)
-            items = {STATE: request, CHECKSUMS: ocp.args.JsonRestore()}
-            restored = reader.restore(step, args=ocp.args.Composite(**items))
-            _verify(restored[STATE], restored[CHECKSUMS])
-        return restored[STATE]
-    except DamagedCheckpoint as e:
-        raise UserError(f"{directory}/{step} cannot be read: {e}") from e
-    finally:
-        reader.close()
+    manager = ocp.CheckpointManager(os.path.abspath(directory), item_handlers=handlers)
+    prefix = f"{directory}/{step} cannot be read: "
+    with contextlib.closing(manager) as reader, translate_errors(UserError, prefix):
+        request = _partial_restore(reader.item_metadata(step)[STATE], moments)
+        items = {STATE: request, CHECKSUMS: ocp.args.JsonRestore()}
+        restored = reader.restore(step, args=ocp.args.Composite(**items))
+        _verify(restored[STATE], restored[CHECKSUMS])
+    return restored[STATE]
 
 
 def _partial_restore(metadata: Any, moments: bool) -> ocp.args.PyTreeRestore:

@@ -191,6 +191,6 @@ def test_a_failed_save_is_reported_with_the_last_good_step(tmp_path, monkeypatch
     monkeypatch.setattr(
         checkpoints._manager, "check_for_errors", lambda: (_ for _ in ()).throw(OSError("no space"))
     )
-    with pytest.raises(UserError, match=r"no space; the last whole one is of step 1\. Make room"):
+    with pytest.raises(UserError, match=r"no space; step of the last intact one: 1\. Make room"):
         checkpoints.check()
     checkpoints._manager.close()
