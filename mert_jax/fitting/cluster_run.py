@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from mert_jax.errors import UserError
+from mert_jax.files import atomic_write
 from mert_jax.fitting import figures
 from mert_jax.fitting.fitted import Fitted, Task
 from mert_jax.fitting.registry import fitters
@@ -21,7 +22,7 @@ def fit(teacher: str, sampler: Sampler, output: str, seed: int, iterations: int)
     """
     check_writable(output)
     file = os.path.join(output, fitted_file.FILE)
-    if os.path.exists(file) and (held := fitted_file.describe(file)["teacher"]) != teacher:
+    if os.path.exists(file) and (held := fitted_file.read_header(file)["teacher"]) != teacher:
         raise UserError(
             f"{file} holds teacher {held!r}; give another --output for {teacher!r}, or remove it"
         )
@@ -63,6 +64,11 @@ def _write(
 ) -> None:
     fitted_file.write_fitted(output, teacher, found.tensors, settings)
     text = json.dumps(report, indent=1) + "\n"
-    fitted_file.write(os.path.join(output, "report.json"), text.encode())
+    _write_bytes(os.path.join(output, "report.json"), text.encode())
     picture = figures.png(found.figures, f"{teacher}, {report['frames']['train']} frames")
-    fitted_file.write(os.path.join(output, "report.png"), picture)
+    _write_bytes(os.path.join(output, "report.png"), picture)
+
+
+def _write_bytes(path: str, content: bytes) -> None:
+    with atomic_write(path, replace=True) as temporary, open(temporary, "wb") as file:
+        file.write(content)

@@ -1,7 +1,4 @@
-"""Teachers: what the student learns to predict of the clean wave, one function each.
-
-`make` returns one by name.
-"""
+"""Teachers: functions from the clean wave to the targets that the student predicts."""
 
 from mert_jax.teachers.registry import make
 from mert_jax.teachers.teacher import Teacher, fingerprint

@@ -1,7 +1,7 @@
-"""The file of a fitted teacher: arrays, and in its header what they were made of.
+"""The file of a fitted teacher: a safetensors file whose header describes its arrays.
 
-A safetensors file whose header has one entry, `mert_jax`: JSON with `teacher` (name) and `settings`
-(sizes the arrays follow from, and the seed and the dataset's fingerprint).
+The header has one entry, `mert_jax`: JSON with `teacher` (its name) and `settings` (sizes of the
+arrays, the seed, and the dataset's fingerprint).
 """
 
 import json
@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as serialise
 
 from mert_jax.errors import UserError
+from mert_jax.files import atomic_write
+from mert_jax.tensors import state_dict
 
 FILE = "teacher.safetensors"
 # one entry only: safetensors writes several in an order that differs from run to run
@@ -23,38 +24,25 @@ KEY = "mert_jax"
 def write_fitted(
     directory: str, name: str, tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]
 ) -> str:
-    """Write the teacher `name` into `directory`, whole or not at all, and return the file's path.
+    """Write the teacher `name` into `directory` and return the file's path.
 
-    Equal arrays and settings give equal bytes.
+    Equal arrays and settings give equal bytes. Raises UserError if the file cannot be written.
     """
     header = {KEY: json.dumps({"teacher": name, "settings": dict(settings)}, sort_keys=True)}
-    # what is not contiguous would be written in the order of its memory
-    arrays = {key: np.ascontiguousarray(value, np.float32) for key, value in tensors.items()}
-    os.makedirs(directory, exist_ok=True)
-    path = os.path.join(directory, FILE)
-    write(path, serialise(arrays, header))
-    return path
-
-
-def write(path: str, content: bytes) -> None:
-    """Write a file, whole or not at all."""
-    partial = f"{path}.partial"
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    arrays = {key: np.asarray(value, np.float32) for key, value in tensors.items()}
+    file = os.path.join(directory, FILE)
+    with atomic_write(file, replace=True) as path:
+        state_dict.write_tensors(path, arrays, header)
+    return file
 
 
 def load(
     path: str | None, name: str, shapes: Callable[[Mapping[str, Any]], Mapping[str, tuple]]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays f32 and settings of the teacher `name` in `path`, the file or its directory.
+    """Return the float32 arrays and the settings of the teacher `name` in a file or its directory.
 
-    `shapes` maps settings to the shape of every array. Raises UserError where there is no such
-    file, it holds another teacher, or its arrays are not those.
+    `shapes` maps settings to the shape of each array. Raises UserError if there is no such file,
+    it holds another teacher, or its arrays differ from `shapes`.
     """
     if not path:
         raise UserError(
@@ -62,31 +50,30 @@ def load(
             f"python -m mert_jax.fit_teacher --teacher={name} --data=DIR --output=DIR"
         )
     file = os.path.join(path, FILE) if os.path.isdir(path) else path
-    found = describe(file)
-    if found["teacher"] != name:
+    header = read_header(file)
+    if header["teacher"] != name:
         raise UserError(
-            f"{file} holds teacher {found['teacher']!r}, not {name!r}; give the checkpoint of one, "
-            f"or fit it with python -m mert_jax.fit_teacher --teacher={name}"
+            f"{file} holds teacher {header['teacher']!r}, not {name!r}; give a checkpoint of "
+            f"{name!r}, or fit it with python -m mert_jax.fit_teacher --teacher={name}"
         )
-    with safe_open(file, "np") as opened:
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    tensors = state_dict.read_tensors(file)
     try:
-        expected = shapes(found["settings"])
+        expected = shapes(header["settings"])
     except KeyError as e:
         raise UserError(f"{file}: its settings lack {e}; fit the teacher again") from e
     wrong = [f"{key} is missing" for key in sorted(set(expected) - set(tensors))]
     wrong += [f"{key} is not expected" for key in sorted(set(tensors) - set(expected))]
     for key in sorted(set(expected) & set(tensors)):
-        have, need = tensors[key], tuple(expected[key])
-        if have.shape != need or have.dtype != np.float32:
-            wrong.append(f"{key} is {have.dtype} {list(have.shape)}, not float32 {list(need)}")
+        x, shape = tensors[key], expected[key]
+        if x.shape != shape or x.dtype != np.float32:
+            wrong.append(f"{key} is {x.dtype} {list(x.shape)}, not float32 {list(shape)}")
     if wrong:
         raise UserError(f"{file}: {'; '.join(wrong)}; fit the teacher again")
-    return tensors, found["settings"]
+    return tensors, header["settings"]
 
 
-def describe(file: str) -> dict[str, Any]:
-    """`teacher` and `settings` of a fitted teacher's file; UserError where it is none."""
+def read_header(file: str) -> dict[str, Any]:
+    """Return `teacher` and `settings` of a file. Raises UserError if it has no fitted teacher."""
     if not os.path.isfile(file):
         raise UserError(
             f"no fitted teacher in {file}; checkpoint=PATH is the --output of "
@@ -94,12 +81,12 @@ def describe(file: str) -> dict[str, Any]:
         )
     try:
         with safe_open(file, "np") as opened:
-            found = json.loads((opened.metadata() or {}).get(KEY, "null"))
+            header = json.loads((opened.metadata() or {}).get(KEY, "null"))
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{file} cannot be read as a fitted teacher: {e}; fit it again") from e
-    if not isinstance(found, dict) or not {"teacher", "settings"} <= set(found):
+    if not isinstance(header, dict) or not {"teacher", "settings"} <= set(header):
         raise UserError(
             f"{file} is a safetensors file, but not of mert_jax.fit_teacher (its header has no "
             f"{KEY!r}); give the --output of python -m mert_jax.fit_teacher"
         )
-    return found
+    return header

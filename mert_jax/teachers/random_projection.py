@@ -1,4 +1,7 @@
-"""The random-projection teacher of BEST-RQ, as MusicFM uses it on music; it needs no training."""
+"""The random-projection teacher of BEST-RQ, as MusicFM uses it on music; it needs no training.
+
+Shapes: B clips, N samples, T frames, F mel bands, K codebooks of V unit vectors of d dimensions.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -8,52 +11,51 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mert_jax.constants import HOP_LENGTH, SAMPLE_RATE
 from mert_jax.errors import UserError
 from mert_jax.models import quantize, spectrograms
 from mert_jax.teachers import fitted_file
 from mert_jax.teachers.teacher import Teacher
 
+Array = jax.Array
 NAME = "random_projection"
-SAMPLE_RATE = 24_000
 
 
-def apply(params: Any, wave: jax.Array, *, hop: int) -> jax.Array:
-    """Codes int32[B, N // hop + 1, K] of `wave` [B, N].
+def apply(params: Any, wave: Array, *, hop: int) -> Array:
+    """Return codes int32[B, N // hop + 1, K] of `wave` [B, N].
 
-    Normalised log-mel frames are projected by each of K fixed random matrices, and the code is the
-    nearest row of a fixed codebook of unit vectors (Chiu et al., arXiv 2202.01855, eq. 1).
+    K fixed random matrices project normalised log-mel frames; a code is the nearest row of a fixed
+    codebook of unit vectors (Chiu et al., arXiv 2202.01855, eq. 1).
     """
-    # rows have unit length, so that normalising the vectors too would not change the nearest one
+    # rows have unit length, so normalising the projected vectors would not change the nearest one
     vectors = project(params, features(params, wave, hop=hop))
-    codes = jax.vmap(quantize.nearest)(vectors, params["codebooks"])
-    return codes.transpose(2, 1, 0)
+    return jax.vmap(quantize.nearest)(vectors, params["codebooks"]).transpose(2, 1, 0)
 
 
-def features(params: Any, wave: jax.Array, *, hop: int) -> jax.Array:
-    """Log-mel [B, N // hop + 1, F] of `wave` [B, N], normalised band by band.
+def features(params: Any, wave: Array, *, hop: int) -> Array:
+    """Return log-mel [B, N // hop + 1, F] of `wave` [B, N], normalised band by band.
 
-    Over the dataset where `params` have its mean and std (MusicFM has one of each for all bands);
-    else over the clip: the student's group norm takes the level of a clip and of its bands away, so
-    that no code may depend on them.
+    Normalised over the dataset if `params` have its mean and std (MusicFM has one of each for all
+    bands). Otherwise over the clip: the student's group norm removes the level of a clip and of its
+    bands, so codes must not depend on them.
     """
     log_mel = spectrograms.log_mel(wave.astype(jnp.float32), params["mel_filters"], hop)
     if "mean" in params:
-        return spectrograms.standardise(
-            log_mel, params["mean"][None, None], params["std"][None, None]
-        )
-    mean, std = log_mel.mean(1, keepdims=True), log_mel.std(1, keepdims=True)
+        mean, std = params["mean"][None, None], params["std"][None, None]
+    else:
+        mean, std = log_mel.mean(1, keepdims=True), log_mel.std(1, keepdims=True)
     return spectrograms.standardise(log_mel, mean, std)
 
 
-def project(params: Any, features: jax.Array) -> jax.Array:
-    """`features` [B, T, F] by each random matrix: [K, T, B, d]."""
+def project(params: Any, features: Array) -> Array:
+    """Return `features` [B, T, F] projected by each random matrix, [K, T, B, d]."""
     return jnp.einsum(
         "btf,kfd->ktbd", features, params["projections"], precision=jax.lax.Precision.HIGHEST
     )
 
 
 def shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The arrays of a fitted file and their shapes."""
+    """Return the shapes of a fitted file's arrays."""
     return {"mean": (settings["n_mels"],), "std": (settings["n_mels"],)}
 
 
@@ -65,15 +67,14 @@ def make(
     dim: int = 16,
     n_mels: int = 128,
     n_fft: int = 2048,
-    hop: int = 320,
+    hop: int = HOP_LENGTH,
     checkpoint: str | None = None,
 ) -> Teacher:
-    """`books` independent codebooks of `size` random unit vectors, drawn from `seed`.
+    """Make `books` independent codebooks of `size` random unit vectors, drawn from `seed`.
 
-    Projections are Xavier normal, codebooks standard normal and normalised (arXiv 2202.01855);
-    128 mel bands, a 2048-sample transform and 16 dimensions are MusicFM's (minzwon/musicfm).
-    `checkpoint`, written by `fit_teacher`, has the dataset's mean and std; UserError when it is of
-    other features.
+    Projections are Xavier normal, codebooks normalised standard normal (arXiv 2202.01855); the
+    other sizes are MusicFM's (minzwon/musicfm). `checkpoint`, written by `fit_teacher`, holds the
+    dataset's mean and std. Raises UserError if it was fitted with other `n_mels`, `n_fft` or `hop`.
     """
     tensors = {}
     if checkpoint:

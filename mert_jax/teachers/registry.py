@@ -6,23 +6,17 @@ from mert_jax.errors import UserError
 from mert_jax.teachers import cqt, kmeans, mel_rvq, random_projection, rvq_vae
 from mert_jax.teachers.teacher import Teacher
 
-TEACHERS = {
-    "cqt": cqt.make,
-    "kmeans": kmeans.make,
-    "mel_rvq": mel_rvq.make,
-    "random_projection": random_projection.make,
-    "rvq_vae": rvq_vae.make,
-}
+MODULES = (cqt, kmeans, mel_rvq, random_projection, rvq_vae)
+TEACHERS = {module.__name__.rpartition(".")[2]: module.make for module in MODULES}
 
 
 def make(name: str, **options) -> Teacher:
-    """Make the teacher called `name` ("cqt", "kmeans", ...); options are its own keywords.
+    """Make the teacher `name` ("cqt", "kmeans", ...) with the options of its module's `make`.
 
     Raises UserError for an unknown name or option.
     """
-
     if name not in TEACHERS:
-        raise UserError(f"unknown teacher {name!r}; there are {', '.join(sorted(TEACHERS))}")
+        raise UserError(f"unknown teacher {name!r}; choose one of {', '.join(TEACHERS)}")
     known = inspect.signature(TEACHERS[name]).parameters
     if unknown := sorted(set(options) - set(known)):
         raise UserError(

@@ -106,7 +106,7 @@ def test_all_that_is_wrong_is_named():
 
 
 def test_something_else_altogether():
-    with pytest.raises(UserError, match="no whole 24 kHz EnCodec"):
+    with pytest.raises(UserError, match="not a complete 24 kHz EnCodec"):
         encodec_checkpoint.from_state({"lm_head.weight": np.zeros((2, 2))})
 
 

@@ -53,7 +53,7 @@ def test_books_takes_the_first_ones(checkpoint):
     wave = np.random.default_rng(2).normal(0, 0.1, (1, 6_400)).astype(np.float32)
     expected = whole.apply(whole.params, wave)[..., :2]
     np.testing.assert_array_equal(fewer.apply(fewer.params, wave), expected)
-    with pytest.raises(UserError, match=r"books=4, and .* has 3"):
+    with pytest.raises(UserError, match=r"books=4, but .* has 3"):
         teachers.make("mel_rvq", checkpoint=directory, books=4)
 
 
