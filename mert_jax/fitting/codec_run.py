@@ -1,4 +1,4 @@
-"""Training our own codec: the loop, its figures, and the codec written in EnCodec's format."""
+"""Training a codec of your own: settings, loop, and the result in EnCodec's format."""
 
 import contextlib
 import functools
@@ -26,8 +26,10 @@ from mert_jax.teachers import encodec_checkpoint
 
 
 def get_config() -> ConfigDict:
-    """The full-size codec: EnCodec's 24 kHz encoder and decoder, 8 codebooks of 1024 (arXiv
-    2210.13438, sections 3.2 and 4.5), 64 clips of 1 s an update."""
+    """Return the settings of the full-size codec, EnCodec's 24 kHz encoder and decoder.
+
+    8 codebooks of 1024 (arXiv 2210.13438, sections 3.2 and 4.5), 64 clips of 1 s an update.
+    """
     return ConfigDict(
         dict(
             filters=32,  # channels of the first convolution; the LSTM has 16 times as many
@@ -39,10 +41,10 @@ def get_config() -> ConfigDict:
             num_samples=24_000,
             learning_rate=3e-4,
             clip_norm=1.0,
-            wave_weight=10.0,  # of the waveform's distance beside that of log-mel spectra
+            wave_weight=10.0,  # of the waveform distance; that of the log-mel distance is 1
             commitment=0.25,
             decay=0.99,  # of the codebooks' moving averages
-            dead_below=0.1,  # of the average use of a code: less often, and it is set anew
+            dead_below=0.1,  # codes used less than this fraction of the average are moved
             threads=4,
             log_every=50,
             eval_every=1000,
@@ -54,8 +56,8 @@ def get_config() -> ConfigDict:
 def run(config: ConfigDict, data_dir: str, output: str, seed: int) -> int:
     """Train to `total_steps`, write the codec to `output`, and return the exit code.
 
-    Run again, it resumes from output/training. Raises UserError for numbers that do not go
-    together, another run's output, and data that cannot be read.
+    Run again, it resumes from output/training. Raises UserError for numbers that do not fit
+    together, the output of another run, and data that cannot be read.
     """
     check(config, data_dir)
     source = records.open_source(data_dir, "train")
@@ -72,38 +74,36 @@ def run(config: ConfigDict, data_dir: str, output: str, seed: int) -> int:
     num_samples = metadata["overlap_samples"] // HOP_LENGTH * HOP_LENGTH
     held_out = codec_report.held_out_clips(validation, num_samples)
     with lock, jax.set_mesh(mesh):
-        trainer = CodecTraining(config, codec, source, held_out, mesh, seed)
-        state, request = trainer.train(training)
+        state, request = CodecTraining(config, codec, source, held_out, mesh, seed).train(training)
         if request:
             return 128 + request
         codebooks = codec_step.codebooks(state.quantizer)
-        encodec_checkpoint.write_encodec(
-            output, jax.device_get(state.params | {"codebooks": codebooks})
-        )
+        params = jax.device_get(state.params | {"codebooks": codebooks})
+        encodec_checkpoint.write_encodec(output, params)
         codec_report.report(output, training, codec, state, held_out)
     return 0
 
 
 def check(config: ConfigDict, data_dir: str) -> None:
-    """Raise UserError for numbers that do not go together, or with the dataset."""
+    """Raise UserError for numbers that do not fit together, or do not fit the dataset."""
     for name in ("total_steps", "batch_size", "log_every", "eval_every", "filters", "books"):
         if config[name] < 1:
             raise UserError(f"--config.{name}={config[name]}; it must be at least 1")
-    if config.num_samples < 4096 or config.num_samples % HOP_LENGTH:
+    num_samples, overlap = config.num_samples, records.metadata(data_dir)["overlap_samples"]
+    if num_samples < 4096 or num_samples % HOP_LENGTH:
         raise UserError(
-            f"--config.num_samples={config.num_samples}; it must be a multiple of "
-            f"{HOP_LENGTH} and at least 4160"
+            f"--config.num_samples={num_samples}; it must be a multiple of {HOP_LENGTH} and at "
+            "least 4160"
         )
-    overlap = records.metadata(data_dir)["overlap_samples"]
-    if config.num_samples > overlap:
+    if num_samples > overlap:
         raise UserError(
-            f"--config.num_samples={config.num_samples}, and {data_dir} was prepared for clips of "
-            f"{overlap} at most"
+            f"--config.num_samples={num_samples}, but {data_dir} was prepared for clips of at most "
+            f"{overlap}; lower it, or prepare with a longer --crop_seconds"
         )
 
 
 class CodecTraining:
-    """The training of a codec, as the `loop.Trainer` that makes its updates."""
+    """The training of a codec, as a `loop.Trainer`."""
 
     def __init__(
         self,
@@ -120,10 +120,9 @@ class CodecTraining:
 
     def train(self, training: str) -> tuple[CodecState, int]:
         """Train in the workdir `training`; return the last state, and the signal or 0."""
-        config = self._config
+        config, saves = self._config, self._config.checkpoint
         init = functools.partial(codec_step.init, self._codec, jax.random.key(self._seed))
         shardings = sharding.state_shardings(init, self._mesh)
-        saves = config.checkpoint
         intervals = loop.Intervals(
             config.total_steps,
             config.log_every,
@@ -140,7 +139,7 @@ class CodecTraining:
                 state = jax.jit(init, out_shardings=shardings)()
             if start >= config.total_steps:
                 return state, 0
-            step = functools.partial(codec_step.train_step, c=self._codec)
+            step = functools.partial(codec_step.train_step, codec=self._codec)
             self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
             seconds = config.batch_size * config.num_samples / SAMPLE_RATE
             self._speed = metrics.Speed(start, config.total_steps, audio_seconds=seconds, flops=0)
@@ -162,7 +161,7 @@ class CodecTraining:
         return state, request
 
     def position(self, state: CodecState) -> int:
-        """Return the number of the next batch, the updates made so far."""
+        """Return the number of the next batch, which is that of the updates so far."""
         return int(state.step)
 
     def batches(self, position: int) -> Iterator[jax.Array]:
@@ -177,24 +176,24 @@ class CodecTraining:
             start=position,
             threads=config.threads,
         )
-        faults = bad_records.BadRecords(None, [self._source], start=position)
+        bad = bad_records.BadRecords(None, [self._source], start=position)
 
         def put(batch: Any) -> jax.Array:
             return sharding.global_batch(batch["audio"], config.batch_size, self._mesh)
 
-        return pipeline.prefetch(bad_records.count_bad_records(stream, faults, position), put)
+        return pipeline.prefetch(bad_records.count_bad_records(stream, bad, position), put)
 
     def update(self, state: CodecState, batch: jax.Array, request: int) -> tuple[CodecState, Any]:
-        """Make one update; a request is honoured after it, on the one host there is."""
+        """Make one update, and remember the request for `decide`: there is only one host."""
         self._request = request
         return self._step(state, batch, self._key)
 
     def decide(self, step: int, batch: int, result: Any, last: bool) -> StepDecision:
-        """Pass the request on: this training has no guard to roll it back."""
+        """Return the request; this training has no guard that rolls it back."""
         return StepDecision(None, self._request)
 
     def roll_back(self, state: CodecState, streak: Any) -> CodecState:
-        """Never called: `decide` finds no streaks."""
+        """Never called, because `decide` returns no streaks."""
         raise NotImplementedError
 
     def may_save(self, result: Any) -> bool:
@@ -219,7 +218,7 @@ class CodecTraining:
         return row
 
     def line(self, row: loop.Row, eta: str) -> str:
-        """Return the console's line of a row."""
+        """Return the console line of a row."""
         line = (
             f"step {row['step']}/{self._config.total_steps}  loss {row['loss']:.3f} = log-mel "
             f"{row['mel_distance']:.3f} + wave {row['wave_distance']:.4f} x "

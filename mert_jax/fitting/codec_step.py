@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mert_jax.constants import FULL_SCALE, SAMPLE_RATE
 from mert_jax.models import encodec, spectrograms
 
 Array = jax.Array
@@ -21,8 +22,8 @@ MEL_BANDS = 64
 
 
 class CodecState(NamedTuple):
-    """Completed updates; params {"encoder", "decoder"}; optimiser state; haiku's state of the
-    quantiser, codebooks and their moving averages."""
+    """The state of training: number of updates, params {"encoder", "decoder"}, optimiser state, and
+    haiku's state of the quantiser (codebooks and their moving averages)."""
 
     step: Array
     params: Any
@@ -31,7 +32,7 @@ class CodecState(NamedTuple):
 
 
 class Codec(NamedTuple):
-    """What is trained, fixed for a run: networks, quantiser, optimiser and the loss's weights."""
+    """The fixed parts of a codec's training: networks, quantiser, optimiser and loss weights."""
 
     encoder: encodec.Encoder
     decoder: encodec.Decoder
@@ -55,104 +56,107 @@ def make(
     decay: float,
     dead_below: float,
 ) -> Codec:
-    """A codec of `books` codebooks of `size` codes; a code that comes less often than `dead_below`
-    times the average is set on a vector of the batch."""
+    """Make a codec of `books` codebooks of `size` codes; `configs/codec.py` explains the rest."""
 
-    def quantize(latents: Array, is_training: bool) -> dict[str, Array]:
-        """Straight-through sum of the books, codes [B, T, K], and what entered each book."""
+    def quantize(latents: Array, is_training: bool) -> dict[str, Any]:
+        """Straight-through sum of the codebooks, codes [B, T, K], and what entered each."""
         residual, loss, codes, entered = latents, 0.0, [], []
         for k in range(books):
             book = hk.nets.VectorQuantizerEMA(dim, size, commitment, decay, name=f"book_{k}")
-            found = book(residual, is_training)
+            output = book(residual, is_training)
             entered.append(jax.lax.stop_gradient(residual).reshape(-1, dim))
-            codes.append(found["encoding_indices"])
-            loss += found["loss"] / books
-            residual = residual - jax.lax.stop_gradient(found["quantize"])
+            codes.append(output["encoding_indices"])
+            loss += output["loss"] / books
+            residual = residual - jax.lax.stop_gradient(output["quantize"])
         quantized = latents + jax.lax.stop_gradient(-residual)
         return dict(quantized=quantized, loss=loss, codes=jnp.stack(codes, -1), entered=entered)
 
     schedule = optax.cosine_decay_schedule(learning_rate, total_steps)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adam(schedule, 0.5, 0.9),  # EnCodec's, section 4.5
-    )
+    adam = optax.adam(schedule, 0.5, 0.9)  # EnCodec's, section 4.5
     return Codec(
         encodec.Encoder(filters, dim),
         encodec.Decoder(filters),
         hk.transform_with_state(quantize),
-        optimizer,
+        optax.chain(optax.clip_by_global_norm(clip_norm), adam),
         wave_weight,
         dead_below,
     )
 
 
-def init(c: Codec, key: Array) -> CodecState:
-    """The state of a new run."""
+def init(codec: Codec, key: Array) -> CodecState:
+    """Return the state of a new run."""
     keys = jax.random.split(key, 3)
-    latents = jnp.zeros((1, 8, c.encoder.dim))
+    latents = jnp.zeros((1, 8, codec.encoder.dim))
     params = {
-        "encoder": c.encoder.init(keys[0], jnp.zeros((1, 3200)))["params"],
-        "decoder": c.decoder.init(keys[1], latents)["params"],
+        "encoder": codec.encoder.init(keys[0], jnp.zeros((1, 3200)))["params"],
+        "decoder": codec.decoder.init(keys[1], latents)["params"],
     }
-    _, quantizer = c.quantizer.init(keys[2], latents, True)
-    return CodecState(jnp.zeros((), jnp.int32), params, c.optimizer.init(params), quantizer)
+    _, quantizer = codec.quantizer.init(keys[2], latents, True)
+    return CodecState(jnp.zeros((), jnp.int32), params, codec.optimizer.init(params), quantizer)
 
 
 def codebooks(quantizer: Mapping[str, Any]) -> Array:
-    """The codebooks [K, V, D] in haiku's state, which has them as [D, V]."""
-    books = sorted((name for name in quantizer if "/" not in name), key=lambda n: int(n[5:]))
-    return jnp.stack([quantizer[name]["embeddings"].T for name in books])
+    """Return the codebooks [K, V, D] of haiku's state, which has them as [D, V]."""
+    num_codebooks = sum("/" not in name for name in quantizer)
+    return jnp.stack([quantizer[f"book_{k}"]["embeddings"].T for k in range(num_codebooks)])
 
 
 @functools.cache
 def _mel_filters() -> tuple[np.ndarray, ...]:
-    return tuple(spectrograms.mel_filters(24_000, n_fft, MEL_BANDS) for n_fft in MEL_SCALES)
+    return tuple(spectrograms.mel_filters(SAMPLE_RATE, n_fft, MEL_BANDS) for n_fft in MEL_SCALES)
 
 
 def mel_distance(wave: Array, other: Array) -> Array:
-    """Mean difference of the log-mel spectra of two waves [B, N] over three scales, nats [B]."""
+    """Return the mean difference of the log-mel spectra of two waves [B, N], nats [B]."""
     distances = []
     for n_fft, filters in zip(MEL_SCALES, _mel_filters(), strict=True):
-        ours, theirs = (
-            spectrograms.log_mel(x, jnp.asarray(filters), n_fft // 4) for x in (wave, other)
+        log_mel = functools.partial(
+            spectrograms.log_mel, filters=jnp.asarray(filters), hop=n_fft // 4
         )
-        distances.append(jnp.abs(ours - theirs).mean((1, 2)))
+        distances.append(jnp.abs(log_mel(wave) - log_mel(other)).mean((1, 2)))
     return sum(distances) / len(distances)
 
 
 def si_sdr(wave: Array, other: Array) -> Array:
-    """Scale-invariant signal-to-distortion ratio of `other` to `wave` [B, N], dB (Le Roux et al.,
-    arXiv 1811.02508, eq. 3)."""
-    scale = jnp.sum(wave * other, -1) / jnp.maximum(jnp.sum(wave * wave, -1), 1e-8)
-    target = scale[:, None] * wave
-    power = lambda x: jnp.maximum(jnp.sum(jnp.square(x), -1), 1e-8)
+    """Return the scale-invariant signal-to-distortion ratio of `other` to `wave` [B, N], dB [B].
+
+    Le Roux et al., arXiv 1811.02508, eq. 3.
+    """
+
+    def power(x: Array) -> Array:
+        return jnp.maximum(jnp.sum(jnp.square(x), -1), 1e-8)
+
+    target = (jnp.sum(wave * other, -1) / power(wave))[:, None] * wave
     return 10 * jnp.log10(power(target) / power(other - target))
 
 
 def train_step(
-    state: CodecState, clips: Array, key: Array, c: Codec
+    state: CodecState, clips: Array, key: Array, codec: Codec
 ) -> tuple[CodecState, dict[str, Array]]:
-    """One update on int16 `clips` [B, N]: log-mel and waveform distance, and commitment (EnCodec,
-    arXiv 2210.13438, section 3.4, without the adversary); returns the state and the metrics."""
+    """Make one update on int16 `clips` [B, N]; return the state and the metrics.
+
+    The loss is log-mel distance, waveform distance and commitment (EnCodec, arXiv 2210.13438,
+    section 3.4, without the adversary).
+    """
     key = jax.random.fold_in(key, state.step)
-    wave = clips.astype(jnp.float32) / 32768
+    wave = clips.astype(jnp.float32) / FULL_SCALE
 
     def loss_fn(params: Any) -> tuple[Array, tuple]:
-        latents = c.encoder.apply({"params": params["encoder"]}, wave)
-        found, quantizer = c.quantizer.apply({}, state.quantizer, None, latents, True)
-        other = c.decoder.apply({"params": params["decoder"]}, found["quantized"])
-        mel = mel_distance(wave, other).mean()
-        error = jnp.abs(wave - other).mean()
-        loss = mel + c.wave_weight * error + found["loss"]
-        parts = dict(loss=loss, mel_distance=mel, wave_distance=error, commitment=found["loss"])
-        return loss, (parts, quantizer, found)
+        latents = codec.encoder.apply({"params": params["encoder"]}, wave)
+        output, quantizer = codec.quantizer.apply({}, state.quantizer, None, latents, True)
+        decoded = codec.decoder.apply({"params": params["decoder"]}, output["quantized"])
+        mel = mel_distance(wave, decoded).mean()
+        error = jnp.abs(wave - decoded).mean()
+        loss = mel + codec.wave_weight * error + output["loss"]
+        parts = dict(loss=loss, mel_distance=mel, wave_distance=error, commitment=output["loss"])
+        return loss, (parts, quantizer, output["entered"])
 
-    # nearly tied codes must not flip between this and the teacher that will read the codebooks
+    # nearly tied codes must be the same here and in the teacher that reads the codebooks
     with jax.default_matmul_precision("highest"):
-        grads, (metrics, quantizer, found) = jax.grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = c.optimizer.update(grads, state.opt_state, state.params)
+        grads, (metrics, quantizer, entered) = jax.grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = codec.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    quantizer, dead = revive(quantizer, found["entered"], key, c.dead_below)
+    quantizer, dead = revive(quantizer, entered, key, codec.dead_below)
     metrics |= dict(grad_norm=optax.tree.norm(grads), dead=dead)
     return CodecState(state.step + 1, params, opt_state, quantizer), metrics
 
@@ -160,9 +164,12 @@ def train_step(
 def revive(
     quantizer: Mapping[str, Any], entered: list[Array], key: Array, dead_below: float
 ) -> tuple[dict[str, Any], Array]:
-    """Set dead codes on random vectors that entered their book, as if they had come as often as the
-    average; returns the state and the number revived in each book [K]."""
-    quantizer, numbers = dict(quantizer), []
+    """Move codes used less than `dead_below` times the average to vectors that entered their book.
+
+    Their moving averages become those of a code of average use. Returns the state and the number
+    revived in each codebook [K].
+    """
+    quantizer, revived = dict(quantizer), []
     for k, vectors in enumerate(entered):
         book = quantizer[f"book_{k}"]["embeddings"]
         size_name, sum_name = (f"book_{k}/~/ema_{name}" for name in ("cluster_size", "dw"))
@@ -171,9 +178,9 @@ def revive(
         dead = sizes["average"] < dead_below * usual
         drawn = jax.random.randint(jax.random.fold_in(key, k), dead.shape, 0, vectors.shape[0])
         new = vectors[drawn].T
-        # haiku divides `hidden` by this to make up for its start at zero
+        # haiku divides `hidden` by this to correct for its start at zero
         debias = sizes["hidden"].sum() / jnp.maximum(sizes["average"].sum(), 1e-8)
-        numbers.append(dead.sum())
+        revived.append(dead.sum())
         quantizer[f"book_{k}"] = {"embeddings": jnp.where(dead[None], new, book)}
         quantizer[size_name] = sizes | {
             "average": jnp.where(dead, usual, sizes["average"]),
@@ -183,4 +190,4 @@ def revive(
             "average": jnp.where(dead[None], usual * new, sums["average"]),
             "hidden": jnp.where(dead[None], usual * debias * new, sums["hidden"]),
         }
-    return quantizer, jnp.stack(numbers)
+    return quantizer, jnp.stack(revived)

@@ -15,8 +15,7 @@ import soundfile
 from mert_jax import teachers
 from mert_jax.data import records
 from mert_jax.errors import UserError
-from mert_jax.fitting import cluster_run, kmeans, mel_rvq
-from mert_jax.fitting.fitted import Task
+from mert_jax.fitting import cluster_run, fitters
 from mert_jax.fitting.sampling import Sampler
 from mert_jax.models import spectrograms
 from mert_jax.teachers import fitted_file
@@ -98,15 +97,15 @@ def test_the_same_seed_gives_the_same_file_in_another_process(dataset, tmp_path,
 
 
 def test_every_level_of_mel_rvq_leaves_less(dataset, tmp_path, clip):
-    task = Task(Sampler(dataset, seed=0, frames=1200), seed=0, iterations=5)
-    found = mel_rvq.fit(task, books=3, size=32, dim=4)
-    again = mel_rvq.fit(task, books=3, size=32, dim=4)
-    for key, value in found.tensors.items():
+    sampler, sizes = Sampler(dataset, seed=0, frames=1200), dict(books=3, size=32, dim=4)
+    fitted = fitters.fit_mel_rvq(sampler, 5, **sizes)
+    again = fitters.fit_mel_rvq(sampler, 5, **sizes)
+    for key, value in fitted.tensors.items():
         np.testing.assert_array_equal(value, again.tensors[key])
     for split in ("train", "validation"):
-        errors = [1, *(book.error for book in found.figures[split])]
+        errors = [1, *(book.error for book in fitted.figures[split])]
         assert errors == sorted(errors, reverse=True)
-    fitted_file.write_fitted(str(tmp_path), "mel_rvq", found.tensors, found.settings)
+    fitted_file.write_fitted(str(tmp_path), "mel_rvq", fitted.tensors, fitted.settings)
     teacher = teachers.make("mel_rvq", checkpoint=str(tmp_path))
     codes = np.asarray(jax.jit(teacher.apply)(teacher.params, clip))
     assert codes.shape == (1, 151, 3)
@@ -115,7 +114,7 @@ def test_every_level_of_mel_rvq_leaves_less(dataset, tmp_path, clip):
 
 def test_random_projection_is_fitted_to_the_datasets_bands(dataset, tmp_path, clip):
     sampler = Sampler(dataset, seed=0, frames=1200)
-    cluster_run.fit("random_projection", sampler, str(tmp_path), seed=0, iterations=1)
+    cluster_run.fit("random_projection", sampler, str(tmp_path), iterations=1)
     options = dict(books=2, size=64)
     plain = teachers.make("random_projection", **options)
     teacher = teachers.make("random_projection", checkpoint=str(tmp_path), **options)
@@ -134,28 +133,28 @@ def test_random_projection_is_fitted_to_the_datasets_bands(dataset, tmp_path, cl
         teachers.make("random_projection", checkpoint=str(tmp_path), n_fft=1024)
     # another teacher's place is not taken
     with pytest.raises(UserError, match="holds teacher 'random_projection'"):
-        cluster_run.fit("kmeans", sampler, str(tmp_path), seed=0, iterations=1)
+        cluster_run.fit("kmeans", sampler, str(tmp_path), iterations=1)
 
 
 def test_an_output_that_cannot_be_written_is_told_before_fitting(dataset, tmp_path):
     (tmp_path / "file").write_text("")
     sampler = Sampler(dataset, seed=0, frames=200)
     for output, words in (
-        (str(tmp_path / "file" / "x"), "is no directory that can be written"),
-        ("gs://bucket/x", "local disk only"),
+        (str(tmp_path / "file" / "x"), "is not a writable directory"),
+        ("gs://bucket/x", "a directory of a local disk"),
     ):
         with pytest.raises(UserError, match=words):
-            cluster_run.fit("kmeans", sampler, output, seed=0, iterations=1)
+            cluster_run.fit("kmeans", sampler, output, iterations=1)
 
 
 def test_too_little_music(dataset):
     with pytest.raises(UserError, match=r"200 frames of .* cannot make a codebook of 300"):
-        kmeans.fit(Task(Sampler(dataset, seed=0, frames=200), seed=0, iterations=1))
+        fitters.fit_kmeans(Sampler(dataset, seed=0, frames=200), iterations=1)
 
 
 def test_a_mistake_is_one_line_and_ctrl_c_leaves_nothing(dataset, tmp_path):
     mistakes = {
-        "cannot be fitted; it is one of kmeans": ["--teacher=nope", f"--data={dataset}"],
+        "cannot be fitted; choose one of kmeans": ["--teacher=nope", f"--data={dataset}"],
         "no prepared dataset in": ["--teacher=kmeans", f"--data={tmp_path}"],
         "--teacher, --data and --output are needed": ["--teacher=kmeans"],
     }
@@ -243,10 +242,13 @@ def test_an_output_of_another_codec_is_left_alone(dataset, codec):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--teacher=rvq_vae", "--frames=10"], "--frames: a setting of clusters"),
-        (["--teacher=kmeans", "--config=configs/codec.py"], "--config: a setting of rvq_vae alone"),
+        (["--teacher=rvq_vae", "--frames=10"], "--frames has no effect with --teacher=rvq_vae"),
+        (
+            ["--teacher=kmeans", "--config=configs/codec.py"],
+            "--config has no effect with --teacher=kmeans",
+        ),
         ([*CODEC, "--config.num_samples=5000"], "num_samples=5000"),
-        ([*CODEC, "--config.num_samples=64000"], "prepared for clips of 48000"),
+        ([*CODEC, "--config.num_samples=64000"], "prepared for clips of at most 48000"),
         ([*CODEC, "--config.books=0"], "books=0"),
         ([*CODEC, "--config.nothing=0"], "nothing"),
     ],

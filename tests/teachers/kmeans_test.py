@@ -122,7 +122,7 @@ def test_clusters_are_as_good_as_those_of_sklearn():
     rng = np.random.default_rng(1)
     means = rng.normal(size=(40, 6)) * 5
     x = (means[rng.integers(40, size=5000)] + rng.normal(size=(5000, 6))).astype(np.float32)
-    centres = clusters.fit(x, 40, rng=np.random.default_rng(0), iterations=50, what="test")
+    centres = clusters.fit(x, 40, np.random.default_rng(0), 50, "test")
     error = np.square(x[:, None] - centres).sum(-1).min(1).sum()
     assert error < 1.1 * KMeans(40, n_init=3, random_state=0).fit(x).inertia_
 
@@ -132,12 +132,12 @@ def test_dead_centres_are_set_on_frames():
     # nearly all vectors are one, so that the first centres coincide
     x = np.zeros((4000, 2), np.float32)
     x[::100] = rng.normal(size=(40, 2))
-    centres = clusters.fit(x, 30, rng=np.random.default_rng(0), iterations=50, what="test")
+    centres = clusters.fit(x, 30, np.random.default_rng(0), 50, "test")
     distances = np.square(x[:, None] - centres).sum(-1)
     assert len(np.unique(distances.argmin(1))) == 30
 
 
 def test_fewer_distinct_vectors_than_centres_do_no_harm():
     x = np.repeat(np.eye(3, dtype=np.float32), 50, 0)
-    centres = clusters.fit(x, 8, rng=np.random.default_rng(0), iterations=5, what="test")
+    centres = clusters.fit(x, 8, np.random.default_rng(0), 5, "test")
     assert np.square(x[:, None] - centres).sum(-1).min(1).max() < 1e-9

@@ -6,7 +6,7 @@ import pytest
 
 from mert_jax import teachers
 from mert_jax.errors import UserError
-from mert_jax.fitting import mel_rvq as fitting
+from mert_jax.fitting import fitters
 from mert_jax.models import spectrograms
 from mert_jax.teachers import fitted_file, mel_rvq
 
@@ -59,7 +59,7 @@ def test_books_takes_the_first_ones(checkpoint):
 
 def test_projections_keep_the_most_of_the_squares():
     x = np.random.default_rng(3).normal(size=(500, 20)) @ np.diag(np.linspace(3, 0.1, 20))
-    columns = fitting.principal(x.astype(np.float32), 5)
+    columns = fitters.principal_columns(x.astype(np.float32), 5)
     np.testing.assert_allclose(columns.T @ columns, np.eye(5), atol=1e-5)
     kept = np.square(x @ columns).sum()
     np.testing.assert_allclose(kept, np.square(np.linalg.svd(x)[1][:5]).sum(), rtol=1e-5)
