@@ -1,15 +1,14 @@
 """Training a codec of your own: settings, loop, and the result in EnCodec's format."""
 
 import contextlib
+import dataclasses
 import functools
-import inspect
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mert_jax import sharding
@@ -60,27 +59,24 @@ def run(config: ConfigDict, data_dir: str, output: str, seed: int) -> int:
     together, the output of another run, and data that cannot be read.
     """
     check(config, data_dir)
+    metadata = records.metadata(data_dir)
     source = records.open_source(data_dir, "train")
     validation = records.open_source(data_dir, "validation")
-    mesh = sharding.make_mesh(-1, 1, 1)
-    sharding.check_batch(config.batch_size, mesh)
+    num_samples = metadata["overlap_samples"] // HOP_LENGTH * HOP_LENGTH
+    held_out = codec_report.held_out_clips(validation, num_samples)
+    trainer = CodecTraining(config, source, held_out, seed)
     training = os.path.join(output, "training")
-    metadata = records.metadata(data_dir)
     settings = config.to_dict() | {"seed": seed, "fingerprint": metadata["fingerprint"]}
     resumes = bool(manager.checkpoint_steps(training))
     lock = workdir_lock.lock_workdir(training, settings, begun=resumes)
-    options = inspect.signature(codec_step.make).parameters
-    codec = codec_step.make(**{name: config[name] for name in options})
-    num_samples = metadata["overlap_samples"] // HOP_LENGTH * HOP_LENGTH
-    held_out = codec_report.held_out_clips(validation, num_samples)
-    with lock, jax.set_mesh(mesh):
-        state, request = CodecTraining(config, codec, source, held_out, mesh, seed).train(training)
+    with lock, jax.set_mesh(trainer.mesh):
+        state, request = trainer.train(training)
         if request:
             return 128 + request
         codebooks = codec_step.codebooks(state.quantizer)
         params = jax.device_get(state.params | {"codebooks": codebooks})
         encodec_checkpoint.write_encodec(output, params)
-        codec_report.report(output, training, codec, state, held_out)
+        codec_report.report(output, training, trainer.codec, state, held_out)
     return 0
 
 
@@ -105,31 +101,21 @@ def check(config: ConfigDict, data_dir: str) -> None:
 class CodecTraining:
     """The training of a codec, as a `loop.Trainer`."""
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        codec: Codec,
-        source: Any,
-        held_out: np.ndarray,
-        mesh: Mesh,
-        seed: int,
-    ):
-        self._config, self._codec, self._source = config, codec, source
-        self._held_out, self._mesh, self._seed = held_out, mesh, seed
-        self._key, self._request = jax.random.key(seed + 1), 0
+    def __init__(self, config: ConfigDict, source: Any, held_out: np.ndarray, seed: int):
+        names = [field.name for field in dataclasses.fields(Codec)]
+        self.codec = Codec(**{name: config[name] for name in names})
+        self._config, self._source, self._held_out = config, source, held_out
+        self._seed, self._key, self._request = seed, jax.random.key(seed + 1), 0
+        self.mesh = sharding.make_mesh(-1, 1, 1)
+        sharding.check_batch(config.batch_size, self.mesh)
 
     def train(self, training: str) -> tuple[CodecState, int]:
         """Train in the workdir `training`; return the last state, and the signal or 0."""
         config, saves = self._config, self._config.checkpoint
-        init = functools.partial(codec_step.init, self._codec, jax.random.key(self._seed))
-        shardings = sharding.state_shardings(init, self._mesh)
-        intervals = loop.Intervals(
-            config.total_steps,
-            config.log_every,
-            config.eval_every,
-            saves.every_steps,
-            saves.every_minutes,
-        )
+        init = functools.partial(codec_step.init, self.codec, jax.random.key(self._seed))
+        shardings = sharding.state_shardings(init, self.mesh)
+        steps = config.total_steps, config.log_every, config.eval_every
+        intervals = loop.Intervals(*steps, saves.every_steps, saves.every_minutes)
         with contextlib.closing(manager.Checkpoints(training, saves.keep)) as checkpoints:
             start = checkpoints.latest_step or 0
             if start:
@@ -139,7 +125,7 @@ class CodecTraining:
                 state = jax.jit(init, out_shardings=shardings)()
             if start >= config.total_steps:
                 return state, 0
-            step = functools.partial(codec_step.train_step, codec=self._codec)
+            step = functools.partial(codec_step.train_step, codec=self.codec)
             self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
             seconds = config.batch_size * config.num_samples / SAMPLE_RATE
             self._speed = metrics.Speed(start, config.total_steps, audio_seconds=seconds, flops=0)
@@ -179,7 +165,7 @@ class CodecTraining:
         bad = bad_records.BadRecords(None, [self._source], start=position)
 
         def put(batch: Any) -> jax.Array:
-            return sharding.global_batch(batch["audio"], config.batch_size, self._mesh)
+            return sharding.global_batch(batch["audio"], config.batch_size, self.mesh)
 
         return pipeline.prefetch(bad_records.count_bad_records(stream, bad, position), put)
 
@@ -212,7 +198,7 @@ class CodecTraining:
         rate = self._speed.measure(step)["audio_seconds_per_second"]
         row["audio_seconds_per_second"] = rate
         if evaluate:
-            figures = codec_report.evaluate(self._codec, state, self._held_out)["trained"]
+            figures = codec_report.evaluate(self.codec, state, self._held_out)["trained"]
             row |= {f"validation_{name}": value for name, value in figures.items()}
             self._speed.pause()
         return row

@@ -3,6 +3,7 @@
 Shapes: B clips, N samples (a multiple of 320), T frames, K codebooks, V codes, D width of a latent.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -31,56 +32,57 @@ class CodecState(NamedTuple):
     quantizer: Any
 
 
-class Codec(NamedTuple):
-    """The fixed parts of a codec's training: networks, quantiser, optimiser and loss weights."""
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """The settings of a codec and its training, as in `codec_run.get_config`."""
 
-    encoder: encodec.Encoder
-    decoder: encodec.Decoder
-    quantizer: hk.TransformedWithState
-    optimizer: optax.GradientTransformation
+    filters: int
+    dim: int
+    books: int
+    size: int
+    learning_rate: float
+    total_steps: int
+    clip_norm: float
     wave_weight: float
+    commitment: float
+    decay: float
     dead_below: float
 
+    @property
+    def encoder(self) -> encodec.Encoder:
+        """The network from waves to latents."""
+        return encodec.Encoder(self.filters, self.dim)
 
-def make(
-    *,
-    filters: int,
-    dim: int,
-    books: int,
-    size: int,
-    learning_rate: float,
-    total_steps: int,
-    clip_norm: float,
-    wave_weight: float,
-    commitment: float,
-    decay: float,
-    dead_below: float,
-) -> Codec:
-    """Make a codec of `books` codebooks of `size` codes; `configs/codec.py` explains the rest."""
+    @property
+    def decoder(self) -> encodec.Decoder:
+        """The network from latents to waves."""
+        return encodec.Decoder(self.filters)
 
-    def quantize(latents: Array, is_training: bool) -> dict[str, Any]:
-        """Straight-through sum of the codebooks, codes [B, T, K], and what entered each."""
-        residual, loss, codes, entered = latents, 0.0, [], []
-        for k in range(books):
-            book = hk.nets.VectorQuantizerEMA(dim, size, commitment, decay, name=f"book_{k}")
-            output = book(residual, is_training)
-            entered.append(jax.lax.stop_gradient(residual).reshape(-1, dim))
-            codes.append(output["encoding_indices"])
-            loss += output["loss"] / books
-            residual = residual - jax.lax.stop_gradient(output["quantize"])
-        quantized = latents + jax.lax.stop_gradient(-residual)
-        return dict(quantized=quantized, loss=loss, codes=jnp.stack(codes, -1), entered=entered)
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """EnCodec's Adam (section 4.5), with gradient clipping and a cosine schedule."""
+        schedule = optax.cosine_decay_schedule(self.learning_rate, self.total_steps)
+        clip = optax.clip_by_global_norm(self.clip_norm)
+        return optax.chain(clip, optax.adam(schedule, 0.5, 0.9))
 
-    schedule = optax.cosine_decay_schedule(learning_rate, total_steps)
-    adam = optax.adam(schedule, 0.5, 0.9)  # EnCodec's, section 4.5
-    return Codec(
-        encodec.Encoder(filters, dim),
-        encodec.Decoder(filters),
-        hk.transform_with_state(quantize),
-        optax.chain(optax.clip_by_global_norm(clip_norm), adam),
-        wave_weight,
-        dead_below,
-    )
+    @property
+    def quantizer(self) -> hk.TransformedWithState:
+        """The residual quantiser, `_quantize` as a pair of pure functions."""
+        return hk.transform_with_state(functools.partial(_quantize, self))
+
+
+def _quantize(codec: Codec, latents: Array, is_training: bool) -> dict[str, Any]:
+    """Straight-through sum of the codebooks, codes [B, T, K], and what entered each codebook."""
+    residual, loss, codes, entered = latents, 0.0, [], []
+    sizes = codec.dim, codec.size, codec.commitment, codec.decay
+    for k in range(codec.books):
+        output = hk.nets.VectorQuantizerEMA(*sizes, name=f"book_{k}")(residual, is_training)
+        entered.append(jax.lax.stop_gradient(residual).reshape(-1, codec.dim))
+        codes.append(output["encoding_indices"])
+        loss += output["loss"] / codec.books
+        residual = residual - jax.lax.stop_gradient(output["quantize"])
+    quantized = latents + jax.lax.stop_gradient(-residual)
+    return dict(quantized=quantized, loss=loss, codes=jnp.stack(codes, -1), entered=entered)
 
 
 def init(codec: Codec, key: Array) -> CodecState:

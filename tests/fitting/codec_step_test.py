@@ -31,7 +31,7 @@ def clips() -> np.ndarray:
 
 
 def test_it_learns():
-    c = codec_step.make(**OPTIONS)
+    c = codec_step.Codec(**OPTIONS)
     state = jax.jit(lambda key: codec_step.init(c, key))(jax.random.key(0))
     step = jax.jit(lambda state, clips: codec_step.train_step(state, clips, jax.random.key(1), c))
     losses = []
@@ -45,7 +45,7 @@ def test_it_learns():
 
 def test_the_quantiser_is_the_one_the_teacher_reads():
     """haiku's residual codes are those of `quantize.residual_encode` with the same codebooks."""
-    c = codec_step.make(**OPTIONS)
+    c = codec_step.Codec(**OPTIONS)
     state = jax.jit(lambda key: codec_step.init(c, key))(jax.random.key(0))
     latents = jax.random.normal(jax.random.key(1), (2, 5, 8))
     found, _ = c.quantizer.apply({}, state.quantizer, None, latents, False)
@@ -62,7 +62,7 @@ def test_the_quantiser_is_the_one_the_teacher_reads():
 
 
 def test_dead_codes_come_back():
-    c = codec_step.make(**OPTIONS)
+    c = codec_step.Codec(**OPTIONS)
     quantizer = jax.jit(lambda key: codec_step.init(c, key))(jax.random.key(0)).quantizer
     name = "book_1"
     sizes = quantizer[f"{name}/~/ema_cluster_size"]
