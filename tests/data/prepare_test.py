@@ -15,9 +15,16 @@ import numpy as np
 import pytest
 import soundfile
 
-from mert_jax import files, prepare
+from mert_jax import files
 from mert_jax.data import records
-from mert_jax.data.preparation import assemble, selection, sources, staging, workers
+from mert_jax.data.preparation import (
+    assemble,
+    prepare_dataset,
+    selection,
+    sources,
+    staging,
+    workers,
+)
 from mert_jax.data.preparation.selection import PreparationSettings
 from mert_jax.data.preparation.staging import stage as real_stage
 from mert_jax.errors import UserError
@@ -54,7 +61,7 @@ def music(tmp_path):
 
 
 def run(music, output, settings=SMALL, workers=2):
-    return prepare.prepare([str(music)], str(output), settings, workers)
+    return prepare_dataset.prepare([str(music)], str(output), settings, workers)
 
 
 def shards(output):
@@ -430,13 +437,13 @@ def test_the_output_may_lie_inside_the_input(music, decodes):
 
 def test_overlapping_inputs_are_read_once(music, tmp_path):
     inputs = [str(music), str(music / "b"), str(music / "a.wav")]
-    assert prepare.prepare(inputs, str(tmp_path / "out"), SMALL, 1)["files"] == 7
+    assert prepare_dataset.prepare(inputs, str(tmp_path / "out"), SMALL, 1)["files"] == 7
     assert "b/c/c.ogg" in {path for _, path in tracks(tmp_path / "out")}  # the first input names it
 
 
 def test_a_file_given_by_name_is_tried_whatever_its_suffix(music, tmp_path):
     (music / "a.wav").rename(music / "a.sound")
-    report = prepare.prepare([str(music / "a.sound")], str(tmp_path / "out"), SMALL, 1)
+    report = prepare_dataset.prepare([str(music / "a.sound")], str(tmp_path / "out"), SMALL, 1)
     assert report["tracks"] == 1
     assert report["splits"]["validation"]["tracks"] == 0
 
@@ -613,7 +620,7 @@ def test_a_full_disk_ends_in_one_line_and_can_go_on(music, tmp_path, monkeypatch
         with pytest.raises(UserError, match="No space left on device"):
             run(music, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.shutil, "disk_usage", lambda path: Free)
+        patch.setattr(prepare_dataset.shutil, "disk_usage", lambda path: Free)
         with pytest.raises(UserError, match=r"0\.00 GB free"):
             run(music, tmp_path / "out")
     with pytest.raises(UserError, match="not finished"):
@@ -632,7 +639,7 @@ class Free:
 _PEAK = """
 import re, resource, sys
 from mert_jax.data.preparation.selection import PreparationSettings
-from mert_jax.prepare import prepare
+from mert_jax.data.preparation.prepare_dataset import prepare
 if __name__ == "__main__":
     prepare([sys.argv[1]], sys.argv[2], PreparationSettings(), 1)
     # ru_maxrss of this process would start at what pytest used

@@ -1,5 +1,4 @@
-"""Stored codes: those of whole tracks, at the samples they belong to, and refused when they are not
-this codec's or this dataset's."""
+"""Stored codes: equal to those of whole tracks, aligned to their samples, refused if foreign."""
 
 import itertools
 import json
@@ -15,20 +14,19 @@ import pytest
 import soundfile
 
 from mert_jax import teachers
+from mert_jax.constants import FULL_SCALE, HOP_LENGTH, SAMPLE_RATE
 from mert_jax.data import pipeline, records, stored_codes
 from mert_jax.data.preparation import encode
 from mert_jax.data.preparation.assemble import stored_tracks
 from mert_jax.errors import UserError
-from mert_jax.models import encodec as codec
 from mert_jax.models import mert_v1
 from mert_jax.pretraining import build, step
 from mert_jax.teachers import encodec_checkpoint
 from mert_jax.teachers.teacher import Teacher
 from tests import small
-from tests.teachers.encodec_checkpoint_test import params
+from tests.codec_samples import music, params, write_codec
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
-RATE, HOP = 24_000, 320
 # longer than a piece of the encoder and than a record, and shorter than the codec's padding
 SECONDS = {"long": 23.3337, "short": 2.05, "shorter": 0.07}
 
@@ -42,30 +40,10 @@ class Bar:
         self.done += seconds
 
 
-def music(seconds: float, seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    t = np.arange(int(seconds * RATE)) / RATE
-    notes = rng.uniform(80, 900, (int(seconds * 4) + 1, 4)).repeat(RATE // 4, 0)[: len(t)].T
-    return 0.1 * np.sin(2 * np.pi * notes * t).sum(0) + 0.02 * rng.normal(size=len(t))
-
-
 def prepare(*flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "mert_jax.prepare", *flags]
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def write_codec(folder: str) -> str:
-    """A small random codec whose codebooks are latents of music, so that codes vary."""
-    network = codec.Encoder(2, params()["codebooks"].shape[-1])
-    wave = music(4, 9)[None].astype(np.float32)
-    latents = np.asarray(jax.jit(network.apply)({"params": params()["encoder"]}, wave))[0]
-    rows = np.random.default_rng(0).choice(latents, (3, 16), replace=False)
-    spread = rows - latents.mean(0)
-    encodec_checkpoint.write_encodec(
-        folder, params() | {"codebooks": np.stack([rows[0], *(0.5 * spread[1:])])}
-    )
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +56,7 @@ def dataset(checkpoint, tmp_path_factory) -> str:
     """Three tracks and their codes, by the command."""
     folder = tmp_path_factory.mktemp("music")
     for seed, (name, seconds) in enumerate(SECONDS.items()):
-        soundfile.write(folder / f"{name}.wav", music(seconds, seed), RATE)
+        soundfile.write(folder / f"{name}.wav", music(seconds, seed), SAMPLE_RATE)
     output = str(tmp_path_factory.mktemp("data") / "prepared")
     flags = ["--chunk_seconds=5", "--crop_seconds=2", "--min_seconds=0.01"]
     done = prepare(f"--input={folder}", f"--output={output}", f"--codes={checkpoint}", *flags)
@@ -93,15 +71,15 @@ def teacher(checkpoint) -> Teacher:
 
 
 def whole_tracks(directory: str, teacher: Teacher) -> dict[str, np.ndarray]:
-    """Codes of every track encoded in one go, by its hash."""
-    found = {}
+    """Codes of every track encoded at once, by its hash."""
+    codes = {}
     for track, stored in stored_tracks(directory).items():
         source = records.open_source(directory, stored.split)
         audio = np.concatenate(list(encode.track_audio(source, stored)))
         assert len(audio) == stored.samples
-        wave = audio[None].astype(np.float32) / 32768
-        found[track] = np.asarray(jax.jit(teacher.apply)(teacher.params, wave))[0]
-    return found
+        wave = audio[None].astype(np.float32) / FULL_SCALE
+        codes[track] = np.asarray(jax.jit(teacher.apply)(teacher.params, wave))[0]
+    return codes
 
 
 def stored(directory: str) -> dict[str, stored_codes.CodesInfo]:
@@ -115,7 +93,7 @@ def test_stored_codes_are_those_of_whole_tracks(dataset, teacher):
         source = records.open_source(dataset, split)
         for item in stored_codes.attach(source, dataset, split, stored(dataset)):
             ours = item["codes"]["rvq_vae"]
-            first = item["offset"] // HOP
+            first = item["offset"] // HOP_LENGTH
             expected = whole[item["track"]][first : first + len(ours)]
             assert ours.shape == expected.shape
             # piece by piece, the last bit may differ, and with it a nearly tied code
@@ -129,7 +107,7 @@ def test_codes_go_with_their_samples(dataset, teacher):
     whole = whole_tracks(dataset, teacher)
     source = records.open_source(dataset, "train")
     joined = stored_codes.attach(source, dataset, "train", stored(dataset))
-    options = dict(num_samples=HOP * 50, hop=HOP, batch_size=8, seed=1, threads=2)
+    options = dict(num_samples=HOP_LENGTH * 50, hop=HOP_LENGTH, batch_size=8, seed=1, threads=2)
     batches = list(itertools.islice(pipeline.train_stream([joined], **options), 3))
     agree = []
     for batch in batches:
@@ -137,7 +115,7 @@ def test_codes_go_with_their_samples(dataset, teacher):
         for row, looped in enumerate(batch["looped"]):
             if not looped:
                 item = source[int(batch["record"][row])]
-                first = (item["offset"] + int(batch["start"][row])) // HOP
+                first = (item["offset"] + int(batch["start"][row])) // HOP_LENGTH
                 expected = whole[item["track"]][first : first + 50]
                 agree.append((batch["codes"]["rvq_vae"][row] == expected).mean())
     assert len(agree) > 8
@@ -171,11 +149,11 @@ def test_a_second_run_encodes_nothing_and_new_tracks_only(
 
     folder, output = tmp_path / "music", str(tmp_path / "data")
     folder.mkdir()
-    soundfile.write(folder / "a.wav", music(3, 5), RATE)
+    soundfile.write(folder / "a.wav", music(3, 5), SAMPLE_RATE)
     flags = [f"--input={folder}", f"--output={output}", "--crop_seconds=2"]
     assert prepare(*flags, f"--codes={checkpoint}").returncode == 0
     (first,) = stored_tracks(output)
-    soundfile.write(folder / "b.wav", music(4, 6), RATE)
+    soundfile.write(folder / "b.wav", music(4, 6), SAMPLE_RATE)
     assert prepare(*flags).returncode == 0
     with pytest.raises(UserError, match="held other tracks"):
         stored_codes.read_info(output, "rvq_vae")
@@ -226,41 +204,43 @@ def config_of(dataset: str, **overrides):
 
 def test_training_takes_stored_codes_without_a_checkpoint(dataset, teacher):
     config = config_of(dataset)
-    found = build.find_stored_codes(config)
-    made = build.make_teachers(config, found)
-    student = build.student(config, made, found)
+    stored_info = build.find_stored_codes(config)
+    run_teachers = build.make_teachers(config, stored_info)
+    student = build.student(config, run_teachers, stored_info)
     assert student.heads[0] == mert_v1.Head("rvq_vae", 16 + 4, 3)
-    objective = build.objective(config, student, made)
+    objective = build.objective(config, student, run_teachers)
     assert objective.context == {}
-    codes_ = np.random.default_rng(0).integers(0, 16, (2, 50, 3)).astype(np.uint16)
+    codes = np.random.default_rng(0).integers(0, 16, (2, 50, 3)).astype(np.uint16)
     wave = np.zeros((2, 16_000), np.float32)
-    params_ = {name: t.params for name, t in made.items()}
-    target = step.targets(objective, params_, wave, 49, {"rvq_vae": codes_})
-    np.testing.assert_array_equal(target["rvq_vae"], codes_[:, :49])
+    teacher_params = {name: t.params for name, t in run_teachers.items()}
+    target = step.targets(objective, teacher_params, wave, 49, {"rvq_vae": codes})
+    np.testing.assert_array_equal(target["rvq_vae"], codes[:, :49])
     assert target["rvq_vae"].dtype == np.int32
     with pytest.raises(UserError, match=r"rvq_vae\.checkpoint"):
-        step.targets(objective, params_, wave, 49)
+        step.targets(objective, teacher_params, wave, 49)
 
 
 def test_computed_codes_hear_what_is_before_the_clip(dataset, checkpoint, teacher):
     """With the context, a crop's codes are nearly those of the track; without, they are not."""
     config = config_of(dataset, teacher__rvq_vae__checkpoint=checkpoint)
-    made = build.make_teachers(config)
-    objective = build.objective(config, build.student(config, made), made)
-    assert objective.context == {"rvq_vae": 38 * HOP}
-    (track, held), *_ = [x for x in stored_tracks(dataset).items() if x[1].samples > 20 * RATE]
+    run_teachers = build.make_teachers(config)
+    objective = build.objective(config, build.student(config, run_teachers), run_teachers)
+    assert objective.context == {"rvq_vae": 38 * HOP_LENGTH}
+    (track, held), *_ = [
+        x for x in stored_tracks(dataset).items() if x[1].samples > 20 * SAMPLE_RATE
+    ]
     source = records.open_source(dataset, held.split)
     audio = np.concatenate(list(encode.track_audio(source, held)))
-    start = 9 * RATE // HOP * HOP
-    wave = audio[None, start - 38 * HOP : start + 16_000].astype(np.float32) / 32768
-    params_ = {name: t.params for name, t in made.items()}
-    target = jax.jit(lambda p, w: step.targets(objective, p, w, 49))(params_, wave)
-    expected = whole_tracks(dataset, teacher)[track][start // HOP :][:49]
+    start = 9 * SAMPLE_RATE // HOP_LENGTH * HOP_LENGTH
+    wave = audio[None, start - 38 * HOP_LENGTH : start + 16_000].astype(np.float32) / FULL_SCALE
+    teacher_params = {name: t.params for name, t in run_teachers.items()}
+    target = jax.jit(lambda p, w: step.targets(objective, p, w, 49))(teacher_params, wave)
+    expected = whole_tracks(dataset, teacher)[track][start // HOP_LENGTH :][:49]
     assert (target["rvq_vae"][0] == expected).mean() > 0.95
-    alone = jax.jit(teacher.apply)(teacher.params, wave[:, 38 * HOP :])[0, :8]
+    alone = jax.jit(teacher.apply)(teacher.params, wave[:, 38 * HOP_LENGTH :])[0, :8]
     assert (alone == expected[:8]).mean() < 0.9
-    clip = wave[:, 38 * HOP :]  # the CQT hears the clip alone
-    exact = jax.jit(made["cqt"].apply)(made["cqt"].params, clip)[:, :49]
+    clip = wave[:, 38 * HOP_LENGTH :]  # the CQT hears the clip alone
+    exact = jax.jit(run_teachers["cqt"].apply)(run_teachers["cqt"].params, clip)[:, :49]
     np.testing.assert_allclose(target["cqt"], exact, atol=1e-6)
 
 
@@ -286,21 +266,21 @@ def rewrite(path: str, **changes) -> None:
 
 def test_two_datasets_that_store_the_same_codec_need_no_checkpoint(dataset, another):
     config = config_of(f"{dataset},{another}")
-    found = build.find_stored_codes(config)
-    assert found["rvq_vae"].codec == stored(dataset)["rvq_vae"].codec
+    stored_info = build.find_stored_codes(config)
+    assert stored_info["rvq_vae"].codec == stored(dataset)["rvq_vae"].codec
     # what the second one stores is read from its own files
     folder = stored_codes.folder(another, "rvq_vae")
-    (shard,) = found["rvq_vae"].shards["train"]
+    (shard,) = stored_info["rvq_vae"].shards["train"]
     os.rename(f"{folder}/{shard}", f"{folder}/other")
-    rewrite(f"{folder}/codes.json", shards=found["rvq_vae"].shards | {"train": ["other"]})
-    sources = build.open_datasets(config, found, "train")
-    options = dict(num_samples=HOP * 50, hop=HOP, batch_size=8, seed=1, threads=2)
+    rewrite(f"{folder}/codes.json", shards=stored_info["rvq_vae"].shards | {"train": ["other"]})
+    sources = build.open_datasets(config, stored_info, "train")
+    options = dict(num_samples=HOP_LENGTH * 50, hop=HOP_LENGTH, batch_size=8, seed=1, threads=2)
     (batch,) = itertools.islice(pipeline.train_stream(sources, **options), 1)
     assert (batch["record"] >= len(sources[0])).sum() == 4
     assert not batch["looped"].all()
     for row in np.flatnonzero(~batch["looped"]):
         held = sources[0][int(batch["record"][row]) % len(sources[0])]["codes"]["rvq_vae"]
-        first = batch["start"][row] // HOP
+        first = batch["start"][row] // HOP_LENGTH
         np.testing.assert_array_equal(batch["codes"]["rvq_vae"][row], held[first : first + 50])
 
 
@@ -335,18 +315,22 @@ def test_clips_must_fit_every_dataset(dataset, another):
 def test_codes_that_do_not_fit_the_audio_are_refused(dataset, tmp_path):
     copy = str(tmp_path / "copy")
     shutil.copytree(dataset, copy)
-    found = stored(copy)
+    stored_info = stored(copy)
     source = records.open_source(copy, "train")
     with pytest.raises(UserError, match=r"frames of codes for \d+ samples"):
         stored_codes.attach(
-            source, copy, "train", {"rvq_vae": found["rvq_vae"]._replace(hop_length=300)}
+            source, copy, "train", {"rvq_vae": stored_info["rvq_vae"]._replace(hop_length=300)}
         )
     with pytest.raises(UserError, match=r"8 of 8 .*record 0 .*: code 1\d of codebooks of 3"):
-        stored_codes.attach(source, copy, "train", {"rvq_vae": found["rvq_vae"]._replace(size=3)})
-    shard = os.path.join(stored_codes.folder(copy, "rvq_vae"), found["rvq_vae"].shards["train"][0])
+        stored_codes.attach(
+            source, copy, "train", {"rvq_vae": stored_info["rvq_vae"]._replace(size=3)}
+        )
+    shard = os.path.join(
+        stored_codes.folder(copy, "rvq_vae"), stored_info["rvq_vae"].shards["train"][0]
+    )
     os.unlink(shard)
     with pytest.raises(UserError, match="1 of 1 files of codes are missing"):
-        stored_codes.attach(source, copy, "train", found)
+        stored_codes.attach(source, copy, "train", stored_info)
     path = os.path.join(stored_codes.folder(copy, "rvq_vae"), stored_codes.INFO)
     with open(path, "w") as f:
         json.dump({"teacher": "rvq_vae"}, f)

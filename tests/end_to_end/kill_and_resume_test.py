@@ -12,7 +12,7 @@ import pytest
 from mert_jax.checkpoints import manager
 from mert_jax.checkpoints import workdir as workdirs
 from mert_jax.errors import RESTART
-from tests.data.stored_codes_test import write_codec
+from tests.codec_samples import write_codec
 from tests.runs import ENVIRONMENT, command, flags, read_jsonl, rows, run
 
 # a guard this strict skips, goes back and passes over batches on sound data too

@@ -11,25 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from mert_jax import teachers
 from mert_jax.errors import UserError
-from mert_jax.models import encodec as codec
 from mert_jax.teachers import encodec_checkpoint
+from tests.codec_samples import BOOKS, SIZE, params
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
-BOOKS, SIZE, DIM = 3, 16, 8
-
-
-@functools.cache
-def params() -> dict:
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = jnp.zeros((1, 640)), jnp.zeros((1, 8, DIM))
-    made = {
-        "encoder": jax.jit(codec.Encoder(2, DIM).init)(keys[0], shapes[0])["params"],
-        "decoder": jax.jit(codec.Decoder(2).init)(keys[1], shapes[1])["params"],
-        "codebooks": jax.random.normal(keys[2], (BOOKS, SIZE, DIM)),
-    }
-    # biases too, so that a mix-up shows
-    noise = lambda x: x + 0.1 * np.random.default_rng(x.size).normal(size=x.shape)
-    return jax.tree.map(lambda x: np.asarray(noise(np.asarray(x)), np.float32), made)
 
 
 def state() -> dict[str, np.ndarray]:
