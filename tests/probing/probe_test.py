@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from mert_jax import probe
 from mert_jax.checkpoints import workdir
 from mert_jax.errors import UserError
 from mert_jax.extraction import embedder
 from mert_jax.probing import beats, features, head, sampling
+from mert_jax.probing.run import parse_layers, probe
 from mert_jax.tasks.registry import get_task
 from tests.extraction.small_student import checkpoint
 from tests.labelled_music import COUNTS, WRITERS, with_ffmpeg
@@ -47,30 +47,27 @@ def test_another_head_and_other_layers_embed_nothing_again(tmp_path):
     computed = []
     made = [some_layers(computed)]
     output = str(tmp_path / "out")
-    probe.probe(task, data, output, made, QUICK)
+    probe(task, data, output, made, QUICK)
     assert len(computed) == sum(COUNTS.values())
     shutil.move(tmp_path / "out" / "features", tmp_path / "kept")
     wide = QUICK._replace(hidden=8, epochs=5)
-    found = probe.probe(task, data, output, made, wide, (2, 1), str(tmp_path / "kept"))
+    found = probe(task, data, output, made, wide, (2, 1), str(tmp_path / "kept"))
     assert len(computed) == sum(COUNTS.values())
     (row,) = found["features"]
     assert row["head"] == "mlp of 8"
     assert [entry["layer"] for entry in row["by_layer"]] == ["2", "1"]
     assert row["layer"] == "1"
-    found = probe.probe(
-        task, data, output, made, wide._replace(single=False), (), str(tmp_path / "kept")
-    )
+    found = probe(task, data, output, made, wide._replace(single=False), (), str(tmp_path / "kept"))
     assert [entry["layer"] for entry in found["features"][0]["by_layer"]] == ["sum"]
     with pytest.raises(UserError, match="there is no layer 9, only 0 to 2"):
-        probe.probe(task, data, output, made, wide, (9,), str(tmp_path / "kept"))
+        probe(task, data, output, made, wide, (9,), str(tmp_path / "kept"))
 
 
 def test_the_same_seeds_give_the_same_results(tmp_path):
     task, data = get_task("GS"), WRITERS["GS"](tmp_path / "data")
     made = [features.log_mel()]
     runs = [
-        probe.probe(task, data, str(tmp_path / name), made, QUICK._replace(epochs=3))
-        for name in "ab"
+        probe(task, data, str(tmp_path / name), made, QUICK._replace(epochs=3)) for name in "ab"
     ]
     assert runs[0] == runs[1]
 
@@ -86,7 +83,7 @@ def test_labels_of_the_test_split_choose_nothing(tmp_path):
     )
     made, rows = [some_layers()], []
     for one in (task, turned):
-        found = probe.probe(one, data, str(tmp_path / "out"), made, QUICK._replace(epochs=5))
+        found = probe(one, data, str(tmp_path / "out"), made, QUICK._replace(epochs=5))
         rows.append(found["features"][0])
     for key in ("layer", "learning_rate", "valid"):
         assert rows[0][key] == rows[1][key]
@@ -97,7 +94,7 @@ def test_clips_in_train_and_test_are_refused(tmp_path):
     task, data = get_task("GTZANGenre"), WRITERS["GTZANGenre"](tmp_path / "data")
     shutil.copy(f"{data}/GTZANGenre.train.jsonl", f"{data}/GTZANGenre.test.jsonl")
     with pytest.raises(UserError, match="16 clips are in train and in test"):
-        probe.probe(task, data, str(tmp_path / "out"), [features.log_mel()], QUICK)
+        probe(task, data, str(tmp_path / "out"), [features.log_mel()], QUICK)
 
 
 # the command -------------------------------------------------------------------------------------
@@ -145,7 +142,7 @@ def test_a_students_frames_of_some_layers_go_into_beats(tmp_path, monkeypatch):
         }
     )  # fmt: skip
     data, quick = WRITERS[task.name](tmp_path / "data"), QUICK._replace(epochs=2)
-    found = probe.probe(short, data, str(tmp_path / "out"), [made], quick, (2, 0))
+    found = probe(short, data, str(tmp_path / "out"), [made], quick, (2, 0))
     assert [entry["layer"] for entry in found["features"][0]["by_layer"]] == ["2", "0"]
     assert found["features"][0]["decoder"] in beats.DECODERS
 
@@ -194,9 +191,9 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, options, message):
 
 
 def test_layers_are_parsed():
-    assert probe.parse_layers("all") == ((), True, True)
-    assert probe.parse_layers("sum") == ((), False, True)
-    assert probe.parse_layers("7,3,7") == ((7, 3), True, False)
+    assert parse_layers("all") == ((), True, True)
+    assert parse_layers("sum") == ((), False, True)
+    assert parse_layers("7,3,7") == ((7, 3), True, False)
     for wrong in ("", "-1", "1.5", "3,"):
         with pytest.raises(UserError):
-            probe.parse_layers(wrong)
+            parse_layers(wrong)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mert_jax import probe
 from mert_jax.probing import sampling
+from mert_jax.probing.run import probe, summary
 from mert_jax.tasks.registry import TABLE, get_task
 from tests.labelled_music import WRITERS, with_ffmpeg
 from tests.probing.probe_test import QUICK, some_layers
@@ -31,7 +31,7 @@ def test_each_task_is_learnt_from_its_official_layout(tmp_path, name, monkeypatc
     monkeypatch.setattr(sampling, "VALID", 256)
     task = get_task(name)
     data = WRITERS[name](tmp_path / "data")
-    found = probe.probe(task, data, str(tmp_path / "out"), [some_layers()], QUICK)
+    found = probe(task, data, str(tmp_path / "out"), [some_layers()], QUICK)
     read = json.loads((tmp_path / "out" / "results.json").read_text())
     assert read["task"] == name
     (row,) = read["features"]
@@ -40,7 +40,7 @@ def test_each_task_is_learnt_from_its_official_layout(tmp_path, name, monkeypatc
     for score in row["metrics"].values():
         assert len(score["seeds"]) == 2
     mean = row["metrics"][task.metrics[0]]["mean"]
-    assert mean > LEAST.get(name, 0.9), probe.summary(found, "out")
+    assert mean > LEAST.get(name, 0.9), summary(found, "out")
     assert mean > read["chance"][task.metrics[0]] + 0.2
     assert [entry["layer"] for entry in row["by_layer"]] == ["0", "1", "2", "sum"]
     assert row["layer"] in ("1", "sum")
