@@ -1,4 +1,4 @@
-"""Features on disk: computed once for each checkpoint and list of clips, and gone on with.
+"""Resumable cache of features on disk, keyed by checkpoint and clips.
 
 Shapes: n clips, L layers, T frames, D width, N samples.
 """
@@ -22,42 +22,44 @@ from mert_jax.probing import waves
 from mert_jax.probing.features import Features
 from mert_jax.tasks.task import Clip
 
-SHARD = 64  # clips a file of pooled features: what a stopped run may have to compute again
-Said = dict[str, str]  # a clip that was left out: path, start, reason, detail
+SHARD = 64  # clips in a file of pooled features, and those that a stopped run may lose
+Skipped = dict[str, str]  # a clip that could not be read: path, start, reason, detail
 
 
 class Pooled(NamedTuple):
-    """Features f32[n, L, D] of the clips that could be read, those clips, and the others."""
+    """Features f32 [n, L, D] of the readable clips, those clips, and the skipped ones."""
 
     x: np.ndarray
     clips: list[Clip]
-    left_out: list[Said]
+    left_out: list[Skipped]
 
 
 class Frames(NamedTuple):
-    """As Pooled, with one file of features float16 [L, T, D] a clip; `folder` has them under the
-    names `stems`, and beside them waves int16 [1 + sources, N] where the clips have sources."""
+    """Features of single frames, one file float16 [L, T, D] for each clip.
+
+    `folder` has the files under the names `stems` and, for clips with sources, the waves int16
+    [1 + sources, N] beside them.
+    """
 
     folder: str
     stems: list[str]
     clips: list[Clip]
-    left_out: list[Said]
+    left_out: list[Skipped]
     sample_rate: int
     frame_rate: float
 
     def features(self, i: int) -> np.ndarray:
-        """float16 [L, T, D] of clip i, read when it is looked at."""
+        """Return the features float16 [L, T, D] of clip i, memory-mapped."""
         return np.load(os.path.join(self.folder, f"{self.stems[i]}.npy"), mmap_mode="r")
 
     def waves(self, i: int) -> np.ndarray:
-        """The mixture and its sources f32[1 + sources, N]."""
+        """Return the mixture and its sources, f32 [1 + sources, N]."""
         stored = np.load(os.path.join(self.folder, f"{self.stems[i]}.waves.npy"))
         return stored.astype(np.float32) / FULL_SCALE
 
 
 def key(features: Features, clips: Sequence[Clip], kind: str) -> str:
-    """A name for these features of these clips: another checkpoint, a file that has changed or
-    other clips of it have another name. Labels are no part of it."""
+    """Return a name that changes with the features, the clips and their files, not with labels."""
     digest = hashlib.blake2b(digest_size=8)
     about = (kind, features.name, features.fingerprint, features.layers, features.numbers)
     digest.update(repr((*about, features.sample_rate, features.frame_rate)).encode())
@@ -77,34 +79,34 @@ def _sources(clip: Clip) -> list[str]:
 
 def _state(path: str) -> tuple[int, int]:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return -1, -1
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
-def _said(clip: Clip, e: SkippedFile) -> Said:
+def _skipped(clip: Clip, e: SkippedFile) -> Skipped:
     return dict(path=clip.path, start=clip.start, reason=e.reason, detail=e.detail)
 
 
 def pooled(
     root: str, features: Features, clips: Sequence[Clip], tick: Callable[[int], Any]
 ) -> Pooled:
-    """Features averaged over time, from below `root` or computed; `tick` hears of clips done."""
+    """Return features averaged over time, cached in `root`; `tick` receives clips done."""
     folder = os.path.join(root, key(features, clips, "pooled"))
-    parts, kept, left_out = [], [], []
+    parts, readable, left_out = [], [], []
     for start in range(0, len(clips), SHARD):
         path, part = os.path.join(folder, f"{start:08d}.npz"), clips[start : start + SHARD]
         if not os.path.exists(path):
             _write_shard(path, features, part)
         with np.load(path) as stored:
             parts.append(stored["x"])
-            kept += [part[i] for i in stored["index"]]
+            readable += [part[i] for i in stored["index"]]
             left_out += json.loads(str(stored["left_out"]))
         tick(len(part))
     parts = [x for x in parts if len(x)]
     x = np.concatenate(parts) if parts else np.zeros((0, features.layers, 1), np.float32)
-    return Pooled(x, kept, left_out)
+    return Pooled(x, readable, left_out)
 
 
 def _write_shard(path: str, features: Features, clips: Sequence[Clip]) -> None:
@@ -113,14 +115,14 @@ def _write_shard(path: str, features: Features, clips: Sequence[Clip]) -> None:
     def sound() -> Iterator[np.ndarray]:
         for i, wave in waves.read(clips, features.sample_rate):
             if isinstance(wave, SkippedFile):
-                left_out.append(_said(clips[i], wave))
+                left_out.append(_skipped(clips[i], wave))
             else:
                 index.append(i)
                 yield wave
 
     x = [np.asarray(row, np.float32) for row in features.pooled(sound())]
     if any(not np.isfinite(row).all() for row in x):
-        raise UserError(f"{features.name} has features that are not finite: is the model sound?")
+        raise UserError(f"{features.name} has features that are not finite; check the checkpoint")
     with files.atomic_write(path) as temporary, open(temporary, "wb") as file:
         x = np.stack(x) if x else np.zeros((0, features.layers, 1), np.float32)
         np.savez(file, x=x, index=np.array(index, int), left_out=json.dumps(left_out))
@@ -129,12 +131,17 @@ def _write_shard(path: str, features: Features, clips: Sequence[Clip]) -> None:
 def frames(
     root: str, features: Features, clips: Sequence[Clip], tick: Callable[[int], Any]
 ) -> Frames:
-    """Features frame by frame, a file a clip, from below `root` or computed, and the waves of clips
-    that have sources; UserError where the disk is too small for all of them."""
+    """Return features of single frames, cached in `root`, with the waves of clips with sources.
+
+    Raises UserError if the disk has no room for all of them.
+    """
     folder = os.path.join(root, key(features, clips, "frames"))
     os.makedirs(folder, exist_ok=True)
     names = [f"{i:08d}" for i in range(len(clips))]
-    at = lambda i, suffix: os.path.join(folder, names[i] + suffix)
+
+    def at(i: int, suffix: str) -> str:
+        return os.path.join(folder, names[i] + suffix)
+
     todo = [
         i
         for i in range(len(clips))
@@ -144,57 +151,56 @@ def frames(
     waiting: collections.deque[tuple[int, np.ndarray]] = collections.deque()
 
     def sound() -> Iterator[np.ndarray]:
-        for i, found in _together([clips[i] for i in todo], features.sample_rate):
-            if isinstance(found, SkippedFile):
+        for i, tracks in _together([clips[i] for i in todo], features.sample_rate):
+            if isinstance(tracks, SkippedFile):
                 with files.atomic_write(at(todo[i], ".json")) as path, open(path, "w") as file:
-                    json.dump(_said(clips[todo[i]], found), file)
+                    json.dump(_skipped(clips[todo[i]], tracks), file)
                 tick(1)
             else:
-                waiting.append((todo[i], found))
-                yield found[0]
+                waiting.append((todo[i], tracks))
+                yield tracks[0]
 
     stream = features.stream or functools.partial(map, features.frames)
     checked = False
     for x in stream(sound()):
-        (i, found), x = waiting.popleft(), np.asarray(x, np.float16)
+        (i, tracks), x = waiting.popleft(), np.asarray(x, np.float16)
         if not np.isfinite(x).all():
             raise UserError(f"{features.name} has features that float16 cannot hold")
         if not checked:
-            _check_room(folder, x.nbytes + (2 * found.size if len(found) > 1 else 0), len(todo))
+            _check_room(folder, x.nbytes + (2 * tracks.size if len(tracks) > 1 else 0), len(todo))
             checked = True
-        if len(found) > 1:
-            _save(at(i, ".waves.npy"), _int16(found))
-        _save(at(i, ".npy"), x)  # the last one: a clip that has it is done
+        if len(tracks) > 1:
+            _save(at(i, ".waves.npy"), _int16(tracks))
+        _save(at(i, ".npy"), x)  # written last: it marks the clip as done
         tick(1)
-    kept = [i for i in range(len(clips)) if os.path.exists(at(i, ".npy"))]
+    readable = [i for i in range(len(clips)) if os.path.exists(at(i, ".npy"))]
     left_out = []
-    for i in sorted(set(range(len(clips))) - set(kept)):
+    for i in sorted(set(range(len(clips))) - set(readable)):
         with open(at(i, ".json")) as file:
             left_out.append(json.load(file))
-    of = lambda items: [items[i] for i in kept]
-    rates = features.sample_rate, features.frame_rate
-    return Frames(folder, of(names), of(clips), left_out, *rates)
+    stems, clips = [names[i] for i in readable], [clips[i] for i in readable]
+    return Frames(folder, stems, clips, left_out, features.sample_rate, features.frame_rate)
 
 
 def _together(
     clips: Sequence[Clip], sample_rate: int
 ) -> Iterator[tuple[int, np.ndarray | SkippedFile]]:
-    """Each clip's wave and those of its sources, f32[1 + sources, N], as long as the shortest."""
-    tracks = [list(clips)]
+    """Yield each clip's wave and its sources, f32 [1 + sources, N], cut to the shortest."""
+    sources = [list(clips)]
     if clips and isinstance(clips[0].label, dict):
         stems = list(clips[0].label)
-        tracks += [[clip._replace(path=clip.label[stem]) for clip in clips] for stem in stems]
-    for rows in zip(*(waves.read(track, sample_rate) for track in tracks), strict=True):
-        found = [wave for _, wave in rows]
-        if wrong := [wave for wave in found if isinstance(wave, SkippedFile)]:
+        sources += [[clip._replace(path=clip.label[stem]) for clip in clips] for stem in stems]
+    for rows in zip(*(waves.read(source, sample_rate) for source in sources), strict=True):
+        tracks = [wave for _, wave in rows]
+        if wrong := [wave for wave in tracks if isinstance(wave, SkippedFile)]:
             yield rows[0][0], wrong[0]
         else:
-            size = min(len(wave) for wave in found)
-            yield rows[0][0], np.stack([wave[:size] for wave in found])
+            size = min(len(wave) for wave in tracks)
+            yield rows[0][0], np.stack([wave[:size] for wave in tracks])
 
 
-def _int16(found: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(found * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+def _int16(tracks: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(tracks * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
 
 
 def _save(path: str, x: np.ndarray) -> None:

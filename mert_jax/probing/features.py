@@ -26,10 +26,12 @@ BASELINES = ("log_mel", "cqt", "random", "musicnn")
 class Features(NamedTuple):
     """A frozen function of waves.
 
-    fingerprint: equal names, equal features. layers: L. pooled: waves f32[N] -> means over time
-    [L, D], in order and as they are asked for. frames: a wave -> [L, T, D], `frame_rate` a second.
-    numbers: of the layers, where only some are computed. stream: `frames` of many waves, in order,
-    where that is faster than one after the other.
+    fingerprint: identifies the features, with their name
+    layers: number of layers L
+    pooled: iterator of waves f32 [N] -> iterator of means over time [L, D]
+    frames: wave -> [L, T, D], at `frame_rate` Hz
+    numbers: the layers' numbers, if only some are computed
+    stream: `frames` of an iterator of waves, if that is faster
     """
 
     name: str
@@ -44,9 +46,9 @@ class Features(NamedTuple):
 
 
 def student(model: Any, name: str = "student", layers: Sequence[int] = ()) -> Features:
-    """All hidden states of an `embedding.Model`, or those of `layers` (0: the transformer's input).
+    """Return all hidden states of an `embedder.Model`, or those of `layers`.
 
-    Raises UserError for a layer that the model does not have.
+    Layer 0 is the transformer's input. Raises UserError for a layer that the model does not have.
     """
     if wrong := [layer for layer in layers if not 0 <= layer <= model.num_layers]:
         raise UserError(
@@ -54,7 +56,10 @@ def student(model: Any, name: str = "student", layers: Sequence[int] = ()) -> Fe
             f"{model.num_layers}"
         )
     chosen = tuple(layers)
-    stream = lambda waves: model.embed(waves, pool="none", layers=chosen)
+
+    def stream(waves: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        return model.embed(waves, pool="none", layers=chosen)
+
     return Features(
         name=name,
         fingerprint=model.fingerprint,
@@ -69,24 +74,26 @@ def student(model: Any, name: str = "student", layers: Sequence[int] = ()) -> Fe
 
 
 def log_mel(n_mels: int = 128, n_fft: int = 2048) -> Features:
-    """One layer: mean and standard deviation over time of log-mel frames; of single frames, each
-    with its difference to the one before, without which none could tell an onset."""
+    """Return log-mel features: mean and standard deviation over time.
+
+    Single frames come with their difference to the previous one, which shows onsets.
+    """
     filters = jnp.asarray(spectrograms.mel_filters(SAMPLE_RATE, n_fft, n_mels))
     compute = jax.jit(lambda filters, wave: spectrograms.log_mel(wave[None], filters, HOP)[0])
     return _baseline("log_mel", f"{n_mels} {n_fft} {HOP}", lambda wave: compute(filters, wave))
 
 
 def cqt() -> Features:
-    """One layer: as `log_mel`, of log(1 + CQT), the musical teacher's transform."""
+    """Return features like `log_mel`'s of log(1 + CQT), the musical teacher's transform."""
     teacher = teachers.make("cqt")
     params = jax.tree.map(jnp.asarray, teacher.params)
-    # as an argument: large arrays would become constants of the program
+    # params are an argument: large constants would become part of the program
     compute = jax.jit(lambda params, wave: jnp.log1p(teacher.apply(params, wave[None])[0]))
     return _baseline("cqt", teachers.fingerprint(teacher), lambda wave: compute(params, wave))
 
 
 def tagger(path: str) -> Features:
-    """One layer: what musicnn, whose weights are at `path`, hears; UserError where they are not."""
+    """Return musicnn's features. Raises UserError unless `path` has its weights."""
     params = musicnn.load(path)
     return Features(
         name="musicnn",
@@ -101,17 +108,17 @@ def tagger(path: str) -> Features:
 
 def _baseline(name: str, about: str, spectrogram: Callable[[np.ndarray], Any]) -> Features:
     def bins(wave: np.ndarray) -> np.ndarray:
-        """[T, F]; whole seconds are few lengths to compile for, zeros follow any wave anyway."""
+        """Return [T, F]; padding to whole seconds limits the number of compiled lengths."""
         padded = np.pad(wave, (0, -len(wave) % SAMPLE_RATE)).astype(np.float32)
         return np.asarray(spectrogram(padded))[: len(wave) // HOP + 1]
 
     def mean_and_std(wave: np.ndarray) -> np.ndarray:
-        found = bins(wave)
-        return np.concatenate([found.mean(0), found.std(0)])[None]
+        frames = bins(wave)
+        return np.concatenate([frames.mean(0), frames.std(0)])[None]
 
     def with_difference(wave: np.ndarray) -> np.ndarray:
-        found = bins(wave)
-        return np.concatenate([found, np.diff(found, axis=0, prepend=found[:1])], 1)[None]
+        frames = bins(wave)
+        return np.concatenate([frames, np.diff(frames, axis=0, prepend=frames[:1])], 1)[None]
 
     return Features(
         name=name,
@@ -131,10 +138,10 @@ def make(
     layers: Sequence[int] = (),
     musicnn_at: str = "",
 ) -> list[Features]:
-    """The features of one table: the checkpoint's ("" for none), then the baselines'.
+    """Return the features of one table: the checkpoint's ("" for none), then the baselines'.
 
-    Raises UserError for an unknown baseline, for "random" without a checkpoint, whose student it
-    is with new weights, for "musicnn" without its weights, and for nothing at all.
+    Raises UserError for an unknown baseline, "random" (the checkpoint's student with new weights)
+    without a checkpoint, "musicnn" without its weights, and without any features.
     """
     if unknown := [name for name in baselines if name not in BASELINES]:
         raise UserError(f"unknown baseline {unknown[0]!r}; there are {', '.join(BASELINES)}")
@@ -147,12 +154,12 @@ def make(
             f"--baselines=musicnn and --musicnn=PATH need each other; {musicnn.WAY_OUT}"
         )
     simple = {"log_mel": log_mel, "cqt": cqt, "musicnn": lambda: tagger(musicnn_at)}
-    # before the student: a mistake in a path shows at once
+    # first, because a wrong path shows at once
     others = [simple[name]() for name in baselines if name in simple]
-    found = []
+    features = []
     if checkpoint:
         model = embedder.load(checkpoint)
-        found.append(student(model, layers=layers))
+        features.append(student(model, layers=layers))
         if "random" in baselines:
-            found.append(student(model.reinitialised(seed), "random", layers))
-    return found + others
+            features.append(student(model.reinitialised(seed), "random", layers))
+    return features + others

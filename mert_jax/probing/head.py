@@ -16,16 +16,19 @@ import optax
 from mert_jax.probing.objectives import Objective
 
 Array = jax.Array
-CHUNK = 1024  # rows at once where nothing is learnt
-# Standard deviations: a feature that hardly moved in training must not outvote all others where it
-# does.
+CHUNK = 1024  # rows of a batch in evaluation
+# In standard deviations: a feature that was nearly constant in training must not dominate later
 FARTHEST = 10.0
-START = 0.1  # of the usual size of first weights: what was never trained should not decide
+START = 0.1  # scale of the first weights, small so that untrained ones do not decide
 
 
 class HeadSettings(NamedTuple):
-    """How heads are trained. hidden: width of the hidden layer, 0: none. single, mixed: whether
-    each layer has its own head, and the weighted sum of all."""
+    """Settings of the training of heads.
+
+    hidden: width of the hidden layer, 0 for none
+    rates: learning rates to try
+    single, mixed: train a head for each layer, and one for the weighted sum of all
+    """
 
     hidden: int = 0
     epochs: int = 50
@@ -38,8 +41,11 @@ class HeadSettings(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """Heads of the best epoch each, the statistics their features are standardised with [L, D], and
-    their quality on validation [S, R, Q]."""
+    """Heads, each of its best epoch.
+
+    mean, std: statistics that standardise the features, [L, D]
+    quality, epochs: quality on validation and best epoch, [S, R, Q]
+    """
 
     params: Any
     mean: np.ndarray
@@ -56,7 +62,7 @@ def _layer(
 
 
 def _init(key: Array, layers: int, width: int, outputs: int, settings: HeadSettings) -> Any:
-    """Heads of one seed, equal for all learning rates."""
+    """Return the heads of one seed, the same for all learning rates."""
 
     def heads(key: Array, shape: tuple[int, ...]) -> dict[str, Any]:
         if not settings.hidden:
@@ -68,21 +74,22 @@ def _init(key: Array, layers: int, width: int, outputs: int, settings: HeadSetti
         }
 
     single, mixed = jax.random.split(key)
-    made = {}
+    params = {}
     if settings.single:
-        made["single"] = heads(single, (layers,))
+        params["single"] = heads(single, (layers,))
     if settings.mixed:
-        made["mixed"] = heads(mixed, ()) | {"mix": jnp.zeros(layers)}
-    several = lambda x: jnp.broadcast_to(x[None], (len(settings.rates), *x.shape))
-    return jax.tree.map(several, made)
+        params["mixed"] = heads(mixed, ()) | {"mix": jnp.zeros(layers)}
+    return jax.tree.map(
+        lambda x: jnp.broadcast_to(x[None], (len(settings.rates), *x.shape)), params
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "width", "outputs", "settings"))
 def _start(layers: int, width: int, outputs: int, settings: HeadSettings) -> tuple[Array, Any, Any]:
-    """The seeds' keys [S], their heads, and the optimizer's moments of these."""
+    """Return the keys of the seeds [S], their heads, and the optimizer's state."""
     keys = jax.vmap(jax.random.key)(jnp.arange(settings.seeds))
-    made = jax.vmap(lambda key: _init(key, layers, width, outputs, settings))(keys)
-    return keys, made, _optimizer(settings).init(made)
+    params = jax.vmap(lambda key: _init(key, layers, width, outputs, settings))(keys)
+    return keys, params, _optimizer(settings).init(params)
 
 
 def _affine(layer: dict[str, Array], x: Array) -> Array:
@@ -90,7 +97,7 @@ def _affine(layer: dict[str, Array], x: Array) -> Array:
 
 
 def one(head: dict[str, Any], x: Array) -> Array:
-    """Logits [N, C] of one head: of x [N, D], or of x [N, L, D] where it weighs layers."""
+    """Return the logits [N, C] of one head for x [N, D], or [N, L, D] if it weighs layers."""
     if "mix" in head:
         x = jnp.einsum("l,nld->nd", jax.nn.softmax(head["mix"]), x)
     if "first" in head:
@@ -99,35 +106,35 @@ def one(head: dict[str, Any], x: Array) -> Array:
 
 
 def _all(params: Any, x: Array) -> Array:
-    """Logits [R, Q, N, C] of all heads of one seed, x [N, L, D]."""
-    found = []
+    """Return the logits [R, Q, N, C] of all heads of one seed for x [N, L, D]."""
+    logits = []
     if "single" in params:
         each_layer = jax.vmap(one, (0, 1))
-        found.append(jax.vmap(each_layer, (0, None))(params["single"], x))
+        logits.append(jax.vmap(each_layer, (0, None))(params["single"], x))
     if "mixed" in params:
-        found.append(jax.vmap(one, (0, None))(params["mixed"], x)[:, None])
-    return jnp.concatenate(found, 1)
+        logits.append(jax.vmap(one, (0, None))(params["mixed"], x)[:, None])
+    return jnp.concatenate(logits, 1)
 
 
 def _standardise(x: Array, mean: Array, std: Array) -> Array:
     leading = (None,) * (x.ndim - mean.ndim)
-    found = (x.astype(jnp.float32) - mean[leading]) / std[leading]
-    return jnp.clip(found, -FARTHEST, FARTHEST)
+    z = (x.astype(jnp.float32) - mean[leading]) / std[leading]
+    return jnp.clip(z, -FARTHEST, FARTHEST)
 
 
 def _mean_of(function: Callable, logits: Array, target: Any) -> Array:
-    """Mean over N of `function`, for logits [R, Q, N, C]: [R, Q]."""
+    """Return the mean of `function` over N, for logits [R, Q, N, C]: [R, Q]."""
     return jax.vmap(jax.vmap(lambda x: function(x, target).mean()))(logits)
 
 
 def _optimizer(settings: HeadSettings) -> optax.GradientTransformation:
-    """AdamW without its learning rate, which differs from head to head."""
+    """Return AdamW without its learning rate, which differs between heads."""
     return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(settings.weight_decay))
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "settings", "size"))
 def _epoch(state, keys, x, y, statistics, epoch, *, objective, settings, size):
-    """Pass number `epoch` over x [N, L, D], in minibatches of `size`, each seed in its order."""
+    """Train one epoch on x [N, L, D] in minibatches of `size`, each seed in its own order."""
     steps = len(x) // size
     turn = jax.vmap(lambda k: jax.random.fold_in(k, epoch))(keys)
     order = jax.vmap(lambda k: jax.random.permutation(k, len(x)))(turn)
@@ -147,22 +154,24 @@ def _epoch(state, keys, x, y, statistics, epoch, *, objective, settings, size):
         gradients = jax.grad(loss)(params, batch, jax.tree.map(lambda a: a[index], y))
         updates, moments = _optimizer(settings).update(gradients, moments, params)
         now = rates * 0.5 * (1 + jnp.cos(jnp.pi * share))
-        scaled = lambda u: -u * now.reshape(1, -1, *(1,) * (u.ndim - 2))
-        return (optax.apply_updates(params, jax.tree.map(scaled, updates)), moments), None
+        updates = jax.tree.map(lambda u: -u * now.reshape(1, -1, *(1,) * (u.ndim - 2)), updates)
+        return (optax.apply_updates(params, updates), moments), None
 
     return jax.lax.scan(step, state, (order, done))[0]
 
 
 @functools.partial(jax.jit, static_argnames=("objective",))
 def _quality(params, x, y, counted, statistics, *, objective):
-    """Mean quality [S, R, Q] of those rows of x [chunks, CHUNK, L, D] that are `counted`."""
+    """Return the mean quality [S, R, Q] of the `counted` rows of x [chunks, CHUNK, L, D]."""
 
     def chunk(given):
         x, y, counted = given
         x = _standardise(x, *statistics)
 
         def of_seed(params):
-            total = lambda logits: (objective.quality(logits, y) * counted).sum()
+            def total(logits):
+                return (objective.quality(logits, y) * counted).sum()
+
             return jax.vmap(jax.vmap(total))(_all(params, x))
 
         return jax.vmap(of_seed)(params)
@@ -172,31 +181,36 @@ def _quality(params, x, y, counted, statistics, *, objective):
 
 @functools.partial(jax.jit, static_argnames=("settings",))
 def _keep(params: Any, best: Any, better: Array, settings: HeadSettings) -> Any:
-    """`params` where a head is `better` [S, R, Q] than its `best`, leaf by leaf."""
+    """Return `params` for heads that are `better` [S, R, Q], and `best` for the others."""
 
     def choose(better: Array) -> Callable[[Array, Array], Array]:
-        shape = lambda x: better.reshape(*better.shape, *(1,) * (x.ndim - better.ndim))
-        return lambda new, old: jnp.where(shape(new), new, old)
+        def of_leaf(new: Array, old: Array) -> Array:
+            shape = (*better.shape, *(1,) * (new.ndim - better.ndim))
+            return jnp.where(better.reshape(shape), new, old)
 
-    kept = {}
+        return of_leaf
+
+    heads = {}
     if settings.single:
         layers = better[..., :-1] if settings.mixed else better
-        kept["single"] = jax.tree.map(choose(layers), params["single"], best["single"])
+        heads["single"] = jax.tree.map(choose(layers), params["single"], best["single"])
     if settings.mixed:
-        kept["mixed"] = jax.tree.map(choose(better[..., -1]), params["mixed"], best["mixed"])
-    return kept
+        heads["mixed"] = jax.tree.map(choose(better[..., -1]), params["mixed"], best["mixed"])
+    return heads
 
 
 def _chunks(x: np.ndarray) -> np.ndarray:
-    """[N, ...] as [chunks, CHUNK, ...], with zeros at the end."""
+    """Return [N, ...] as [chunks, CHUNK, ...], filled with zeros."""
     size = min(CHUNK, len(x))
     padding = [(0, -len(x) % size)] + [(0, 0)] * (x.ndim - 1)
     return np.pad(x, padding).reshape(-1, size, *x.shape[1:])
 
 
 def mean_and_std(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of x [N, L, D] over N, f32[L, D] each; a feature that never changes says nothing, and is not
-    divided by its rounding errors."""
+    """Return mean and standard deviation of x [N, L, D] over N, f32 [L, D] each.
+
+    The deviation of a constant feature is 1, so that its rounding errors are not scaled up.
+    """
     rows = [np.asarray(x[:, layer], np.float64) for layer in range(x.shape[1])]
     mean, std = np.stack([row.mean(0) for row in rows]), np.stack([row.std(0) for row in rows])
     std = np.where(std > 1e-6 * np.maximum(1, np.abs(mean)), std, 1)
@@ -210,10 +224,10 @@ def fit(
     settings: HeadSettings,
     tick: Callable[[], Any] = lambda: None,
 ) -> Fitted:
-    """Train all heads with AdamW and a cosine schedule, each kept as of its best epoch.
+    """Train all heads with AdamW and a cosine schedule, and keep each of its best epoch.
 
-    draw: epoch -> training features [N, L, D] and targets [N, ...], the same numbers of them each
-    time. The statistics of the first epoch's features standardise all.
+    `draw` maps an epoch to training features [N, L, D] and targets [N, ...] of fixed shapes. The
+    statistics of the first epoch standardise all features.
     """
     x, y = draw(0)
     statistics = mean_and_std(x)
@@ -223,8 +237,8 @@ def fit(
         layers=layers, width=width, outputs=objective.outputs, settings=settings
     )
     best, quality, epochs = params, -np.inf, 0
-    held = jax.tree.map(_chunks, (*valid, np.ones(len(valid[0]), np.float32)))
-    held = jax.tree.map(jnp.asarray, held)
+    validation = jax.tree.map(_chunks, (*valid, np.ones(len(valid[0]), np.float32)))
+    validation = jax.tree.map(jnp.asarray, validation)
     x, y = jax.tree.map(jnp.asarray, (x, y))
     for epoch in range(settings.epochs):
         if epoch:
@@ -240,7 +254,7 @@ def fit(
             settings=settings,
             size=size,
         )
-        now = np.asarray(_quality(params, *held, statistics, objective=objective))
+        now = np.asarray(_quality(params, *validation, statistics, objective=objective))
         better = np.nan_to_num(now, nan=-np.inf) > quality
         best = _keep(params, best, jnp.asarray(better), settings)
         quality, epochs = np.where(better, now, quality), np.where(better, epoch + 1, epochs)
@@ -249,8 +263,7 @@ def fit(
 
 
 def predict(fitted: Fitted, x: Any, choice: int, rate: int) -> np.ndarray:
-    """Logits [S, N, C] of the heads of one choice (the last one may be the weighted sum) and one
-    learning rate, for x [N, L, D]."""
+    """Return the logits [S, N, C] of the heads of one choice and learning rate for x [N, L, D]."""
     layers = len(fitted.mean) if "single" in fitted.params else 0
     mean, std = fitted.mean, fitted.std
     if choice < layers:
@@ -258,12 +271,12 @@ def predict(fitted: Fitted, x: Any, choice: int, rate: int) -> np.ndarray:
         x, mean, std = x[:, choice], mean[choice], std[choice]
     else:
         heads = jax.tree.map(lambda a: a[:, rate], fitted.params["mixed"])
-    # one size of program for any N
-    found = [
+    # chunks of one size: one compiled program for any N
+    logits = [
         np.asarray(_logits(heads, _filled(x[i : i + CHUNK]), mean, std))
         for i in range(0, len(x), CHUNK)
     ]
-    return np.concatenate(found, 1)[:, : len(x)]
+    return np.concatenate(logits, 1)[:, : len(x)]
 
 
 def _filled(x: np.ndarray) -> np.ndarray:
@@ -276,6 +289,6 @@ def _logits(heads: Any, x: Array, mean: Array, std: Array) -> Array:
 
 
 def names(fitted_layers: int, settings: HeadSettings, numbers: Sequence[int] = ()) -> list[str]:
-    """What each choice is called: a layer's number, or "sum"."""
+    """Return the name of each choice: a layer's number, or "sum"."""
     single = [str(n) for n in (numbers or range(fitted_layers))] if settings.single else []
     return single + (["sum"] if settings.mixed else [])

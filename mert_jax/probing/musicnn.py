@@ -1,9 +1,9 @@
-"""musicnn, a tagger trained with labels (Pons & Serra 2019, arXiv 1909.06654), as a feature.
+"""Features of musicnn, a tagger trained with labels (Pons & Serra 2019, arXiv 1909.06654).
 
 Its network and input are those of jordipons/musicnn (`musicnn/models.py`, `extractor.py`), its
 weights the TensorFlow checkpoints of the wheel on PyPI. One thing differs: the original rounds the
-mel spectrum to float16, whose range loud music leaves (Inf from -10 dB peaks on); here it is
-float32, as in the same group's port of it (MTG/essentia, TensorflowInputMusiCNN).
+mel spectrum to float16, which overflows for loud music (Inf from peaks of -10 dB); here it is
+float32, as in the same group's own port (MTG/essentia, TensorflowInputMusiCNN).
 
 Shapes: B patches, N samples at 16 kHz, T = N // 256 + 1 frames, F bands, C channels, D = 753 widths
 of a frame (front end 561, and three layers of 64).
@@ -35,11 +35,11 @@ WAY_OUT = (
 
 
 def load(path: str) -> dict[str, Any]:
-    """The weights at `path`: the .whl, its unzipped folder (of both, MSD_musicnn), or one model's.
+    """Load the weights at `path`: the .whl or its folder (MSD_musicnn of both), or a model's folder.
 
-    norms: [(scale [C], shift [C])] of the batch norms; layers: [(kernel [T, F, 1, C], bias [C])] of
-    the convolutions, both in the network's order; filters: of the mel spectrum. Raises UserError
-    where there are none.
+    Return `norms`, (scale [C], shift [C]) of the batch norms, `layers`, (kernel [T, F, 1, C],
+    bias [C]) of the convolutions, both in the network's order, and `filters` of the mel spectrum.
+    Raises UserError if there are no weights.
     """
     try:
         root = zipfile.Path(path) if path.endswith(".whl") else pathlib.Path(path)
@@ -70,7 +70,7 @@ def _name(kind: str, i: int, part: str) -> str:
 
 
 def _norm(tensors: dict[str, np.ndarray], i: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a batch norm multiplies by and adds, once it is trained."""
+    """Return the scale and shift of a trained batch norm."""
     parts = ("gamma", "beta", "moving_mean", "moving_variance")
     gamma, beta, mean, variance = (tensors[_name("batch_normalization", i, x)] for x in parts)
     scale = gamma / np.sqrt(variance + np.float32(EPSILON))
@@ -85,21 +85,21 @@ def _log_mel(filters: Array, wave: Array) -> Array:
 
 
 def log_mel(params: dict[str, Any], wave: np.ndarray) -> np.ndarray:
-    """What the network hears of `wave` f32[N]: log10(1 + 10,000 mel power) [T, 96]."""
-    # whole seconds are few lengths to compile for, zeros follow any wave anyway
+    """Return the network's input for `wave` f32 [N]: log10(1 + 10,000 mel power) [T, 96]."""
+    # padding to whole seconds limits the number of compiled lengths
     padded = np.pad(wave, (0, -len(wave) % SAMPLE_RATE)).astype(np.float32)
     return np.asarray(_log_mel(params["filters"], padded[None])[0, : len(wave) // HOP + 1])
 
 
 def _layer(x: Array, layer: tuple[Array, Array], norm: tuple[Array, Array]) -> Array:
-    """[B, T, F] -> [B, T, C]: a convolution that keeps T, ReLU, batch norm, the loudest band.
+    """Convolve over time, apply ReLU and batch norm, and take the maximum over bands.
 
-    All eight are this: timbral filters are 7 frames long, temporal ones one band high, and those of
-    the middle are as high as their input.
+    [B, T, F] -> [B, T, C]. Timbral filters are 7 frames long, temporal ones one band high, and
+    those of the middle layers as high as their input.
     """
     kernel, bias = layer
     length = kernel.shape[0]
-    found = jax.lax.conv_general_dilated(
+    y = jax.lax.conv_general_dilated(
         x[..., None],
         kernel,
         window_strides=(1, 1),
@@ -108,25 +108,25 @@ def _layer(x: Array, layer: tuple[Array, Array], norm: tuple[Array, Array]) -> A
         precision="highest",
     )
     scale, shift = norm
-    found = jax.nn.relu(found + bias[None, None, None])
-    # before the maximum: some of a trained norm's scales are negative
-    return (found * scale[None, None, None] + shift[None, None, None]).max(2)
+    y = jax.nn.relu(y + bias[None, None, None])
+    # the norm comes before the maximum, because some of its scales are negative
+    return (y * scale[None, None, None] + shift[None, None, None]).max(2)
 
 
 @jax.jit
 def network(params: dict[str, Any], x: Array) -> Array:
-    """Front end and the three layers after it of log-mel patches `x` [B, T, 96]: [B, T, D].
+    """Return the outputs of all layers for log-mel patches `x` [B, T, 96], joined: [B, T, D].
 
-    What the original names timbral, temporal, cnn1, cnn2 and cnn3, side by side.
+    The original calls them timbral, temporal, cnn1, cnn2 and cnn3.
     """
     norms, layers = params["norms"], params["layers"]
     scale, shift = norms[0]
     x = x * scale[None, None] + shift[None, None]
     front = jnp.concatenate([_layer(x, layers[i], norms[i + 1]) for i in range(5)], -1)
-    found = [front, _layer(front, layers[5], norms[6])]
+    outputs = [front, _layer(front, layers[5], norms[6])]
     for i in (6, 7):
-        found.append(found[-1] + _layer(found[-1], layers[i], norms[i + 1]))
-    return jnp.concatenate(found, -1)
+        outputs.append(outputs[-1] + _layer(outputs[-1], layers[i], norms[i + 1]))
+    return jnp.concatenate(outputs, -1)
 
 
 def pooled(params: dict[str, Any], wave: np.ndarray) -> np.ndarray:
@@ -142,8 +142,8 @@ def pooled(params: dict[str, Any], wave: np.ndarray) -> np.ndarray:
         mel = mel[np.arange(PATCH) % len(mel)]
     starts = np.linspace(0, len(mel) - PATCH, -(-len(mel) // PATCH)).round().astype(int)
     # one by one: any length of wave runs the same program
-    found = [network(params, mel[None, start : start + PATCH])[0] for start in starts]
-    return np.mean([np.concatenate([x.mean(0), x.max(0)]) for x in map(np.asarray, found)], 0)
+    outputs = [network(params, mel[None, start : start + PATCH])[0] for start in starts]
+    return np.mean([np.concatenate([x.mean(0), x.max(0)]) for x in map(np.asarray, outputs)], 0)
 
 
 def frames(params: dict[str, Any], wave: np.ndarray) -> np.ndarray:
@@ -152,11 +152,11 @@ def frames(params: dict[str, Any], wave: np.ndarray) -> np.ndarray:
     A long one goes through it in pieces that overlap by what the network hears on either side.
     """
     mel = log_mel(params, wave)
-    found: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
     for start in range(0, max(1, len(mel) - 2 * REACH), PIECE - 2 * REACH):
         start = max(0, min(start, len(mel) - PIECE))  # the last piece is as long as the others
         part = np.asarray(network(params, mel[None, start : start + PIECE])[0])
         done = start + REACH if start else 0  # the frames before lack what came before the piece
-        found = [x[:done] for x in found] + [part[done - start :]]
-        found = [np.concatenate(found)]
-    return found[0]
+        parts = [x[:done] for x in parts] + [part[done - start :]]
+        parts = [np.concatenate(parts)]
+    return parts[0]

@@ -1,4 +1,4 @@
-"""What heads learn: losses, and the quality by which an epoch is kept.
+"""Objectives of heads: the loss, and the quality that selects an epoch.
 
 Shapes: N clips or frames, C outputs.
 """
@@ -14,8 +14,11 @@ Array = jax.Array
 
 
 class Objective(NamedTuple):
-    """What is learnt. outputs: C. loss: (logits [N, C], targets [N, ...]) -> [N]. quality: the same
-    arguments -> [N], whose mean over validation decides on the epoch that is kept."""
+    """A loss and a quality of `outputs` = C logits.
+
+    Both map logits [N, C] and targets [N, ...] to [N]. The mean quality on validation selects the
+    epoch.
+    """
 
     outputs: int
     loss: Callable[[Array, Any], Array]
@@ -23,45 +26,45 @@ class Objective(NamedTuple):
 
 
 def cross_entropy(logits: Array, target: Array) -> Array:
-    """Of class indices int32[N]."""
+    """Return the cross-entropy of class indices int32 [N]."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, target)
 
 
 def correct(logits: Array, target: Array) -> Array:
-    """1 where the class is right, less a little of the loss, which tells equals apart."""
+    """Return 1 for a correct class, less a little of the loss to break ties."""
     right = (jnp.argmax(logits, -1) == target).astype(jnp.float32)
     return right - 1e-3 * cross_entropy(logits, target)
 
 
 def binary(logits: Array, target: Array) -> Array:
-    """Mean over outputs of the binary cross-entropy of targets f32[N, C] in [0, 1]."""
+    """Return the binary cross-entropy of targets f32 [N, C] in [0, 1], averaged over outputs."""
     return optax.sigmoid_binary_cross_entropy(logits, target).mean(-1)
 
 
 def squares(logits: Array, target: Array) -> Array:
-    """Mean over outputs of the squared distance to f32[N, C]."""
+    """Return the squared error of targets f32 [N, C], averaged over outputs."""
     return jnp.square(logits - target).mean(-1)
 
 
 def negative(loss: Callable[[Array, Any], Array]) -> Callable[[Array, Any], Array]:
-    """A loss as a quality."""
+    """Return the quality that is minus a loss."""
     return lambda logits, target: -loss(logits, target)
 
 
 def classes(count: int) -> Objective:
-    """One of `count` classes."""
+    """Return the objective of one of `count` classes."""
     return Objective(count, cross_entropy, correct)
 
 
 def tags(count: int) -> Objective:
-    """Any of `count` tags."""
+    """Return the objective of any of `count` tags."""
     return Objective(count, binary, _NEGATIVE_BINARY)
 
 
 def values(count: int) -> Objective:
-    """`count` numbers, standardised."""
+    """Return the objective of `count` standardised numbers."""
     return Objective(count, squares, _NEGATIVE_SQUARES)
 
 
-# made once: a jitted function is found again by the objective's functions
+# created once: jit caches programs by the identity of the objective's functions
 _NEGATIVE_BINARY, _NEGATIVE_SQUARES = negative(binary), negative(squares)

@@ -1,4 +1,4 @@
-"""Probes of clips as wholes: classes, keys, tags and values, from features averaged over time."""
+"""Probes of whole clips, from features averaged over time: classes, keys, tags and values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,20 +19,20 @@ def probe(
     names: list[str],
     tick: Callable[[], Any],
 ) -> selection.Row:
-    """Train, select on validation and score the test split: a row of the results."""
-    found = {split: scores.targets(task, held.clips) for split, held in splits.items()}
+    """Train, select on validation, score the test split and return a row of the results."""
+    targets = {split: scores.targets(task, table.clips) for split, table in splits.items()}
     centre, scale = np.zeros(1, np.float32), np.ones(1, np.float32)
     if task.kind == "regression":
-        centre, scale = found["train"].mean(0), np.maximum(found["train"].std(0), 1e-6)
+        centre, scale = targets["train"].mean(0), np.maximum(targets["train"].std(0), 1e-6)
         objective = objectives.values(len(task.labels))
     elif task.kind == "tags":
         objective = objectives.tags(len(task.labels))
     else:
         objective = objectives.classes(len(task.labels))
     learnt = (
-        {split: (y - centre[None]) / scale[None] for split, y in found.items()}
+        {split: (y - centre[None]) / scale[None] for split, y in targets.items()}
         if task.kind == "regression"
-        else found
+        else targets
     )
     train = jax.tree.map(jnp.asarray, (splits["train"].x, learnt["train"]))
     fitted = head.fit(
@@ -44,7 +44,7 @@ def probe(
         means, firsts = scores.by_group(logits, splits[split].clips)
         if task.kind == "regression":
             means = means * scale + centre
-        return [scores.score(task, one, found[split][firsts]) for one in means]
+        return [scores.score(task, one, targets[split][firsts]) for one in means]
 
     def test(choice: int, rate: int) -> dict[str, list[float]]:
         rows = scored("test", choice, rate)
@@ -61,7 +61,7 @@ def probe(
 
 
 def chance(task: Task, splits: dict[str, Pooled]) -> dict[str, float]:
-    """The score of one answer for all clips."""
+    """Return the scores of the best constant answer."""
     train = scores.targets(task, splits["train"].clips)
     test = scores.targets(task, splits["test"].clips)
     _, firsts = scores.by_group(np.zeros((len(test), 1)), splits["test"].clips)

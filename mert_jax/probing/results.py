@@ -9,12 +9,12 @@ from matplotlib import figure
 from mert_jax import files
 from mert_jax.files import finite_or_none
 
-# Okabe and Ito's colours, which can be told apart by the colour-blind
+# Okabe and Ito's colours, distinguishable with colour blindness
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def write(folder: str, results: dict[str, Any]) -> None:
-    """DIR/results.json and DIR/layers.png."""
+    """Write results.json and layers.png to `folder`."""
     text = json.dumps(_finite(results), indent=1) + "\n"
     target = os.path.join(folder, "results.json")
     with files.atomic_write(target, replace=True) as path, open(path, "w") as file:
@@ -30,13 +30,13 @@ def _finite(value: Any) -> Any:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The rows as text: mean and standard deviation over seeds of each metric, and chance."""
+    """Return the table as text: mean and deviation over seeds of each metric, and chance."""
     names = list(results["features"][0]["metrics"])
     lines = [["features", "layer", "rate", *names]]
     for row in results["features"]:
         cells = [row["name"], row["layer"], f"{row['learning_rate']:g}"]
-        found = (row["metrics"][name] for name in names)
-        lines.append([*cells, *(f"{x['mean']:.4f} +- {x['std']:.4f}" for x in found)])
+        spreads = (row["metrics"][name] for name in names)
+        lines.append([*cells, *(f"{x['mean']:.4f} +- {x['std']:.4f}" for x in spreads)])
     guess = results["chance"]
     lines.append(["chance", "", "", *(f"{guess[x]:.4f}" if x in guess else "" for x in names)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -45,18 +45,20 @@ def table(results: dict[str, Any]) -> str:
 
 
 def picture(results: dict[str, Any]) -> figure.Figure:
-    """Score by layer, validation hollow (the layer is chosen by it) and test filled; features of
-    one layer stand by themselves, under their names."""
+    """Draw the score by layer, with hollow points for validation and filled ones for test.
+
+    Features of one layer are drawn under their names, beside the layers.
+    """
     rows = results["features"]
     layers = max(([e["layer"] for e in row["by_layer"]] for row in rows), key=len)
     several = [row for row in rows if len(row["by_layer"]) > 1]
     ticks = [*(layers if several else []), *(row["name"] for row in rows if row not in several)]
-    made = figure.Figure((max(7.5, 4 + 0.42 * len(ticks)), 4.2), layout="constrained")
-    axes = made.add_subplot()
+    page = figure.Figure((max(7.5, 4 + 0.42 * len(ticks)), 4.2), layout="constrained")
+    axes = page.add_subplot()
     for row, colour in zip(rows, COLOURS * len(rows), strict=False):
         entries = row["by_layer"]
         at = [ticks.index(e["layer"] if row in several else row["name"]) for e in entries]
-        # the weighted sum is no layer: its point stands by itself
+        # the weighted sum is not a layer: its point is not joined
         joined = len(at) - (entries[-1]["layer"] == "sum")
         for split, dash, fill in (("valid", ":", "white"), ("test", "-", colour)):
             means, errors = ([e[split][key] for e in entries] for key in ("mean", "std"))
@@ -80,4 +82,4 @@ def picture(results: dict[str, Any]) -> figure.Figure:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, edgecolor="none", loc="center left", bbox_to_anchor=(1, 0.5))
-    return made
+    return page

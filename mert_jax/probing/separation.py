@@ -1,4 +1,4 @@
-"""Source separation: a head gives each source its share of the mixture, frame by frame.
+"""Source separation: a head predicts the share of each source in each frame of the mixture.
 
 In the spirit of a43992899/MARBLE-Benchmark (`benchmark/tasks/MUSDB18`): frozen features and the
 mixture's spectrogram at 24 kHz, mono, with the mixture's phases. There an LSTM masks one source in
@@ -21,11 +21,11 @@ from mert_jax.probing.cache import Frames
 from mert_jax.tasks.task import Task
 
 N_FFT, BANDS = 2048, 64
-SILENT = 1e-6  # energy of a source that a song does not have: it has no SDR there
+SILENT = 1e-6  # energy below which a source is silent and has no SDR
 
 
 def filters(sample_rate: int) -> np.ndarray:
-    """f32[F, K]: each bin as a mean of its two neighbouring bands, spaced evenly in mel."""
+    """Return f32 [F, K] that interpolate bins from bands spaced evenly in mel."""
     import librosa
 
     centres = librosa.mel_frequencies(BANDS, fmin=0, fmax=sample_rate / 2)
@@ -34,26 +34,27 @@ def filters(sample_rate: int) -> np.ndarray:
 
 
 def spectrum(wave: np.ndarray, hop: int) -> np.ndarray:
-    """Complex [..., F, N // hop + 1], frames centred and `hop` apart as those of the features."""
+    """Return the complex spectrum [..., F, N // hop + 1], in the frames of the features."""
     import librosa
 
     return librosa.stft(wave, n_fft=N_FFT, hop_length=hop)
 
 
 def shares(waves: np.ndarray, bands: np.ndarray, hop: int) -> np.ndarray:
-    """f32[T, 1 + M, K] of a mixture and its sources [1 + M, N]: the mixture's magnitude in each
-    band, and each source's share of the sources' energy."""
+    """Return band magnitudes of the mixture and energy shares of its sources, f32 [T, 1 + M, K].
+
+    `waves` [1 + M, N] are the mixture and its sources.
+    """
     energy = np.square(np.abs(spectrum(waves, hop))).transpose(2, 0, 1) @ bands
     together = energy[:, 1:].sum(1, keepdims=True)
     parts = energy[:, 1:] / np.maximum(together, 1e-8)
-    # where all are silent, equal shares
+    # equal shares if all are silent
     parts = np.where(together > 1e-8, parts, 1 / parts.shape[1])
     return np.concatenate([np.sqrt(energy[:, :1]), parts], 1)
 
 
 def loss(logits: jax.Array, target: dict[str, jax.Array]) -> jax.Array:
-    """Squared error of the masks [N, M, K], each band weighted with its energy in the mixture: the
-    energy of the error that a band's mask makes."""
+    """Return the squared error of the masks [N, M, K], weighted by the mixture's band energy."""
     masks = jax.nn.softmax(logits.reshape(target["masks"].shape), 1)
     error = jnp.square(masks - target["masks"].astype(jnp.float32)).sum(1)
     return (error * target["energy"]).sum(-1)
@@ -62,28 +63,32 @@ def loss(logits: jax.Array, target: dict[str, jax.Array]) -> jax.Array:
 _QUALITY = objectives.negative(loss)
 
 
-def sdr(truth: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """dB of each source of a song, [M] of [M, N]: energy over that of the error, of the whole song
-    (GlobalSDR of MARBLE-Benchmark); NaN for a source that is silent."""
+def sdr(truth: np.ndarray, estimate: np.ndarray) -> np.ndarray:
+    """Return the energy ratio of source and error over a whole song, dB [M] from [M, N].
+
+    GlobalSDR of MARBLE-Benchmark; NaN for a silent source.
+    """
     energy = np.square(truth, dtype=np.float64).sum(1)
-    error = np.square(truth - found, dtype=np.float64).sum(1)
+    error = np.square(truth - estimate, dtype=np.float64).sum(1)
     return np.where(energy > SILENT, 10 * np.log10((energy + 1e-7) / (error + 1e-7)), np.nan)
 
 
-def museval_sdr(truth: np.ndarray, found: np.ndarray, sample_rate: int) -> np.ndarray:
-    """dB of each source of a song, [M] of [M, N]: BSS Eval v4 in frames of a second, median over
-    frames (museval); NaN for a source that is silent."""
+def museval_sdr(truth: np.ndarray, estimate: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Return museval's SDR of each source of a song, dB [M] from [M, N].
+
+    BSS Eval v4 in frames of a second, median over frames; NaN for a silent source.
+    """
     metrics = scores.needed("museval.metrics")
     rows = np.flatnonzero(np.square(truth).sum(1) > SILENT)
-    made = np.full(len(truth), np.nan)
+    medians = np.full(len(truth), np.nan)
     if len(rows):
-        # a second at a time, whole seconds: what is left of one has no frame
+        # frames of one second; the rest of the last second has none
         frames = metrics.bss_eval(
-            truth[rows, :, None], found[rows, :, None], window=sample_rate, hop=sample_rate
+            truth[rows, :, None], estimate[rows, :, None], window=sample_rate, hop=sample_rate
         )[0]
         known = ~np.isnan(frames).all(1)
-        made[rows[known]] = np.nanmedian(frames[known], 1)
-    return made
+        medians[rows[known]] = np.nanmedian(frames[known], 1)
+    return medians
 
 
 def probe(
@@ -101,14 +106,14 @@ def probe(
     train = splits["train"]
     hop, bands = round(train.sample_rate / train.frame_rate), filters(train.sample_rate)
     sources = len(task.labels)
-    for held in splits.values():
-        _store_shares(held, bands, hop)
+    for table in splits.values():
+        _store_shares(table, bands, hop)
     some = range(0, len(train.clips), -(-len(train.clips) // 200))
     level = np.mean([np.square(_stored(train, i)[:, 0], dtype=np.float32).mean() for i in some])
 
-    def wanted(held: Frames) -> Callable[[int], dict[str, np.ndarray]]:
+    def wanted(table: Frames) -> Callable[[int], dict[str, np.ndarray]]:
         def of(i: int) -> dict[str, np.ndarray]:
-            stored = _stored(held, i)
+            stored = _stored(table, i)
             energy = np.square(stored[:, 0], dtype=np.float32) / max(float(level), 1e-12)
             return {"energy": energy, "masks": stored[:, 1:]}
 
@@ -125,19 +130,19 @@ def probe(
 
     def songs(split: str, choice: int):
         """True and estimated sources [M, N] and [S, M, N], song after song."""
-        held = splits[split]
-        for members in _songs(held):
-            truth, found = [], []
+        table = splits[split]
+        for members in _songs(table):
+            truth, estimates = [], []
             for i in members:
-                waves, x = held.waves(i), held.features(i).swapaxes(0, 1)
+                waves, x = table.waves(i), table.features(i).swapaxes(0, 1)
                 logits = head.predict(fitted, x, choice, rate_of[choice])
                 masks = _softmax(logits.reshape(*logits.shape[:2], sources, BANDS))
                 truth.append(waves[1:])
-                found.append(np.stack([separate(waves[0], m, bands, hop) for m in masks]))
-            yield np.concatenate(truth, -1), np.concatenate(found, -1)
+                estimates.append(np.stack([separate(waves[0], m, bands, hop) for m in masks]))
+            yield np.concatenate(truth, -1), np.concatenate(estimates, -1)
 
     def plain(split: str, choice: int) -> list[float]:
-        rows = [[sdr(truth, one) for one in found] for truth, found in songs(split, choice)]
+        rows = [[sdr(truth, one) for one in estimates] for truth, estimates in songs(split, choice)]
         return np.nanmean(rows, (0, 2)).tolist()
 
     def test(choice: int, rate: int) -> dict[str, list[float]]:
@@ -145,8 +150,8 @@ def probe(
 
     def final(choice: int, rate: int) -> dict[str, list[float]]:
         rows = [
-            [museval_sdr(truth, one, train.sample_rate) for one in found]
-            for truth, found in songs("test", choice)
+            [museval_sdr(truth, one, train.sample_rate) for one in estimates]
+            for truth, estimates in songs("test", choice)
         ]
         return _by_source(np.array(rows), task.labels)
 
@@ -157,19 +162,19 @@ def probe(
 
 
 def chance(task: Task, splits: dict[str, Frames]) -> dict[str, float]:
-    """The score of an equal share of the mixture for each source."""
-    held, plain, median = splits["test"], [], []
-    for members in _songs(held):
-        waves = np.concatenate([held.waves(i) for i in members], -1)
+    """Return the scores of an equal share of the mixture for each source."""
+    table, plain, median = splits["test"], [], []
+    for members in _songs(table):
+        waves = np.concatenate([table.waves(i) for i in members], -1)
         same = np.repeat(waves[:1] / len(task.labels), len(task.labels), 0)
         plain.append(sdr(waves[1:], same))
-        median.append(museval_sdr(waves[1:], same, held.sample_rate))
-    found = _by_source(np.array(median)[:, None], task.labels)
-    return {"sdr": float(np.nanmean(plain))} | {name: x[0] for name, x in found.items()}
+        median.append(museval_sdr(waves[1:], same, table.sample_rate))
+    by_source = _by_source(np.array(median)[:, None], task.labels)
+    return {"sdr": float(np.nanmean(plain))} | {name: x[0] for name, x in by_source.items()}
 
 
 def separate(mixture: np.ndarray, masks: np.ndarray, bands: np.ndarray, hop: int) -> np.ndarray:
-    """Waves f32[M, N] of a mixture [N] and masks [T, M, K]; the last mask lasts to the end."""
+    """Return waves f32 [M, N] from a mixture [N] and masks [T, M, K]; the last mask is extended."""
     import librosa
 
     mixed = spectrum(mixture, hop)
@@ -179,39 +184,39 @@ def separate(mixture: np.ndarray, masks: np.ndarray, bands: np.ndarray, hop: int
 
 
 def _by_source(rows: np.ndarray, labels: Sequence[str]) -> dict[str, list[float]]:
-    """Of [songs, S, M]: each source's median over songs, and their mean."""
+    """Return each source's median over songs of `rows` [songs, S, M], and their mean."""
     each = np.nanmedian(rows, 0)
-    made = {"sdr_museval": each.mean(1).tolist()}
-    return made | {f"sdr_museval_{name}": each[:, m].tolist() for m, name in enumerate(labels)}
+    means = {"sdr_museval": each.mean(1).tolist()}
+    return means | {f"sdr_museval_{name}": each[:, m].tolist() for m, name in enumerate(labels)}
 
 
-def _songs(held: Frames) -> list[list[int]]:
-    """Clips of each song, in the order they are played."""
-    found: dict[str, list[int]] = {}
-    for i, clip in enumerate(held.clips):
-        found.setdefault(clip.group or str(i), []).append(i)
-    return [sorted(members, key=lambda i: held.clips[i].start) for members in found.values()]
+def _songs(table: Frames) -> list[list[int]]:
+    """Return the clips of each song in order."""
+    songs: dict[str, list[int]] = {}
+    for i, clip in enumerate(table.clips):
+        songs.setdefault(clip.group or str(i), []).append(i)
+    return [sorted(members, key=lambda i: table.clips[i].start) for members in songs.values()]
 
 
-def _store_shares(held: Frames, bands: np.ndarray, hop: int) -> None:
-    """`shares` of every clip beside its features, those that are there left alone."""
-    for i in range(len(held.clips)):
-        path = _shares_path(held, i)
+def _store_shares(table: Frames, bands: np.ndarray, hop: int) -> None:
+    """Write the `shares` of every clip beside its features, unless they exist."""
+    for i in range(len(table.clips)):
+        path = _shares_path(table, i)
         if not os.path.exists(path):
-            found = shares(held.waves(i), bands, hop).astype(np.float16)
+            stored = shares(table.waves(i), bands, hop).astype(np.float16)
             with files.atomic_write(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, found)
+                np.save(file, stored)
 
 
-def _shares_path(held: Frames, i: int) -> str:
-    return os.path.join(held.folder, f"{held.stems[i]}.shares{BANDS}.npy")
+def _shares_path(table: Frames, i: int) -> str:
+    return os.path.join(table.folder, f"{table.stems[i]}.shares{BANDS}.npy")
 
 
-def _stored(held: Frames, i: int) -> np.ndarray:
-    return np.load(_shares_path(held, i), mmap_mode="r")
+def _stored(table: Frames, i: int) -> np.ndarray:
+    return np.load(_shares_path(table, i), mmap_mode="r")
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
-    """Over the sources of [..., M, K]."""
-    found = np.exp(x - x.max(-2, keepdims=True))
-    return found / found.sum(-2, keepdims=True)
+    """Return the softmax over the sources of [..., M, K]."""
+    exponentials = np.exp(x - x.max(-2, keepdims=True))
+    return exponentials / exponentials.sum(-2, keepdims=True)

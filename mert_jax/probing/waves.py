@@ -1,4 +1,4 @@
-"""The waves of clips, each file decoded once and no further than its last clip."""
+"""Waves of clips: each file is decoded once, up to the end of its last clip."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -9,12 +9,14 @@ from mert_jax.data import decoding
 from mert_jax.data.decoding import SkippedFile
 from mert_jax.tasks.task import Clip
 
-SHORTEST = 0.05  # seconds; the student hears 17 ms at once
+SHORTEST = 0.05  # seconds; the receptive field of a frame is 17 ms
 
 
 def read(clips: Sequence[Clip], sample_rate: int) -> Iterator[tuple[int, np.ndarray | SkippedFile]]:
-    """Each clip's index and its mono wave f32[N], or why it has none; clips of one file that follow
-    one another come in the order of their starts."""
+    """Yield each clip's index with its mono wave f32 [N] or the reason why it has none.
+
+    Neighbouring clips of one file come in the order of their starts.
+    """
     for path, group in itertools.groupby(enumerate(clips), key=lambda item: item[1].path):
         members = sorted(group, key=lambda item: item[1].start)
         done = 0
@@ -31,21 +33,21 @@ def read(clips: Sequence[Clip], sample_rate: int) -> Iterator[tuple[int, np.ndar
 def _cut(
     blocks: Iterator[np.ndarray], members: list[tuple[int, Clip]], sample_rate: int
 ) -> Iterator[tuple[int, np.ndarray | SkippedFile]]:
-    held, first = np.zeros(0, np.float32), 0  # the wave from sample `first` on
+    buffer, first = np.zeros(0, np.float32), 0  # samples from number `first` on
     for index, clip in members:
         start = round(clip.start * sample_rate)
         stop = None if clip.seconds is None else start + round(clip.seconds * sample_rate)
-        pieces = [held]
-        size = first + len(held)
+        pieces = [buffer]
+        size = first + len(buffer)
         while stop is None or size < stop:
             block = next(blocks, None)
             if block is None:
                 break
             pieces.append(block)
             size += len(block)
-        held = np.concatenate(pieces)[max(0, start - first) :]
+        buffer = np.concatenate(pieces)[max(0, start - first) :]
         first = max(first, min(start, size))
-        wave = held[: None if stop is None else stop - start]
+        wave = buffer[: None if stop is None else stop - start]
         if len(wave) < SHORTEST * sample_rate:
             seconds = len(wave) / sample_rate
             yield index, SkippedFile("too short", f"{seconds:.2f} s from {clip.start:.1f} s on")

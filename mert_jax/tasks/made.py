@@ -1,4 +1,4 @@
-"""The probe datasets of `mert_jax.make_tasks`, which can be made anywhere."""
+"""The synthetic probe datasets of `mert_jax.make_tasks`."""
 
 import functools
 

@@ -38,7 +38,7 @@ SOURCE = (
 
 def clips(data: str) -> dict[str, list[Clip]]:
     """Ten seconds after ten seconds of every song; `group` is the song."""
-    found = {"train": [], "valid": [], "test": []}
+    splits = {"train": [], "valid": [], "test": []}
     for part in ("train", "test"):
         root = folder(os.path.join(data, part), SOURCE)
         for song in sorted(os.listdir(root)):
@@ -49,11 +49,11 @@ def clips(data: str) -> dict[str, list[Clip]]:
             if missing := [path for path in (mixture, *stems.values()) if not os.path.exists(path)]:
                 raise UserError(f"{missing[0]} is not there. {SOURCE}")
             split = "valid" if part == "train" and song in VALIDATION else part
-            found[split] += [
+            splits[split] += [
                 Clip(mixture, start, length, stems, f"{part}/{song}")
                 for start, length in _whole(mixture)
             ]
-    return found
+    return splits
 
 
 def _whole(path: str) -> list[tuple[float, float | None]]:

@@ -24,7 +24,7 @@ SOURCE = (
 
 def clips(data: str, label: Callable[[dict[str, Any]], int]) -> dict[str, list[Clip]]:
     """The notes of the three splits; `label` reads an entry of examples.json."""
-    found = {}
+    splits = {}
     for split in SPLITS:
         root = os.path.join(data, f"nsynth-{split}")
         path = os.path.join(root, "examples.json")
@@ -33,13 +33,13 @@ def clips(data: str, label: Callable[[dict[str, Any]], int]) -> dict[str, list[C
         try:
             with open(path) as file:
                 examples = json.load(file)
-            found[split] = [
+            splits[split] = [
                 Clip(os.path.join(root, "audio", f"{name}.wav"), label=label(entry))
                 for name, entry in examples.items()
             ]
         except (ValueError, KeyError, AttributeError, TypeError) as e:
             raise UserError(f"{path} is not NSynth's: {type(e).__name__} {e}") from e
-    return found
+    return splits
 
 
 def _task(name: str, labels: tuple[str, ...], label: Callable[[dict[str, Any]], int]) -> Task:

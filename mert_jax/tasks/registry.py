@@ -32,7 +32,7 @@ TABLE = {
 
 
 def get_task(name: str) -> Task:
-    """The task called `name`, whatever its case; UserError for one that is not there."""
+    """Return the task called `name`, in any case. Raises UserError for an unknown name."""
     known = {key.lower(): key for key in TABLE}
     if name.lower() not in known:
         raise UserError(f"unknown task {name!r}; there are {', '.join(sorted(TABLE))}")

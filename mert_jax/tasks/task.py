@@ -1,4 +1,4 @@
-"""Tasks of music understanding: which clips, which labels, which scores. One small file a dataset.
+"""Tasks of music understanding: their clips, labels and metrics. One small module a dataset.
 
 Folders and jsonl files are those of MARBLE (arXiv 2306.10548; a43992899/MARBLE, its
 `marble/tasks/*/datamodule.py`, and for what that has not taken over a43992899/MARBLE-Benchmark).
@@ -15,16 +15,16 @@ from mert_jax.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 KINDS = ("classes", "key", "tags", "regression", "beats", "separation")
-KEEP = 0.8  # of a clip's length that the rest of a file must have to be a clip, as in MARBLE
+KEEP = 0.8  # fraction of a clip that the rest of a file must have to count, as in MARBLE
 
 
 class Clip(NamedTuple):
-    """A part of an audio file, from `start` on for `seconds` (None: to the end), and its label.
+    """A part of an audio file, from `start` for `seconds` (None: to the end), and its label.
 
     label: a class index ("classes", "key"), a tuple of tag indices ("tags"), of floats
-    ("regression") or of beat times in seconds from the clip's start ("beats"), or a dict of the
-    stems' paths ("separation"). group: clips of one recording, whose predictions are averaged
-    before they are scored; "" is a clip alone.
+        ("regression") or of beat times in seconds from the clip's start ("beats"), or the paths of
+        the stems ("separation")
+    group: names the recording whose clips' predictions are averaged; "" for a single clip
     """
 
     path: str
@@ -35,11 +35,13 @@ class Clip(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a probe needs to know of a dataset.
+    """A labelled dataset, as a probe uses it.
 
-    kind: of KINDS. metrics: names of `mert_jax.probing.scores`, the first is selected on. clips:
-    data folder -> clips of "train", "valid" and "test"; raises UserError where one is not there.
-    seconds: length that files are cut to, 0: they are left whole. source: how to get the data.
+    kind: one of KINDS
+    metrics: names of scores; the first selects the head
+    clips: data folder -> clips of "train", "valid" and "test"; raises UserError for missing data
+    seconds: length of clips that files are cut to, 0 for whole files
+    source: where to get the data
     """
 
     name: str
@@ -54,12 +56,12 @@ class Task(NamedTuple):
 
 
 def class_of(labels: Sequence[str]) -> Callable[[str], int]:
-    """A reader of a row's label: the index of a name."""
+    """Return a function from a name to its index."""
     return {name: i for i, name in enumerate(labels)}.__getitem__
 
 
 def tags_of(labels: Sequence[str]) -> Callable[[Sequence[str]], tuple[int, ...]]:
-    """A reader of a row's label: the indices of a list of names."""
+    """Return a function from a list of names to their indices."""
     index = {name: i for i, name in enumerate(labels)}
     return lambda names: tuple(index[name] for name in names)
 
@@ -73,18 +75,17 @@ def from_jsonl(
     group: str = "audio_path",
     beats: bool = False,
 ) -> dict[str, list[Clip]]:
-    """The clips of DATA/NAME.train.jsonl, .val.jsonl and .test.jsonl, MARBLE's tables.
+    """Read the clips of DATA/NAME.train.jsonl, .val.jsonl and .test.jsonl, MARBLE's tables.
 
-    A row has `audio_path`, `label` and, if its audio's header shall not be looked at, `duration`
-    or `num_samples` and `sample_rate`. Files are cut to clips of `seconds` (0: one clip), of which
-    those with one value in the column `group` belong together. `label` reads a row's label; of
-    `beats` each clip has its own, from its start on. Raises UserError for a table that is not
-    there, a row without these columns, or a label that the task does not have.
+    A row has `audio_path`, `label` and, to save reading the audio's header, `duration` or
+    `num_samples` and `sample_rate`. Files are cut to clips of `seconds` (0: one clip); clips with
+    the same value in the column `group` belong together. `label` converts a row's label; `beats`
+    are cut to each clip. Raises UserError for a missing table, column or label.
     """
-    find, found = finder(data), {}
+    find, splits = finder(data), {}
     for split, suffix in zip(SPLITS, ("train", "val", "test"), strict=True):
         path = os.path.join(data, f"{name}.{suffix}.jsonl")
-        found[split] = []
+        splits[split] = []
         for number, line in enumerate(lines(path, source), 1):
             try:
                 row = json.loads(line)
@@ -97,12 +98,12 @@ def from_jsonl(
                 ) from e
             for start, length in cut(audio, duration(row), seconds):
                 own = within(value, start, length) if beats else value
-                found[split].append(Clip(audio, start, length, own, member))
-    return found
+                splits[split].append(Clip(audio, start, length, own, member))
+    return splits
 
 
 def lines(path: str, source: str) -> Iterator[str]:
-    """The lines of a text file that are not empty; UserError with `source` where it is missing."""
+    """Yield the lines of a text file that are not empty. Raises UserError if it is missing."""
     if not os.path.isfile(path):
         raise UserError(f"{path} is not there. {source}")
     with open(path, encoding="utf-8") as file:
@@ -110,9 +111,12 @@ def lines(path: str, source: str) -> Iterator[str]:
 
 
 def finder(data: str) -> Callable[[str], str]:
-    """A function from a table's audio path to where the file is: as it stands, or below `data` with
-    as many of its first folders left out as need be (tables say "data/GTZAN/genres/...")."""
-    before = [0]  # folders that were left out of the last path: most likely again the right number
+    """Return a function from the audio path of a table to the file.
+
+    Absolute paths stay; of others, as many leading folders as necessary are dropped to find the
+    file in `data` (tables say "data/GTZAN/genres/...").
+    """
+    before = [0]  # folders dropped from the last path, most likely the number of the next one
 
     def find(path: str) -> str:
         if os.path.isabs(path):
@@ -129,21 +133,24 @@ def finder(data: str) -> Callable[[str], str]:
 
 
 def duration(row: dict[str, Any]) -> float | None:
-    """Seconds of a row's audio, None where it does not say."""
+    """Return the seconds of a row's audio, None if it does not say."""
     if row.get("num_samples") and row.get("sample_rate"):
         return row["num_samples"] / row["sample_rate"]
     return row.get("duration")
 
 
 def cut(path: str, length: float | None, seconds: float) -> list[tuple[float, float | None]]:
-    """Start and length of the clips of `seconds` in a file of `length` seconds, side by side; the
-    rest is one too if it has KEEP of a clip, or is all there is (0 seconds: the whole file)."""
+    """Return start and length of the clips of `seconds` in a file of `length` seconds.
+
+    The rest of the file is a clip if it has KEEP of one, or if there is no other. With 0 seconds,
+    the clip is the whole file.
+    """
     if not seconds:
         return [(0.0, None)]
     if length is None:
         try:
             header = soundfile.info(path)
-        except (OSError, RuntimeError):  # decoding it will say what is wrong
+        except (OSError, RuntimeError):  # decoding will report it
             return [(0.0, seconds)]
         length = header.frames / header.samplerate
     count = int(length / seconds + 1 - KEEP + 1e-6)
@@ -151,13 +158,13 @@ def cut(path: str, length: float | None, seconds: float) -> list[tuple[float, fl
 
 
 def within(times: Sequence[float], start: float, length: float | None) -> tuple[float, ...]:
-    """Those of `times` that lie in a clip, as seconds from its start."""
+    """Return the `times` within a clip, in seconds from its start."""
     stop = float("inf") if length is None else start + length
     return tuple(t - start for t in times if start <= t < stop)
 
 
 def folder(path: str, source: str) -> str:
-    """`path`; UserError with `source` where it is not a folder."""
+    """Return `path`. Raises UserError with `source` if it is not a folder."""
     if not os.path.isdir(path):
         raise UserError(f"{path} is not there. {source}")
     return path

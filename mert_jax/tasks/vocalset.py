@@ -25,16 +25,16 @@ SOURCE = (
 
 def clips(data: str, suffix: str, label: Callable[[str], int]) -> dict[str, list[Clip]]:
     """The pieces of the three splits; `label` reads a line TECHNIQUE/SINGER_..._NN.wav."""
-    found = {}
+    splits = {}
     for split in SPLITS:
         path = os.path.join(data, f"{split}_{suffix}.txt")
-        found[split] = []
+        splits[split] = []
         for line in lines(path, SOURCE):
             try:
-                found[split].append(Clip(os.path.join(data, "audio", line), label=label(line)))
+                splits[split].append(Clip(os.path.join(data, "audio", line), label=label(line)))
             except (KeyError, IndexError) as e:
                 raise UserError(f"{path}: {line!r} is not TECHNIQUE/SINGER_..._NN.wav") from e
-    return found
+    return splits
 
 
 def _task(name: str, labels: tuple[str, ...], suffix: str, label: Callable[[str], str]) -> Task:
