@@ -25,8 +25,8 @@ Array = jax.Array
 SAMPLE_RATE = 16_000
 N_FFT, HOP, N_MELS = 512, 256, 96
 PATCH = 187  # frames, 3 s: what it was trained on
-# Of a long recording's frames. Temporal filters reach 64 frames, the three layers after them 3 each
-PIECE, REACH = 1024, 73
+# In frames of a long recording: temporal filters reach 64 frames, the three later layers 3 each
+PART, REACH = 1024, 73
 EPSILON = 1e-3  # of tf.layers.batch_normalization
 WAY_OUT = (
     "the weights come with `pip download --no-deps musicnn`; --musicnn takes that .whl, the folder "
@@ -35,7 +35,7 @@ WAY_OUT = (
 
 
 def load(path: str) -> dict[str, Any]:
-    """Load the weights at `path`: the .whl or its folder (MSD_musicnn of both), or a model's folder.
+    """Load the weights at `path`: the .whl, its folder (MSD_musicnn of both), or a model's folder.
 
     Return `norms`, (scale [C], shift [C]) of the batch norms, `layers`, (kernel [T, F, 1, C],
     bias [C]) of the convolutions, both in the network's order, and `filters` of the mel spectrum.
@@ -130,33 +130,33 @@ def network(params: dict[str, Any], x: Array) -> Array:
 
 
 def pooled(params: dict[str, Any], wave: np.ndarray) -> np.ndarray:
-    """Mean and maximum over time of the network's frames, averaged over patches of 3 s: [2 * D].
+    """Return mean and maximum over time of the network's frames, averaged over patches: [2 * D].
 
-    The features mean_pool and max_pool that music is usually probed with (Castellon et al. 2021,
-    arXiv 2107.05677; p-lambda/jukemir, `representations/musicnn/main.py`). Patches follow one
-    another; where they would leave a rest, which the original drops, one more is taken and all
-    overlap a little. A shorter wave is repeated, as in training (its config.json: repeat-pad).
+    These features, mean_pool and max_pool, are commonly probed (Castellon et al. 2021, arXiv
+    2107.05677; p-lambda/jukemir, `representations/musicnn/main.py`). Patches of 3 s overlap a
+    little where the original would drop the rest of a wave. A shorter wave is repeated, as in
+    training (its config.json: repeat-pad).
     """
     mel = log_mel(params, wave)
     if len(mel) < PATCH:
         mel = mel[np.arange(PATCH) % len(mel)]
     starts = np.linspace(0, len(mel) - PATCH, -(-len(mel) // PATCH)).round().astype(int)
-    # one by one: any length of wave runs the same program
+    # one at a time: the same program for any length of wave
     outputs = [network(params, mel[None, start : start + PATCH])[0] for start in starts]
     return np.mean([np.concatenate([x.mean(0), x.max(0)]) for x in map(np.asarray, outputs)], 0)
 
 
 def frames(params: dict[str, Any], wave: np.ndarray) -> np.ndarray:
-    """The network's frames of a whole recording, without the borders of patches: [T, D].
+    """Return the network's frames of a whole recording, without the borders of patches: [T, D].
 
-    A long one goes through it in pieces that overlap by what the network hears on either side.
+    A long one is computed in parts that overlap by the network's reach on either side.
     """
     mel = log_mel(params, wave)
     parts: list[np.ndarray] = []
-    for start in range(0, max(1, len(mel) - 2 * REACH), PIECE - 2 * REACH):
-        start = max(0, min(start, len(mel) - PIECE))  # the last piece is as long as the others
-        part = np.asarray(network(params, mel[None, start : start + PIECE])[0])
-        done = start + REACH if start else 0  # the frames before lack what came before the piece
+    for start in range(0, max(1, len(mel) - 2 * REACH), PART - 2 * REACH):
+        start = max(0, min(start, len(mel) - PART))  # the last part is as long as the others
+        part = np.asarray(network(params, mel[None, start : start + PART])[0])
+        done = start + REACH if start else 0  # earlier frames lack the input before this part
         parts = [x[:done] for x in parts] + [part[done - start :]]
         parts = [np.concatenate(parts)]
     return parts[0]

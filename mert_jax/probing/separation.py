@@ -8,7 +8,7 @@ Shapes: N samples, T frames, F bins, K bands, M sources, S seeds.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -128,18 +128,12 @@ def probe(
     )
     rate_of = np.nan_to_num(fitted.quality.mean(0), nan=-np.inf).argmax(0)  # [Q]
 
-    def songs(split: str, choice: int):
-        """True and estimated sources [M, N] and [S, M, N], song after song."""
-        table = splits[split]
-        for members in _songs(table):
-            truth, estimates = [], []
-            for i in members:
-                waves, x = table.waves(i), table.features(i).swapaxes(0, 1)
-                logits = head.predict(fitted, x, choice, rate_of[choice])
-                masks = _softmax(logits.reshape(*logits.shape[:2], sources, BANDS))
-                truth.append(waves[1:])
-                estimates.append(np.stack([separate(waves[0], m, bands, hop) for m in masks]))
-            yield np.concatenate(truth, -1), np.concatenate(estimates, -1)
+    def songs(split: str, choice: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        def predict(x: np.ndarray) -> np.ndarray:
+            logits = head.predict(fitted, x, choice, rate_of[choice])
+            return _softmax(logits.reshape(*logits.shape[:2], sources, BANDS))
+
+        return estimate_songs(splits[split], predict, bands, hop)
 
     def plain(split: str, choice: int) -> list[float]:
         rows = [[sdr(truth, one) for one in estimates] for truth, estimates in songs(split, choice)]
@@ -159,6 +153,22 @@ def probe(
     for choice in range(len(names)):
         valid[choice, rate_of[choice]] = plain("valid", choice)
     return selection.select(valid, names, settings.rates, task.metrics, test, final)
+
+
+def estimate_songs(
+    table: Frames, predict: Callable[[np.ndarray], np.ndarray], bands: np.ndarray, hop: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the true and the estimated sources of each song, [M, N] and [S, M, N].
+
+    `predict` maps features [T, L, D] to the masks of every seed [S, T, M, K].
+    """
+    for members in _songs(table):
+        truth, estimates = [], []
+        for i in members:
+            waves, masks = table.waves(i), predict(table.features(i).swapaxes(0, 1))
+            truth.append(waves[1:])
+            estimates.append(np.stack([separate(waves[0], m, bands, hop) for m in masks]))
+        yield np.concatenate(truth, -1), np.concatenate(estimates, -1)
 
 
 def chance(task: Task, splits: dict[str, Frames]) -> dict[str, float]:
