@@ -1,23 +1,21 @@
-"""Decode music once: any audio files -> a TFDS dataset of mono 24 kHz int16 chunks.
+"""Prepare audio files for training: a TFDS dataset of mono 24 kHz int16 chunks.
 
     python -m mert_jax.prepare --input=MUSIC --output=DIR
 
 MUSIC is a directory, searched recursively, or audio files: wav, flac, ogg, opus, mp3, and the
 formats of ffmpeg if it is installed. `tfds.builder_from_directory(DIR).as_data_source("train")`
-reads DIR; DIR/report.json lists the music in the dataset and every file left out, with the reason.
+reads DIR; DIR/report.json lists its music and every skipped file with the reason.
 
     python -m mert_jax.prepare --output=DIR --codes=CHECKPOINT
 
 stores the codes that an RVQ-VAE (EnCodec, or one of `fit_teacher`) gives for whole tracks beside
 the audio; `train` uses them if they exist. With --input as well, both are done.
 
-The command may be stopped at any time and run again. A later run adds new files, decodes only
-those (the rest is copied from the old shards), and drops the tracks of removed files. While it
-runs it needs room for about twice the dataset, 0.2 GB an hour of music.
+The command may be stopped at any time and run again. A later run decodes only new files and drops
+the tracks of removed ones. It needs room for about twice the dataset, 0.2 GB an hour of music.
 
-Measured, in hours of music a minute on one core (`python -m tests.benchmarks.prepare FILES`):
-Vorbis 6.5, Opus 3.1, FLAC 9.2, with 44 MiB of memory a process. librosa.load takes 1.15 to 1.4
-times as long, and memory that grows with the file.
+A core decodes 6.5 hours of Vorbis a minute, 3.1 of Opus, 9.2 of FLAC, in 44 MiB of memory
+(`python -m tests.benchmarks.prepare FILES`).
 """
 
 import time
@@ -26,8 +24,7 @@ from absl import flags
 
 from mert_jax import cli, progress
 from mert_jax.data.preparation.prepare_dataset import prepare, store_codes
-from mert_jax.data.preparation.selection import PreparationSettings
-from mert_jax.data.preparation.summary import print_summary
+from mert_jax.data.preparation.selection import PreparationSettings, print_summary
 from mert_jax.data.preparation.workers import cpus
 from mert_jax.errors import UserError
 
@@ -41,38 +38,20 @@ _INPUT = flags.DEFINE_multi_string(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Directory of the dataset.", flag_values=FLAGS)
 _CHUNK_SECONDS = flags.DEFINE_float(
-    "chunk_seconds", 30.0, "Length of a record.", lower_bound=0, flag_values=FLAGS
+    "chunk_seconds", 30.0, "Length of a record.", 0, flag_values=FLAGS
 )
 _CROP_SECONDS = flags.DEFINE_float(
-    "crop_seconds",
-    5.12,
-    "Longest crop that training draws; neighbouring records overlap by it.",
-    0,
-    flag_values=FLAGS,
+    "crop_seconds", 5.12, "Longest crop of training, shared by neighbours.", 0, flag_values=FLAGS
 )
-_MIN_SECONDS = flags.DEFINE_float(
-    "min_seconds", 1.0, "Leave out shorter files.", lower_bound=0, flag_values=FLAGS
-)
+_MIN_SECONDS = flags.DEFINE_float("min_seconds", 1.0, "Skip shorter files.", 0, flag_values=FLAGS)
 _VALIDATION_FRACTION = flags.DEFINE_float(
-    "validation_fraction",
-    0.05,
-    "Fraction of the tracks held out of training; 0 for none.",
-    0,
-    0.5,
-    flag_values=FLAGS,
+    "validation_fraction", 0.05, "Fraction of tracks held out; 0: none.", 0, 0.5, flag_values=FLAGS
 )
 _WORKERS = flags.DEFINE_integer(
-    "workers",
-    None,
-    "Decoding processes (default: one for each CPU).",
-    lower_bound=1,
-    flag_values=FLAGS,
+    "workers", None, "Decoding processes; by default one for each CPU.", 1, flag_values=FLAGS
 )
 _CODES = flags.DEFINE_string(
-    "codes",
-    None,
-    "Checkpoint of an RVQ-VAE: store its codes of every track beside the audio.",
-    flag_values=FLAGS,
+    "codes", None, "Checkpoint of an RVQ-VAE, to store its codes of every track.", flag_values=FLAGS
 )
 
 

@@ -1,4 +1,4 @@
-"""Records that cannot be used and are replaced: counted, named, and too many of them refused."""
+"""Counts the clips of bad records that were replaced, names the records, and stops at too many."""
 
 import contextlib
 import itertools
@@ -14,83 +14,87 @@ from mert_jax.files import JsonlFile, read_jsonl
 
 FILE = "bad_records.jsonl"
 COUNTS = "replaced_clips.jsonl"
-ENOUGH = 1000  # clips, before their share says anything
-FEW = 8  # clips that say enough when all of them are bad
-NAMED = 3  # bad records, where a run stops
+MIN_CLIPS = 1000  # before the fraction of replaced clips means anything
+MIN_CLIPS_ALL_BAD = 8  # enough to stop if all of them were replaced
+NUM_NAMED = 3  # bad records that the error names
 
 
 class BadRecord(NamedTuple):
-    """A record that cannot be used: its dataset, the file it lies in, where, and what is wrong."""
+    """A record that cannot be used: its dataset, its file, its index there, and the reason."""
 
     dataset: str
     shard: str
     index: int
     what: str
 
+    def __str__(self) -> str:
+        return f"{os.path.join(self.dataset, self.shard)}, record {self.index} ({self.what})"
 
-def look(source: Any, index: int) -> BadRecord:
-    """What is wrong with a record, found out by reading it again."""
+
+def diagnose(source: Any, index: int) -> BadRecord:
+    """Read a record again and return what is wrong with it."""
     try:
         source[index]
-    except records.Fault as fault:
-        found = fault
-    else:
-        found = source.fault(index, "it could not be read, and now it can")
-    return BadRecord(source.directory, found.shard, found.index, found.what)
+        error = source.error(index, "it could not be read, and now it can")
+    except records.BadRecordError as e:
+        error = e
+    return BadRecord(source.directory, error.shard, error.index, error.reason)
 
 
 class BadRecords:
-    """Counts the clips of the datasets `sources`, and those of them that were replaced.
+    """Counts the clips drawn from `sources` and those of them that were replaced.
 
-    Each bad record comes once into WORKDIR/bad_records.jsonl, the count of each batch with replaced
-    clips into replaced_clips.jsonl; without a workdir they are only printed. `start` is the batch
-    the run begins with: rows of it and later ones are dropped, and the counts are those of the
-    batches before. All hosts of a run count, the one that `writes` keeps the files.
+    WORKDIR/bad_records.jsonl gets a line for each bad record, replaced_clips.jsonl one for each
+    batch with replaced clips. `start` is the first batch of this run: later rows are dropped, and
+    the counts continue from those of the batches before. Every host counts; the one that `writes`
+    keeps the files. Without a workdir, bad records are only printed.
     """
 
     def __init__(
         self,
         workdir: str | None,
         sources: Sequence[Any],
-        most: float = 0.01,
+        max_fraction: float = 0.01,
         start: int = 0,
         writes: bool = True,
     ):
-        self._sources, self._most = sources, most
-        self._firsts = list(itertools.accumulate(map(len, sources), initial=0))
-        self._next, self._seen = start, set()
+        self._sources, self._max_fraction = sources, max_fraction
+        self._offsets = list(itertools.accumulate(map(len, sources), initial=0))
+        self._next_batch, self._seen = start, set()
         self._named: list[BadRecord] = []
-        # the batches before `_next`, of them the last with a count, and that
+        # clips drawn up to batch `_counted` (exclusive), and those of them that were replaced
         self._counted, self._drawn, self.replaced = 0, 0, 0
         self._rows = self._counts = None
         if workdir is None:
             self._counted = start
             return
+
+        def before_start(row: Mapping[str, Any]) -> bool:
+            return row["batch"] < start
+
         paths = [os.path.join(workdir, name) for name in (FILE, COUNTS)]
-        keep = lambda row: row["batch"] < start
-        bad, counts = (filter(keep, read_jsonl(path)) for path in paths)
-        for row in bad:
-            self._seen.add(row["record"])
-            self._name(BadRecord(**{key: row[key] for key in BadRecord._fields}))
-        for row in [*counts][-1:]:
-            self._counted = row["batch"] + 1
-            self._drawn, self.replaced = row["drawn"], row["replaced"]
+        rows, counts = (list(filter(before_start, read_jsonl(path))) for path in paths)
+        self._seen.update(row["record"] for row in rows)
+        fields = [{key: row[key] for key in BadRecord._fields} for row in rows[:NUM_NAMED]]
+        self._named = [BadRecord(**values) for values in fields]
+        if counts:
+            self._counted = counts[-1]["batch"] + 1
+            self._drawn, self.replaced = counts[-1]["drawn"], counts[-1]["replaced"]
         if writes:
-            self._rows, self._counts = (JsonlFile(path, keep) for path in paths)
+            self._rows, self._counts = (JsonlFile(path, before_start) for path in paths)
 
     def note(self, step: int, batch: int, clips: Mapping[str, np.ndarray]) -> None:
-        """Count the `clips` of the stream's batch number `batch`, drawn for `step`, of which
-        `faulty` is int64 [b]; a batch that was counted before is not counted again.
+        """Count `clips["faulty"]` int64 [B] of a batch drawn for `step`, once for each batch.
 
-        Prints a line for each record that was not known to be bad. Raises UserError when more than
-        the share `most` of at least 1000 clips, or all of at least 8, were replaced.
+        Prints a line for each new bad record. Raises UserError if more than `max_fraction` of at
+        least 1000 clips, or all of at least 8, were replaced.
         """
-        if batch < self._next:
+        if batch < self._next_batch:
             return
         faulty = np.asarray(clips["faulty"])
         bad = faulty[faulty >= 0]
         self._drawn += (batch + 1 - self._counted) * len(faulty)
-        self._counted = self._next = batch + 1
+        self._counted = self._next_batch = batch + 1
         for record in dict.fromkeys(bad.tolist()):
             if record not in self._seen:
                 self._add(step, batch, record)
@@ -98,39 +102,29 @@ class BadRecords:
             self.replaced += len(bad)
             if self._counts:
                 self._counts.write(dict(batch=batch, drawn=self._drawn, replaced=self.replaced))
-        self._judge()
+        min_clips = MIN_CLIPS_ALL_BAD if self.replaced == self._drawn else MIN_CLIPS
+        if self._drawn >= min_clips and self.replaced > self._max_fraction * self._drawn:
+            others = len(self._seen) - len(self._named)
+            raise UserError(
+                f"{self.replaced} of {self._drawn} clips were of records that cannot be used, "
+                f"{self.replaced / self._drawn:.2%} and more than {self._max_fraction:.2%}: "
+                + "; ".join(map(str, self._named))
+                + (f"; and {others} more" if others else "")
+                + ". Copy the dataset again, or prepare it again with python -m mert_jax.prepare, "
+                "or, in training, raise data.max_faulty"
+            )
 
     def _add(self, step: int, batch: int, record: int) -> None:
-        dataset = int(np.searchsorted(self._firsts, record, "right")) - 1
-        index = record - self._firsts[dataset]
-        bad = look(self._sources[dataset], index)
+        dataset = int(np.searchsorted(self._offsets, record, "right")) - 1
+        bad = diagnose(self._sources[dataset], record - self._offsets[dataset])
         self._seen.add(record)
-        self._name(bad)
+        if len(self._named) < NUM_NAMED:
+            self._named.append(bad)
+        when = ""
         if self._rows:
             self._rows.write(dict(step=step, batch=batch, record=record) | bad._asdict())
-        when = f"step {step}: " if self._rows else ""
-        print(
-            f"{when}record {record} cannot be used, the next one stands in: {_said(bad)}",
-            flush=True,
-        )
-
-    def _name(self, bad: BadRecord) -> None:
-        if len(self._named) < NAMED:
-            self._named.append(bad)
-
-    def _judge(self) -> None:
-        enough = self._drawn >= (FEW if self.replaced == self._drawn else ENOUGH)
-        if not (enough and self.replaced > self._most * self._drawn):
-            return
-        more = len(self._seen) - len(self._named)
-        raise UserError(
-            f"{self.replaced} of {self._drawn} clips were of records that cannot be used, "
-            f"{self.replaced / self._drawn:.2%} and more than {self._most:.2%}: "
-            + "; ".join(map(_said, self._named))
-            + (f"; and {more} more" if more else "")
-            + ". Copy the dataset again, or make it anew with python -m mert_jax.prepare, or, in "
-            "training, raise data.max_faulty"
-        )
+            when = f"step {step}: "
+        print(f"{when}record {record} cannot be used, the next one replaces it: {bad}", flush=True)
 
     def close(self) -> None:
         """Close the files."""
@@ -140,14 +134,10 @@ class BadRecords:
 
 
 def count_bad_records(
-    stream: Any, faults: BadRecords, start: int = 0
+    stream: Any, bad_records: BadRecords, start: int = 0
 ) -> Iterator[Mapping[str, np.ndarray]]:
-    """The batches of a stream that begins with batch `start`, as `faults` has counted them."""
+    """Yield the batches of a stream that begins with batch `start`, each counted first."""
     with contextlib.closing(stream):
         for batch, clips in enumerate(stream, start):
-            faults.note(batch + 1, batch, clips)
+            bad_records.note(batch + 1, batch, clips)
             yield clips
-
-
-def _said(bad: BadRecord) -> str:
-    return f"{os.path.join(bad.dataset, bad.shard)}, record {bad.index} ({bad.what})"

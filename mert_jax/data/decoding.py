@@ -1,7 +1,7 @@
-"""Audio files as blocks of mono int16 at 24 kHz, in memory that does not grow with their length.
+"""Decodes audio files of any length to mono blocks of any rate, in constant memory.
 
-libsndfile (through soundfile) reads wav, flac, ogg, opus and mp3; what it does not know goes to
-ffmpeg where that is installed. Shapes: n frames of a block, C channels.
+libsndfile (through soundfile) reads wav, flac, ogg, opus and mp3, and ffmpeg, if it is installed,
+the rest. Shapes: n samples in a block, C channels.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ SNDFILE_SUFFIXES = frozenset(
     ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64".split()
 )
 FFMPEG_SUFFIXES = frozenset(".m4a .m4b .aac .ac3 .ape .wma .wv .mp2 .mka .tta .tak .dsf".split())
-# Short of its header by more than this, a file counts as cut off; some encoders round the header.
+# a file shorter than its header says by more than this is truncated; some encoders round the header
 MISSING_TOLERANCE = 0.01
 _BLOCK_SAMPLES = 1 << 19  # over all channels: 2 MiB of float32, whatever the channel count
 
 
 class SkippedFile(Exception):
-    """A file that cannot be used: `reason` is a kind of the report, `detail` what was found."""
+    """A file cannot be used, for one of the `reason`s that a report counts, with a `detail`."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -39,7 +39,7 @@ class SkippedFile(Exception):
 
 
 class Header(NamedTuple):
-    """What a file says of itself; `frames` is None where it does not tell."""
+    """Content of a file's header; `frames` is None if it does not tell."""
 
     sample_rate: int
     channels: int
@@ -48,12 +48,12 @@ class Header(NamedTuple):
 
 
 def is_audio_name(name: str) -> bool:
-    """Whether a file name ends as audio does, so that decoding it is tried."""
+    """Return whether a file name has the suffix of an audio format."""
     return os.path.splitext(name)[1].lower() in SNDFILE_SUFFIXES | FFMPEG_SUFFIXES
 
 
 def to_int16(wave: np.ndarray) -> tuple[np.ndarray, int]:
-    """Round f32 [n] in [-1, 1) to little-endian int16 [n], and count the samples that clipped."""
+    """Round f32 [n] in [-1, 1) to little-endian int16 [n], and count the clipped samples."""
     scaled = np.rint(wave * np.float32(FULL_SCALE))
     clipped = np.count_nonzero((scaled > FULL_SCALE - 1) | (scaled < -FULL_SCALE))
     return np.clip(scaled, -FULL_SCALE, FULL_SCALE - 1).astype("<i2"), int(clipped)
@@ -62,7 +62,7 @@ def to_int16(wave: np.ndarray) -> tuple[np.ndarray, int]:
 def resample(
     blocks: Iterable[np.ndarray], sample_rate: int, to: int = SAMPLE_RATE
 ) -> Iterator[np.ndarray]:
-    """Resample mono blocks f32 [n] at `sample_rate` to another, as one continuous signal."""
+    """Resample mono blocks f32 [n] at `sample_rate` to rate `to`, as one continuous signal."""
     if sample_rate == to:
         yield from blocks
         return
@@ -76,32 +76,27 @@ def resample(
 def decode(
     path: str, sample_rate: int = SAMPLE_RATE
 ) -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
-    """Open an audio file as its header and an iterator of mono blocks f32 [n] at `sample_rate`.
+    """Open an audio file and yield its header and mono blocks f32 [n] at `sample_rate`.
 
-    Raises `LeftOut` here or while iterating; a file cut short is only known at its end.
+    Raises SkippedFile here or while iterating: a truncated file shows at its end only.
     """
     _check_readable(path)
-    with contextlib.ExitStack() as stack:
-        try:
-            opened = stack.enter_context(_open_sndfile(path))
-        except soundfile.LibsndfileError as e:
-            opened = stack.enter_context(_open_other(path, str(e)))
-        header, blocks = opened
+    with _open(path) as (header, blocks):
         yield header, resample(_mono(blocks, header), header.sample_rate, sample_rate)
 
 
 def _check_readable(path: str) -> None:
     try:
         with open(path, "rb") as file:
-            first = file.read(1)
+            empty = not file.read(1)
     except OSError as e:
         raise SkippedFile("unreadable", e.strerror or str(e)) from e
-    if not first:
+    if empty:
         raise SkippedFile("empty", "the file has 0 bytes")
 
 
 def _mono(blocks: Iterable[np.ndarray], header: Header) -> Iterator[np.ndarray]:
-    """Average f32 [n, C] over channels, and hold the whole to what the header announced."""
+    """Average f32 [n, C] over channels, and check values and length."""
     frames = 0
     for block in blocks:
         frames += len(block)
@@ -121,15 +116,31 @@ def _mono(blocks: Iterable[np.ndarray], header: Header) -> Iterator[np.ndarray]:
         )
 
 
+def _open(path: str) -> contextlib.AbstractContextManager[tuple[Header, Iterator[np.ndarray]]]:
+    try:
+        # as bytes: soundfile cannot encode a name that is not UTF-8
+        file = soundfile.SoundFile(os.fsencode(path))
+    except soundfile.LibsndfileError as e:
+        if shutil.which("ffmpeg"):
+            return _open_ffmpeg(path)
+        if os.path.splitext(path)[1].lower() in FFMPEG_SUFFIXES:
+            detail = "libsndfile does not read this format; install ffmpeg"
+            raise SkippedFile("needs ffmpeg", detail) from e
+        # without the path, which the message begins with
+        raise SkippedFile("not audio", str(e).rpartition("': ")[2] or str(e)) from e
+    return _open_sndfile(file, path)
+
+
 @contextlib.contextmanager
-def _open_sndfile(path: str) -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
-    # as bytes: soundfile cannot encode a name that is not UTF-8
-    with soundfile.SoundFile(os.fsencode(path)) as file:
-        # libsndfile quietly shortens wav, aiff and ogg files that end early: look for ourselves
-        announced = _announced_frames(file.extra_info, file.frames)
+def _open_sndfile(
+    file: soundfile.SoundFile, path: str
+) -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
+    with file:
+        # libsndfile silently shortens wav, aiff and ogg files that end early
+        frames = _announced_frames(file.extra_info, file.frames)
         if file.format == "OGG" and _ends_inside_a_page(path):
             raise SkippedFile("truncated", "the last Ogg page is cut off")
-        header = Header(file.samplerate, file.channels, f"{file.format}/{file.subtype}", announced)
+        header = Header(file.samplerate, file.channels, f"{file.format}/{file.subtype}", frames)
         yield header, _sndfile_blocks(file)
 
 
@@ -149,21 +160,21 @@ def _sndfile_blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
 
 
 def _announced_frames(log: str, frames: int) -> int:
-    """Frames the header announces, from libsndfile's log line `data : 1764000 (should be 1058382)`.
+    """Return the frames of the header, from a log line `data : 1764000 (should be 1058382)`.
 
-    Sizes near the 32-bit limit come from encoders that wrote to a pipe: they announce nothing.
+    Sizes near the 32-bit limit mean nothing: encoders that write to a pipe put them there.
     """
-    found = re.search(r"^\s*(?:data|SSND)\s*:\s*(\d+) \(should be (\d+)\)", log, re.MULTILINE)
-    if not found:
+    match = re.search(r"^\s*(?:data|SSND)\s*:\s*(\d+) \(should be (\d+)\)", log, re.MULTILINE)
+    if not match:
         return frames
-    announced, present = map(int, found.groups())
+    announced, present = map(int, match.groups())
     if announced >= 0x7FFF_0000 or present <= 0:
         return frames
     return round(frames * announced / present)
 
 
 def _ends_inside_a_page(path: str) -> bool:
-    """Whether an Ogg file stops before the end of its last page (RFC 3533, section 6)."""
+    """Return whether an Ogg file stops before the end of its last page (RFC 3533, section 6)."""
     with open(path, "rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - 2 * 65_307))  # a page is at most 65,307 bytes
@@ -177,21 +188,8 @@ def _ends_inside_a_page(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def _open_other(path: str, error: str) -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
-    """Decode with ffmpeg what libsndfile refused with `error`."""
-    if shutil.which("ffmpeg"):
-        with _open_ffmpeg(path) as opened:
-            yield opened
-    elif os.path.splitext(path)[1].lower() in FFMPEG_SUFFIXES:
-        raise SkippedFile("needs ffmpeg", "libsndfile does not read this format; install ffmpeg")
-    else:
-        # the message repeats the path and, for mp3, wonders whether the file is a pipe
-        raise SkippedFile("not audio", error.rpartition("': ")[2] or error)
-
-
-@contextlib.contextmanager
 def _open_ffmpeg(path: str) -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
-    # The au container: a header of six integers tells rate and channels even through a pipe.
+    # the header of the au format gives the rate and channels of a stream
     command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-i", "file:" + path]
     command += ["-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "-"]
     with tempfile.TemporaryFile() as log:

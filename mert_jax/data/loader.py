@@ -1,5 +1,7 @@
 """Batches of the open datasets of a run, laid out on its mesh."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ Batch = dict[str, Any]
 BATCH_KEYS = ("audio", "looped", "codes", "record", "faulty")
 
 
+@dataclasses.dataclass(frozen=True)
 class Loader:
     """Makes global batches; each host reads the rows of its own devices.
 
@@ -23,58 +26,57 @@ class Loader:
     teachers hear. Validation batches have `micro_batch_size` rows.
     """
 
-    def __init__(
-        self,
-        sources: Mapping[str, Sequence[Any]],
-        mesh: Mesh,
-        *,
-        weights: Sequence[float],
-        batch_size: int,
-        micro_batch_size: int,
-        num_samples: int,
-        context: int,
-        seed: int,
-        max_faulty: float,
-        threads: int,
-        workers: int,
-    ):
-        self._sources, self._mesh, self._weights, self._seed = sources, mesh, weights, seed
-        self._batch_size, self._micro_batch_size = batch_size, micro_batch_size
-        self._threads, self._workers = threads, workers
-        self._clips = dict(num_samples=num_samples, hop=HOP_LENGTH, context=context)
-        self._bad_records = [
-            bad_records.BadRecords(None, [source], max_faulty) for source in sources["validation"]
-        ]
+    sources: Mapping[str, Sequence[Any]]
+    mesh: Mesh
+    _: dataclasses.KW_ONLY
+    weights: Sequence[float]
+    batch_size: int
+    micro_batch_size: int
+    num_samples: int
+    context: int
+    seed: int
+    max_faulty: float
+    threads: int
+    workers: int
+
+    @functools.cached_property
+    def _bad_records(self) -> list[bad_records.BadRecords]:
+        validation = self.sources["validation"]
+        return [bad_records.BadRecords(None, [source], self.max_faulty) for source in validation]
+
+    @property
+    def _clips(self) -> dict[str, int]:
+        return dict(num_samples=self.num_samples, hop=HOP_LENGTH, context=self.context)
 
     def _put(self, batch: Mapping[str, Any], batch_size: int) -> Batch:
         def put(rows: Any) -> jax.Array:
-            return sharding.global_batch(np.asarray(rows), batch_size, self._mesh)
+            return sharding.global_batch(np.asarray(rows), batch_size, self.mesh)
 
         return jax.tree.map(put, {key: batch[key] for key in BATCH_KEYS})
 
     def train(self, start: int) -> Iterator[Batch]:
         """Return batches `start`, `start` + 1, ..., without end."""
         stream = pipeline.train_stream(
-            self._sources["train"],
-            weights=self._weights,
-            batch_size=self._batch_size,
-            seed=self._seed,
+            self.sources["train"],
+            weights=self.weights,
+            batch_size=self.batch_size,
+            seed=self.seed,
             start=start,
-            rows=sharding.rows_of_host(self._batch_size, self._mesh),
-            threads=self._threads,
-            workers=self._workers,
+            rows=sharding.rows_of_host(self.batch_size, self.mesh),
+            threads=self.threads,
+            workers=self.workers,
             **self._clips,
         )
-        return pipeline.prefetch(stream, lambda batch: self._put(batch, self._batch_size))
+        return pipeline.prefetch(stream, lambda batch: self._put(batch, self.batch_size))
 
     def validation(self) -> list[Iterator[Batch]]:
         """Return, for each dataset, batches of one clip of every record."""
-        size = self._micro_batch_size
-        rows = sharding.rows_of_host(size, self._mesh)
+        size = self.micro_batch_size
+        rows = sharding.rows_of_host(size, self.mesh)
 
         def batches_of(source: Any, bad: bad_records.BadRecords) -> Iterator[Batch]:
             batches = pipeline.validation_batches(source, batch_size=size, rows=rows, **self._clips)
             counted = bad_records.count_bad_records(batches, bad)
             yield from pipeline.prefetch(counted, lambda batch: self._put(batch, size))
 
-        return list(map(batches_of, self._sources["validation"], self._bad_records))
+        return list(map(batches_of, self.sources["validation"], self._bad_records))

@@ -92,11 +92,11 @@ def check_unchanged(
 ) -> None:
     """Raise UserError unless the datasets are those that the run began with.
 
-    `before` and `now` are `dataset_summaries`; a run without any on record is taken as it is, and a
-    moved dataset has not changed. With `accept`, the change is printed instead.
+    `before` and `now` are `dataset_summaries`; before the first run `before` is empty. A dataset
+    that was only moved has not changed. With `accept`, a change is printed instead.
     """
-    was, is_now = ([each["fingerprint"] for each in summaries] for summaries in (before, now))
-    if was == is_now or not before:
+    old, new = ([each["fingerprint"] for each in summaries] for summaries in (before, now))
+    if old == new or not before:
         return
 
     def names(summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -104,16 +104,12 @@ def check_unchanged(
             f"{each['dataset']} (fingerprint {each['fingerprint'][:8]})" for each in summaries
         )
 
-    if sorted(was) == sorted(is_now):
+    if sorted(old) == sorted(new):
         change = f"come in another order: {names(now)}; the run began with {names(before)}"
-    elif len(was) == len(is_now):
-        pairs = [
-            (old, new)
-            for old, new in zip(before, now, strict=True)
-            if old["fingerprint"] != new["fingerprint"]
-        ]
-        old, new = zip(*pairs, strict=True)
-        change = f"are not those the run began with: {names(old)} then, {names(new)} now"
+    elif len(old) == len(new):
+        changed = [i for i in range(len(old)) if old[i] != new[i]]
+        replaced, by = ([summaries[i] for i in changed] for summaries in (before, now))
+        change = f"are not those the run began with: {names(replaced)} then, {names(by)} now"
     else:
         change = f"are {len(now)}: {names(now)}; the run began with {len(before)}: {names(before)}"
     if accept:

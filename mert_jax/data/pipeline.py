@@ -14,34 +14,35 @@ from mert_jax.data import records
 from mert_jax.errors import UserError
 
 X = TypeVar("X")
-ENDLESS = 2**48  # clips: without end in practice; grain's own for ever overflows
-TRIES = 64  # records, or whole files of them, that cannot be used one after the other
+ENDLESS = 2**48  # clips: endless in practice, where grain's own infinite repeat overflows
+MAX_TRIES = 64  # bad records, or bad files of them, passed over in a row
 
 
-def usable(source: Any, index: int) -> tuple[int, dict[str, Any]]:
-    """The first record from `index` on that can be used, after the last comes the first, and where
-    it is.
+def next_usable(source: Any, index: int) -> tuple[int, dict[str, Any]]:
+    """Return the first record from `index` on that can be used, and its index.
 
-    That depends on the dataset alone, so that it is the same on every host and after a restart.
-    Raises UserError after `TRIES` faults in a row, and where the whole dataset is faulty.
+    The search wraps around and depends on the dataset alone, so that all hosts and restarts agree.
+    Raises UserError after `MAX_TRIES` failures, or if no record can be used.
     """
-    at, passed, faults = index, 0, []
-    while len(faults) < TRIES and passed < len(source):
+    at, passed, errors = index, 0, []
+    while len(errors) < MAX_TRIES and passed < len(source):
         try:
             return at, source[at]
-        except records.Fault as fault:
-            faults.append(fault)
-            passed += fault.beyond - at
-            at = fault.beyond % len(source)
+        except records.BadRecordError as error:
+            errors.append(error)
+            passed += error.next_index - at
+            at = error.next_index % len(source)
     raise UserError(
         f"no record of {source!r} from {index} to {(at - 1) % len(source)} can be used; the first "
-        f"fault: {faults[0]}; copy the dataset again, or remove it and prepare it anew"
-    ) from faults[0]
+        f"error: {errors[0]}; copy the dataset again, or remove it and prepare it again"
+    ) from errors[0]
 
 
 class IndexedSource:
-    """A random-access source whose records know their own index, counted from `first`; one that
-    cannot be used is replaced by the next that can, which says so in `faulty`."""
+    """Adds to each record its index, counted from `first`, and replaces bad records.
+
+    The next usable record replaces a bad one and has the bad one's index as `faulty`, else -1.
+    """
 
     def __init__(self, source: Any, first: int = 0):
         self._source, self._first = source, first
@@ -51,7 +52,7 @@ class IndexedSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = int(index)
-        at, item = usable(self._source, index)
+        at, item = next_usable(self._source, index)
         return {
             "record": self._first + at,
             "faulty": -1 if at == index else self._first + index,
@@ -61,9 +62,11 @@ class IndexedSource:
 
 
 class RandomCrop(grain.transforms.RandomMap):
-    """`num_samples` samples from a start that is a multiple of `hop`, so that frames of stored
-    targets line up, and the `context` samples before it, zeros where the record begins; a record
-    that is shorter is looped."""
+    """Cuts `num_samples` from a multiple of `hop`, so that the frames of stored codes line up.
+
+    The `context` samples before come first, zeros before the record's start. A record that is too
+    short is looped.
+    """
 
     def __init__(self, num_samples: int, hop: int, context: int):
         self._num_samples, self._hop, self._context = num_samples, hop, context
@@ -78,23 +81,23 @@ class RandomCrop(grain.transforms.RandomMap):
         if looped:
             crop = np.resize(audio, self._num_samples)
         crop = np.pad(crop, (self._context - before, 0))
-        # the frame that holds each hop's first sample
-        first = np.arange(start, start + self._num_samples, self._hop) % len(audio) // self._hop
+        # the frame of each hop's first sample
+        frames = np.arange(start, start + self._num_samples, self._hop) % len(audio) // self._hop
         return {
             "audio": np.asarray(crop, np.int16),
             "record": np.int32(element["record"]),
             "faulty": np.int32(element["faulty"]),
             "start": np.int32(start),
             "looped": np.bool_(looped),
-            "codes": {name: codes[first] for name, codes in element["codes"].items()},
+            "codes": {name: codes[frames] for name, codes in element["codes"].items()},
         }
 
 
 class MixtureSelection(grain.transforms.DatasetSelectionMap):
-    """Clip k of a mix -> which dataset it comes from, and how many came from there before.
+    """Maps clip k of a mix to a dataset and the number of earlier clips from that dataset.
 
-    The first k clips hold k * share / sum(shares) of each of D datasets, give or take less than
-    D. (grain's own `mix` cuts weights to hundredths of the least one: 1009 : 1000 becomes 1 : 1.)
+    The first k clips hold k * share / sum(shares) of each of D datasets, give or take less than D.
+    (grain's `mix` rounds weights to hundredths of the smallest: 1009 : 1000 becomes 1 : 1.)
     """
 
     def __init__(self, shares: Sequence[int]):
@@ -110,12 +113,11 @@ class MixtureSelection(grain.transforms.DatasetSelectionMap):
             if after == with_next:
                 return dataset, index - after
             index, rest = after, rest - share
-        raise AssertionError("the last dataset has all that is left")
+        raise AssertionError("the last dataset takes all clips that are left")
 
 
 class HostRows(grain.transforms.DatasetSelectionMap):
-    """Element i of one host -> of the global stream: its `rows` of each batch of `batch_size`, from
-    batch `start` on."""
+    """Maps element i of a host to the global stream: its `rows` of each batch from `start` on."""
 
     def __init__(self, rows: Sequence[int], batch_size: int, start: int = 0):
         self._rows, self._batch_size, self._start = tuple(map(int, rows)), batch_size, start
@@ -129,7 +131,7 @@ class HostRows(grain.transforms.DatasetSelectionMap):
 
 
 def shares(weights: Sequence[float]) -> list[int]:
-    """Whole numbers in the ratio of `weights` as they are written: (0.8, 0.2) -> [4, 1]."""
+    """Return integers in the exact ratio of decimal `weights`: (0.8, 0.2) -> [4, 1]."""
     exact = [fractions.Fraction(str(weight)) for weight in weights]
     scale = math.lcm(*(x.denominator for x in exact))
     return [int(x * scale) for x in exact]
@@ -140,7 +142,7 @@ def _crops(
 ) -> grain.MapDataset:
     dataset = grain.MapDataset.source(IndexedSource(source, first)).seed(seed)
     if shuffle:
-        dataset = dataset.shuffle()  # another order each epoch, by an index permutation: no memory
+        dataset = dataset.shuffle()  # a new order each epoch, by an index permutation: no memory
     epochs = ENDLESS // len(source) + 1
     # the crop is drawn on the global index, before anything is divided among hosts
     return dataset.repeat(epochs).random_map(RandomCrop(num_samples, hop, context))
@@ -160,30 +162,27 @@ def train_stream(
     threads: int = 4,
     workers: int = 0,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """The `rows` (none given: all R = `batch_size`) of global batches `start`, `start` + 1, ...,
-    without end.
+    """Return an endless iterator of the `rows` (None: all) of global batches from `start` on.
 
-    A batch has `audio` int16 [R, context + N], `record` int32 (index in all `sources`, one after
-    the other), `faulty` int32 (the record that should have come instead, but cannot be used; else
-    -1), `start` int32 (of the crop, in samples), `looped` bool and `codes` of the crop, uint16
-    [R, T, K] for each teacher that every source has some of. `weights` are in the ratio of the
-    sources' clips (none: that of their records). Every record comes once an epoch of its own
-    source, in a new order and with a new crop. `threads` read ahead, in as many processes as
-    `workers` where that is above 0.
+    A batch has `audio` int16 [B, context + N]; `record` int32 (index in all `sources`, one after
+    the other); `faulty` int32 (the bad record that this one replaces, else -1); `start` int32 (of
+    the crop, in samples); `looped` bool; `codes` uint16 [B, T, K] by teacher. `weights` is the
+    ratio of the sources' clips, () for that of their records. Each source has epochs of its own,
+    with every record once, in a new order and with new crops. `threads` read ahead, in `workers`
+    processes if that is above 0.
     """
     rows = range(batch_size) if rows is None else rows
     lengths = [len(source) for source in sources]
-    crops = [  # another seed for each, or datasets of the same length would be shuffled alike
+    offsets = itertools.accumulate(lengths[:-1], initial=0)
+    crops = [  # a seed for each, or datasets of equal length would be shuffled alike
         _crops(source, num_samples, hop, context, seed + i, shuffle=True, first=first)
-        for i, (source, first) in enumerate(
-            zip(sources, itertools.accumulate(lengths[:-1], initial=0), strict=True)
-        )
+        for i, (source, first) in enumerate(zip(sources, offsets, strict=True))
     ]
-    turns = MixtureSelection(shares(weights or lengths))
-    clips = grain.MapDataset.select_from_datasets(crops, turns)
-    # what does not depend on the host ends here
-    own = grain.MapDataset.select_from_datasets([clips], HostRows(rows, batch_size, start))
-    dataset = own.batch(len(rows))
+    selection = MixtureSelection(shares(weights or lengths))
+    clips = grain.MapDataset.select_from_datasets(crops, selection)
+    # up to here nothing depends on the host
+    host_clips = grain.MapDataset.select_from_datasets([clips], HostRows(rows, batch_size, start))
+    dataset = host_clips.batch(len(rows))
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(threads, 1))
     stream = dataset.to_iter_dataset(read)
     if workers:
@@ -200,19 +199,20 @@ def validation_batches(
     context: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The `rows` (none given: all) of batches with one crop of every record, the same each time;
-    the last batch is filled from the beginning."""
+    """Yield the `rows` (None: all) of batches with one fixed crop of every record.
+
+    The last batch is filled up with the first records.
+    """
     rows = range(batch_size) if rows is None else rows
     clips = _crops(source, num_samples, hop, context, seed=0, shuffle=False)
-    own = grain.MapDataset.select_from_datasets([clips], HostRows(rows, batch_size))
-    dataset = own.batch(len(rows))
+    host_clips = grain.MapDataset.select_from_datasets([clips], HostRows(rows, batch_size))
+    dataset = host_clips.batch(len(rows))
     for i in range(-(-len(source) // batch_size)):
         yield dataset[i]
 
 
 def prefetch(batches: Iterator[Any], put: Callable[[Any], X], depth: int = 2) -> Iterator[X]:
-    """`put` of each batch, begun `depth` batches ahead, so that the device need not wait; closing
-    it closes `batches`."""
+    """Yield `put(batch)` of each batch, called `depth` batches ahead; close `batches` at last."""
     ahead: collections.deque[X] = collections.deque()
     try:
         for batch in batches:

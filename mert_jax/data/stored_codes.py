@@ -1,14 +1,13 @@
-"""Codes of a dataset's tracks, stored beside its audio: DATA/codes/TEACHER/.
+"""Codes of a dataset's tracks, stored beside its audio in DATA/codes/TEACHER/.
 
-Record i of a split's shards holds the codes of audio record i, uint16 [frames, K], cut from those
-of the whole track: frame t goes with samples 320 t to 320 (t + 1). codes.json, written last, says
-which codec and which dataset they come from.
+Record i of a split holds the codes of audio record i, uint16 [T, K], cut from those of the whole
+track: frame t has samples 320 t to 320 (t + 1). codes.json, written last, names the codec and the
+dataset.
 """
 
-import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +22,10 @@ DTYPE = np.dtype("<u2")
 
 
 class CodesInfo(NamedTuple):
-    """What codes.json says.
+    """Content of codes.json.
 
-    fingerprint: of the codec; dataset: of the audio; counts: how often each code comes, by split,
-    [K][V]; shards: file names by split.
+    fingerprint: of the codec; dataset: fingerprint of the audio; counts: uses of each code, [K][V]
+    by split; shards: file names by split.
     """
 
     teacher: str
@@ -40,38 +39,38 @@ class CodesInfo(NamedTuple):
 
     @property
     def codec(self) -> tuple[str, int, int]:
-        """What two datasets have in common whose codes mean the same."""
+        """Equal for datasets whose codes mean the same."""
         return self.fingerprint, self.books, self.size
 
 
 def folder(directory: str, teacher: str) -> str:
-    """Where a dataset keeps a teacher's codes."""
+    """Return the folder of a teacher's codes in a dataset."""
     return os.path.join(directory, "codes", teacher)
 
 
 def read_info(directory: str, teacher: str) -> CodesInfo | None:
-    """What is stored of `teacher`, None where nothing is.
+    """Read what a dataset stores of `teacher`, None if nothing.
 
-    Raises UserError for codes of another state of the dataset, and for a file that is not ours.
+    Raises UserError for codes of another state of the dataset, and for an unreadable codes.json.
     """
     path = epath.Path(folder(directory, teacher)) / INFO
     if not path.exists():
         return None
     try:
-        found = CodesInfo(**json.loads(path.read_text()))
+        info = CodesInfo(**json.loads(path.read_text()))
     except (ValueError, TypeError) as e:
-        raise UserError(f"{path} is no description of codes: {e}; {_again(directory)}") from e
-    if found.dataset != records.metadata(directory)["fingerprint"]:
+        raise UserError(f"{path} does not describe codes: {e}; {_way_out(directory)}") from e
+    dataset = records.metadata(directory)["fingerprint"]
+    if info.dataset != dataset:
         raise UserError(
-            f"the codes in {path.parent} were made when {directory} held other tracks (fingerprint "
-            f"{found.dataset[:8]}, now {records.metadata(directory)['fingerprint'][:8]}); "
-            f"{_again(directory)}"
+            f"the codes in {path.parent} were stored when {directory} held other tracks "
+            f"(fingerprint {info.dataset[:8]}, now {dataset[:8]}); {_way_out(directory)}"
         )
-    return found
+    return info
 
 
 def stored_teacher(info: CodesInfo) -> Teacher:
-    """A teacher whose codes are all stored: it cannot be asked for others."""
+    """Return a teacher of which only stored codes exist: `apply` raises UserError."""
 
     def apply(params: Any, wave: Any) -> Any:
         raise UserError(
@@ -82,16 +81,16 @@ def stored_teacher(info: CodesInfo) -> Teacher:
     return Teacher(apply, (), info.size)
 
 
-def _again(directory: str) -> str:
+def _way_out(directory: str) -> str:
     return f"run python -m mert_jax.prepare --output={directory} --codes=CHECKPOINT, or remove it"
 
 
 class CodesSource:
-    """Random access to the codes of a split's records: uint16 [frames, K]; cheap to pickle.
+    """Random access to the codes uint16 [T, K] of a split's records, cheap to pickle.
 
-    `lengths` are the records of each file (none: the files are asked). Raises UserError where files
-    with more than the share `max_missing` of the records, or all of them, are missing, and Fault
-    for a record that cannot be read.
+    `lengths` has the records of each file; without it the files are opened to count them. Raises
+    UserError if files with all or more than the fraction `max_missing` of the records are missing,
+    BadRecordError for a record that cannot be read.
     """
 
     def __init__(
@@ -102,83 +101,62 @@ class CodesSource:
         lengths: Sequence[int] = (),
         max_missing: float = 0.0,
     ):
-        self._folder, self._info = folder(directory, info.teacher), info
-        self._names = info.shards.get(split, [])
-        known = lengths or [1] * len(self._names)  # none may be missing if they are to be asked
-        lost, share = records.missing(self._folder, self._names, known, max_missing)
-        if lost:
+        path, self._info = folder(directory, info.teacher), info
+        names = info.shards.get(split, [])
+        # files to be counted must all be there
+        weights, allowed = (lengths, max_missing) if lengths else ([1] * len(names), 0.0)
+        missing, fraction = records.missing_files(path, names, weights, allowed)
+        if missing:
             raise UserError(
-                f"{len(lost)} of {len(self._names)} files of codes are missing, with {share:.1%} "
-                f"of the records, {os.path.join(self._folder, lost[0])} first; {_again(directory)}"
+                f"{len(missing)} of {len(names)} files of codes are missing, with {fraction:.1%} "
+                f"of the records, {os.path.join(path, missing[0])} first; {_way_out(directory)}"
             )
-        self._lengths = lengths or [
-            records.count(os.path.join(self._folder, name)) for name in self._names
-        ]
-
-    @functools.cached_property
-    def _shards(self) -> records.Shards:
-        return records.Shards(self._folder, self._names, self._lengths)
+        lengths = lengths or [records.count_records(os.path.join(path, name)) for name in names]
+        self._shards = records.Shards(path, names, lengths)
+        self._repr = f"Source({path!r}, {names})"
 
     def __len__(self) -> int:
-        return sum(self._lengths)
+        return len(self._shards)
 
     def __getitem__(self, index: int) -> np.ndarray:
         stored = self._shards[index]
         if len(stored) % (DTYPE.itemsize * self._info.books):
-            what = f"{len(stored)} bytes are no codes of {self._info.books} codebooks"
-            raise self._shards.fault(index, what)
+            reason = f"{len(stored)} bytes are not codes of {self._info.books} codebooks"
+            raise self._shards.error(index, reason)
         return np.frombuffer(stored, DTYPE).reshape(-1, self._info.books)
 
-    def check(self, index: int, found: np.ndarray, samples: int) -> None:
-        """Raise Fault if `found`, the codes of a record, are not those of so many samples or not
-        all in the codebooks."""
+    def check(self, index: int, codes: np.ndarray, samples: int) -> None:
+        """Raise BadRecordError if a record's codes do not fit its samples or the codebooks."""
         expected = -(-samples // self._info.hop_length)
-        if len(found) != expected:
-            what = f"{len(found)} frames of codes for {samples} samples, {expected} frames"
-            raise self._shards.fault(index, what)
-        if (top := int(found.max())) >= self._info.size:
-            raise self._shards.fault(index, f"code {top} of codebooks of {self._info.size}")
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[i] for i in range(len(self)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_shards"}
+        if len(codes) != expected:
+            reason = f"{len(codes)} frames of codes for {samples} samples, {expected} frames"
+            raise self._shards.error(index, reason)
+        if (top := int(codes.max())) >= self._info.size:
+            raise self._shards.error(index, f"code {top} of codebooks of {self._info.size}")
 
     def __repr__(self) -> str:  # grain names a pipeline by its source
-        return f"Source({self._folder!r}, {self._names})"
+        return self._repr
 
 
 class WithCodes:
-    """A dataset's records with their stored codes: `source` items, and one array a teacher.
+    """Adds to each record of `source` its stored codes, one array a teacher.
 
-    Raises Fault for a record that cannot be used, or whose codes are not its own.
+    Raises BadRecordError for a record that cannot be used, or whose codes do not fit.
     """
 
     def __init__(self, source: Any, codes: dict[str, CodesSource]):
         self._source, self._codes = source, codes
-
-    @property
-    def directory(self) -> str:
-        """The dataset's."""
-        return self._source.directory
-
-    def fault(self, index: int, what: str) -> records.Fault:
-        """What is wrong with a record of audio."""
-        return self._source.fault(index, what)
+        self.directory, self.error = source.directory, source.error
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item, found = self._source[index], {}
-        for name, stored in self._codes.items():
-            found[name] = stored[index]
-            stored.check(index, found[name], len(item["audio"]))
-        return {**item, "codes": found}
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[i] for i in range(len(self)))
+        item, codes = self._source[index], {}
+        for name, codes_source in self._codes.items():
+            codes[name] = codes_source[index]
+            codes_source.check(index, codes[name], len(item["audio"]))
+        return {**item, "codes": codes}
 
     def __repr__(self) -> str:
         return f"WithCodes({self._source!r}, {self._codes!r})"
@@ -187,33 +165,33 @@ class WithCodes:
 def attach(
     source: Any, directory: str, split: str, stored: dict[str, CodesInfo], max_missing: float = 0.0
 ) -> Any:
-    """`source` with the stored codes of its records; `source` itself where there are none.
+    """Return `source` with the stored codes of its records, itself if nothing is stored.
 
-    Raises UserError where codes and audio differ in the number of records, where more than half of
-    a few records cannot be used with their codes, and where files of codes are missing as `Source`
-    says.
+    Raises UserError if codes and audio differ in the number of records, most of a few records do
+    not fit their codes, or files are missing (see `CodesSource`).
     """
     if not stored:
         return source
-    shards, held = source.shard_lengths(), {}
-    for name, i in stored.items():
-        alike = len(i.shards.get(split, [])) == len(shards)
-        held[name] = CodesSource(directory, split, i, shards if alike else (), max_missing)
-        if len(held[name]) != len(source):
+    shard_lengths, sources = source.shard_lengths(), {}
+    for name, info in stored.items():
+        alike = len(info.shards.get(split, [])) == len(shard_lengths)
+        lengths = shard_lengths if alike else ()
+        sources[name] = CodesSource(directory, split, info, lengths, max_missing)
+        if len(sources[name]) != len(source):
             raise UserError(
-                f"{name}: {len(held[name])} records of codes for {len(source)} of audio in split "
-                f"{split!r} of {directory}; {_again(directory)}"
+                f"{name}: {len(sources[name])} records of codes for {len(source)} of audio in "
+                f"split {split!r} of {directory}; {_way_out(directory)}"
             )
-    joined, faults = WithCodes(source, held), []
-    looked = {int(k) for k in np.linspace(0, len(source) - 1, min(len(source), 8))}
-    for index in sorted(looked):
+    joined, errors = WithCodes(source, sources), []
+    sample = {int(k) for k in np.linspace(0, len(source) - 1, min(len(source), 8))}
+    for index in sorted(sample):
         try:
             joined[index]
-        except records.Fault as fault:
-            faults.append(fault)
-    if len(faults) > len(looked) / 2:
+        except records.BadRecordError as error:
+            errors.append(error)
+    if len(errors) > len(sample) / 2:
         raise UserError(
-            f"{len(faults)} of {len(looked)} records of {directory} that were looked at do not go "
-            f"with their codes; {faults[0]}; {_again(directory)}"
+            f"{len(errors)} of {len(sample)} sampled records of {directory} do not fit their "
+            f"codes; {errors[0]}; {_way_out(directory)}"
         )
     return joined

@@ -53,18 +53,20 @@ def write(path: pathlib.Path, changed=None, seed: int = 0) -> str:
     folder.mkdir(parents=True)
     first = 0
     for shard, length in enumerate(SHARDS):
-        here = range(first, first + length)
+        indices = range(first, first + length)
         first += length
-        whole = [records.encode(f"{i}", f"{i}.wav", 0, audio[i]) for i in here]
+        serialised = [records.encode(f"{i}", f"{i}.wav", 0, audio[i]) for i in indices]
         name = records.shard_name("train", shard, len(SHARDS))
-        kept = [changed.get((i, "audio"), x) for i, x in zip(here, whole, strict=True)]
-        records.write_shard(str(path / name), kept)
-        kept = [changed.get((i, "codes"), stored[i].tobytes()) for i in here]
-        records.write_shard(str(folder / f"train-{shard}"), kept)
-    held = {"train": {"tracks": COUNT, "records": COUNT, "hours": 0.1}}
+        stored_bytes = [
+            changed.get((i, "audio"), x) for i, x in zip(indices, serialised, strict=True)
+        ]
+        records.write_shard(str(path / name), stored_bytes)
+        stored_bytes = [changed.get((i, "codes"), stored[i].tobytes()) for i in indices]
+        records.write_shard(str(folder / f"train-{shard}"), stored_bytes)
+    splits = {"train": {"tracks": COUNT, "records": COUNT, "hours": 0.1}}
     about = dict(chunk_samples=1, overlap_samples=HOP * FRAMES, fingerprint=f"{seed}" * 32)
     records.write_info(
-        str(path), {"train": records.Split(list(SHARDS), 1)}, about | {"splits": held}
+        str(path), {"train": records.Split(list(SHARDS), 1)}, about | {"splits": splits}
     )
     info = stored_codes.CodesInfo(
         "rvq_vae", BOOKS, SIZE, HOP, "codec", about["fingerprint"], {}, {}
@@ -98,15 +100,15 @@ def shard_of(record: int) -> tuple[int, int]:
 def damage(kind: str, record: int, path: pathlib.Path) -> tuple[str, set[int], str]:
     """A dataset with a fault of `kind` in `record` or its file, the records that cannot be used,
     and what is to be said of it."""
-    audio = lambda samples: records.encode("x", "x.wav", 0, np.zeros(samples, np.int16))
+    empty = records.encode("x", "x.wav", 0, np.zeros(0, np.int16))
     shard, within = shard_of(record)
     first = record - within
     instead = {
-        "garbage": ("audio", b"garbage", "its bytes are no record"),
-        "empty": ("audio", audio(0), "it has no audio"),
+        "garbage": ("audio", b"garbage", "its bytes are not a record"),
+        "empty": ("audio", empty, "it has no audio"),
         "frames": ("codes", bytes(2 * BOOKS * 19), "19 frames of codes for 6400 samples, 20 fra"),
         "code": ("codes", b"\x10\0" * BOOKS * FRAMES, "code 16 of codebooks of 16"),
-        "bytes": ("codes", bytes(7), "7 bytes are no codes of 2 codebooks"),
+        "bytes": ("codes", bytes(7), "7 bytes are not codes of 2 codebooks"),
     }
     if kind in instead:
         of, content, words = instead[kind]
@@ -178,24 +180,24 @@ def check(before, after, bad: set[int], items) -> int:
 
 
 @pytest.fixture(scope="module")
-def alone(sound):
+def undamaged(sound):
     """Batches of the sound dataset, and its records."""
     return batches(6, [sound]), list(opened(sound))
 
 
 @pytest.mark.parametrize("record", [5, 8, 11], ids=["middle", "end of a shard", "last"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fault_is_replaced_by_the_next_record_and_named(kind, record, tmp_path, alone):
+def test_a_fault_is_replaced_by_the_next_record_and_named(kind, record, tmp_path, undamaged):
     directory, bad, words = damage(kind, record, tmp_path / "data")
     source = opened(directory)
     stream = pipeline.train_stream([source], **CLIP)
-    assert check(alone[0], itertools.islice(stream, 6), bad, alone[1]) == 2 * len(bad)
-    found = bad_records.look(source, record)
-    assert words in found.what
+    assert check(undamaged[0], itertools.islice(stream, 6), bad, undamaged[1]) == 2 * len(bad)
+    bad_record = bad_records.diagnose(source, record)
+    assert words in bad_record.what
     of_codes = kind in ("frames", "code", "bytes", "codes gone")
     shard, within = shard_of(record)
     name = f"train-{shard}" if of_codes else records.shard_name("train", shard, len(SHARDS))
-    assert (found.dataset, found.shard, found.index) == (directory, name, within)
+    assert (bad_record.dataset, bad_record.shard, bad_record.index) == (directory, name, within)
 
 
 @pytest.fixture(scope="module")
@@ -237,8 +239,8 @@ def test_hosts_threads_and_processes_change_nothing(damaged, options):
     number = 2 if "workers" in options else 8
     rows = np.array(options.get("rows", range(4)))
     expected = [jax.tree.map(lambda x: x[rows], batch) for batch in batches(number, directories)]
-    found = batches(number, directories, **options)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    actual = batches(number, directories, **options)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_a_later_start_changes_nothing(damaged):
@@ -250,8 +252,8 @@ def test_a_later_start_changes_nothing(damaged):
 def test_validation_replaces_them_too(damaged):
     one, _, bad = damaged
     options = {key: CLIP[key] for key in ("num_samples", "hop", "batch_size")}
-    found = list(pipeline.validation_batches(opened(one), **options))
-    faulty = np.concatenate([batch["faulty"] for batch in found])
+    validation = list(pipeline.validation_batches(opened(one), **options))
+    faulty = np.concatenate([batch["faulty"] for batch in validation])
     assert set(faulty[faulty >= 0].tolist()) == {record for record in bad if record < COUNT}
 
 
@@ -259,7 +261,7 @@ def test_validation_replaces_them_too(damaged):
 def test_where_nothing_can_be_used_the_stream_ends_in_an_error(tmp_path, threads):
     directory = write(tmp_path / "data")
     source = records.open_source(directory, "train")
-    for name in source.shards():
+    for name in source.shard_names():
         os.truncate(os.path.join(directory, name), 100)
     stream = pipeline.train_stream([source], **CLIP | {"threads": threads})
     with pytest.raises(UserError, match=r"no record of .* can be used; .* at least 64KB"):
@@ -268,13 +270,13 @@ def test_where_nothing_can_be_used_the_stream_ends_in_an_error(tmp_path, threads
 
 def test_a_search_ends(tmp_path, monkeypatch):
     directory, *_ = damage("garbage", 2, tmp_path / "data")
-    monkeypatch.setattr(pipeline, "TRIES", 1)
-    with pytest.raises(UserError, match="from 2 to 2 can be used; the first fault: record 2 of mu"):
-        pipeline.usable(opened(directory), 2)
-    assert pipeline.usable(opened(directory), 3)[0] == 3
+    monkeypatch.setattr(pipeline, "MAX_TRIES", 1)
+    with pytest.raises(UserError, match="from 2 to 2 can be used; the first error: record 2 of mu"):
+        pipeline.next_usable(opened(directory), 2)
+    assert pipeline.next_usable(opened(directory), 3)[0] == 3
     lost, *_ = damage("cut", 4, tmp_path / "lost")  # a whole file is passed over at once
-    monkeypatch.setattr(pipeline, "TRIES", 2)
-    assert pipeline.usable(opened(lost), 4)[0] == 9
+    monkeypatch.setattr(pipeline, "MAX_TRIES", 2)
+    assert pipeline.next_usable(opened(lost), 4)[0] == 9
 
 
 def test_missing_files_are_refused_beyond_the_share(sound, tmp_path):
@@ -312,7 +314,7 @@ def test_a_config_says_how_many_may_be_missing(sound, tmp_path):
 
 
 def test_files_are_opened_again_after_others_were(sound, monkeypatch):
-    monkeypatch.setattr(records, "OPEN", 1)
+    monkeypatch.setattr(records, "MAX_OPEN_FILES", 1)
     source = records.open_source(sound, "train")
     for i in (0, 11, 5, 0, 5, 11):
         assert source[i]["track"] == f"{i}"
@@ -323,13 +325,13 @@ def test_a_file_that_was_put_right_is_read(sound, tmp_path):
     """What a reader of the file holds from before must not count."""
     directory, *_ = damage("flipped", 5, tmp_path / "data")
     source = records.open_source(directory, "train")
-    with pytest.raises(records.Fault):
+    with pytest.raises(records.BadRecordError):
         source[5]
-    name = source.shards()[1]
+    name = source.shard_names()[1]
     os.replace(shutil.copy(os.path.join(sound, name), tmp_path), os.path.join(directory, name))
     assert source[5]["track"] == "5"
-    found = bad_records.look(source, 5)
-    assert (found.shard, found.what) == (name, "it could not be read, and now it can")
+    bad_record = bad_records.diagnose(source, 5)
+    assert (bad_record.shard, bad_record.what) == (name, "it could not be read, and now it can")
 
 
 def test_too_many_open_files_are_no_fault_of_the_record(sound):
@@ -340,7 +342,7 @@ def test_too_many_open_files_are_no_fault_of_the_record(sound):
         "try:\n  while True: files.append(open('/dev/null'))\n"
         "except OSError: pass\n"
         "try: source[5]\n"
-        "except records.Fault: raise\n"
+        "except records.BadRecordError: raise\n"
         "except ValueError as e: print(e)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -348,45 +350,45 @@ def test_too_many_open_files_are_no_fault_of_the_record(sound):
     assert "ulimit -n" in done.stdout
 
 
-def noted(workdir, directories, found, **options) -> bad_records.BadRecords:
-    """`found`, from batch `start` on, as the training loop notes them."""
+def count(workdir, directories, stream, **options) -> bad_records.BadRecords:
+    """Count the batches of `stream`, from batch `start` on, as the training loop does."""
     sources = [opened(directory) for directory in directories]
-    held = bad_records.BadRecords(workdir, sources, **dict(most=1.0) | options)
-    for batch, clips in enumerate(found, options.get("start", 0)):
-        held.note(batch + 1, batch, clips)
-    held.close()
-    return held
+    counter = bad_records.BadRecords(workdir, sources, **dict(max_fraction=1.0) | options)
+    for batch, clips in enumerate(stream, options.get("start", 0)):
+        counter.note(batch + 1, batch, clips)
+    counter.close()
+    return counter
 
 
 def files(workdir: pathlib.Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in workdir.iterdir()}
 
 
-def test_each_bad_record_is_written_and_said_once(damaged, tmp_path, capsys):
+def test_each_bad_record_is_written_and_printed_once(damaged, tmp_path, capsys):
     one, two, bad = damaged
-    found = batches(18, [one, two])
-    held = noted(str(tmp_path), [one, two], found)
+    stream = batches(18, [one, two])
+    counter = count(str(tmp_path), [one, two], stream)
     written = read_jsonl(str(tmp_path / bad_records.FILE))
     assert sorted(row["record"] for row in written) == sorted(bad)
-    assert held.replaced == 3 * len(bad)
+    assert counter.replaced == 3 * len(bad)
     for row in written:
-        first = next(
-            k for k, batch in enumerate(found) if row["record"] in batch["faulty"].tolist()
+        batch_index = next(
+            k for k, batch in enumerate(stream) if row["record"] in batch["faulty"].tolist()
         )
         dataset, record = divmod(row["record"], COUNT)
         assert (row["batch"], row["step"], row["dataset"]) == (
-            first,
-            first + 1,
+            batch_index,
+            batch_index + 1,
             (one, two)[dataset],
         )
         shard, within = shard_of(record)
         of_codes = (dataset, record) == (1, 11)
         name = f"train-{shard}" if of_codes else records.shard_name("train", shard, len(SHARDS))
         assert (row["shard"], row["index"]) == (name, within)
-        assert ("Riegeli", "0 frames" if of_codes else "no record")[dataset] in row["what"]
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == len(bad)
-    assert f"step {written[0]['step']}: record {written[0]['record']} cannot be used" in said[0]
+        assert ("Riegeli", "0 frames" if of_codes else "not a record")[dataset] in row["what"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(bad)
+    assert f"step {written[0]['step']}: record {written[0]['record']} cannot be used" in lines[0]
 
 
 @pytest.mark.parametrize(("stop", "restored"), [(7, 7), (9, 4), (18, 13), (5, 0)])
@@ -395,21 +397,21 @@ def test_a_resumed_run_has_the_files_of_one_that_was_not_stopped(
 ):
     """Whatever was noted after the checkpoint, and a line that a crash cut off."""
     *directories, _ = damaged
-    found = batches(18, directories)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
+    stream = batches(18, directories)
+    unbroken, parts = tmp_path / "unbroken", tmp_path / "parts"
+    unbroken.mkdir()
     parts.mkdir()
-    expected = noted(str(whole), directories, found)
-    noted(str(parts), directories, found[:stop])
+    expected = count(str(unbroken), directories, stream)
+    count(str(parts), directories, stream[:stop])
     for path in parts.iterdir():
         path.write_text(path.read_text() + '{"step": 1, "ba')
     options = dict(start=restored)
-    another = noted(str(parts), directories, found[restored:], writes=False, **options)
-    resumed = noted(str(parts), directories, found[restored:], **options)
-    assert files(parts) == files(whole)
-    assert set(files(whole)) == set(NAMES)
-    for held in (resumed, another):
-        assert (held.replaced, held._drawn) == (expected.replaced, expected._drawn)
+    another = count(str(parts), directories, stream[restored:], writes=False, **options)
+    resumed = count(str(parts), directories, stream[restored:], **options)
+    assert files(parts) == files(unbroken)
+    assert set(files(unbroken)) == set(NAMES)
+    for counter in (resumed, another):
+        assert (counter.replaced, counter._drawn) == (expected.replaced, expected._drawn)
     assert expected._drawn == 72
 
 
@@ -419,12 +421,12 @@ NAMES = (bad_records.FILE, bad_records.COUNTS)
 def test_a_batch_that_comes_again_is_not_counted_again(damaged, tmp_path):
     """After going back, batches that were read ahead come again, and steps have earlier numbers."""
     *directories, _ = damaged
-    found = batches(8, directories)
-    held = bad_records.BadRecords(str(tmp_path), [opened(d) for d in directories], 1.0)
+    stream = batches(8, directories)
+    counter = bad_records.BadRecords(str(tmp_path), [opened(d) for d in directories], 1.0)
     for batch in (0, 1, 2, 3, 4, 5, 4, 5, 6, 7):
-        held.note(batch, batch, found[batch])
-    assert held._drawn == 32
-    assert held.replaced == sum((batch["faulty"] >= 0).sum() for batch in found)
+        counter.note(batch, batch, stream[batch])
+    assert counter._drawn == 32
+    assert counter.replaced == sum((batch["faulty"] >= 0).sum() for batch in stream)
 
 
 def clips(faulty: int, count: int) -> dict[str, np.ndarray]:
@@ -433,47 +435,54 @@ def clips(faulty: int, count: int) -> dict[str, np.ndarray]:
 
 def test_too_many_replaced_clips_stop_the_run(tmp_path):
     directory, *_ = damage("garbage", 5, tmp_path / "data")
-    fresh = lambda **options: bad_records.BadRecords(None, [opened(directory)], **options)
-    held = fresh()
+
+    def fresh(**options) -> bad_records.BadRecords:
+        return bad_records.BadRecords(None, [opened(directory)], **options)
+
+    counter = fresh()
     for batch in range(9):
-        held.note(batch + 1, batch, clips(3, 100))
+        counter.note(batch + 1, batch, clips(3, 100))
     words = (
         r"30 of 1000 clips .* 3\.00% and more than 1\.00%: .*00001-of-00003, record 1 \(its bytes "
-        r"are no record .*\)\. Copy .* mert_jax\.prepare.* data\.max_faulty"
+        r"are not a record .*\)\. Copy .* mert_jax\.prepare.* data\.max_faulty"
     )
     with pytest.raises(UserError, match=words):
-        held.note(10, 9, clips(3, 100))
-    held = fresh(most=0.03)
+        counter.note(10, 9, clips(3, 100))
+    counter = fresh(max_fraction=0.03)
     for batch in range(10):
-        held.note(batch + 1, batch, clips(3, 100))
+        counter.note(batch + 1, batch, clips(3, 100))
     with pytest.raises(UserError, match="31 of 1001"):
-        held.note(11, 10, clips(1, 1))
+        counter.note(11, 10, clips(1, 1))
     with pytest.raises(UserError, match="8 of 8 clips"):
         fresh().note(1, 0, clips(8, 8))
     fresh().note(1, 0, clips(1, 1))
-    fresh(most=1.0).note(1, 0, clips(2000, 2000))
+    fresh(max_fraction=1.0).note(1, 0, clips(2000, 2000))
 
 
 def test_the_share_is_that_of_the_whole_run(tmp_path):
     directory, *_ = damage("garbage", 5, tmp_path / "data")
     workdir = str(tmp_path)
-    held = bad_records.BadRecords(workdir, [opened(directory)])
-    held.note(1, 0, clips(9, 250))
-    held.note(2, 1, clips(0, 250))
-    held.close()
+    counter = bad_records.BadRecords(workdir, [opened(directory)])
+    counter.note(1, 0, clips(9, 250))
+    counter.note(2, 1, clips(0, 250))
+    counter.close()
     resumed = bad_records.BadRecords(workdir, [opened(directory)], start=2)
     resumed.note(3, 2, clips(0, 250))
-    with pytest.raises(UserError, match=r"11 of 1000 clips.* record 1 \(its bytes are no record"):
+    with pytest.raises(
+        UserError, match=r"11 of 1000 clips.* record 1 \(its bytes are not a record"
+    ):
         resumed.note(4, 3, clips(2, 250))
 
 
-def test_noted_closes_the_stream(damaged):
+def test_counting_closes_the_stream(damaged):
     *directories, _ = damaged
-    held = bad_records.BadRecords(None, [opened(directory) for directory in directories], 1.0)
+    counter = bad_records.BadRecords(None, [opened(directory) for directory in directories], 1.0)
     source = [opened(directory) for directory in directories]
-    stream = bad_records.count_bad_records(pipeline.train_stream(source, **CLIP, start=3), held, 3)
-    found = list(itertools.islice(stream, 4))
-    assert held.replaced == sum((batch["faulty"] >= 0).sum() for batch in found) > 0
+    stream = bad_records.count_bad_records(
+        pipeline.train_stream(source, **CLIP, start=3), counter, 3
+    )
+    counted = list(itertools.islice(stream, 4))
+    assert counter.replaced == sum((batch["faulty"] >= 0).sum() for batch in counted) > 0
     stream.close()
 
 
@@ -498,8 +507,8 @@ def test_ten_million_records_open_in_little_memory(tmp_path):
     records.write_shard(str(tmp_path / names[0]), [record] * 5_000)
     for name in names[1:]:
         os.link(tmp_path / names[0], tmp_path / name)
-    held = {"train": {"tracks": 1, "records": 10_000_000, "hours": 1.0}}
-    about = {"chunk_samples": 1, "fingerprint": "f", "splits": held}
+    splits = {"train": {"tracks": 1, "records": 10_000_000, "hours": 1.0}}
+    about = {"chunk_samples": 1, "fingerprint": "f", "splits": splits}
     records.write_info(str(tmp_path), {"train": records.Split([5_000] * 2_000, 1)}, about)
     command = [sys.executable, "-c", MANY, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

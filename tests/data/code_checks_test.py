@@ -38,8 +38,8 @@ def test_a_batch_is_checked_as_it_is_trained_on():
     sums = run.evaluate(run.init().params, run.teacher_params, silent, run.key)
     with pytest.raises(UserError, match="degenerate"):
         check_labels(sums, small.config().objective.special_codes, "music")
-    found = sums.codes["random_projection"]
+    codes = sums.codes["random_projection"]
     special = np.eye(68)[[2, 2]] * int(sums.frames)  # <unk> everywhere
-    sums.codes["random_projection"] = found._replace(targets=special)
+    sums.codes["random_projection"] = codes._replace(targets=special)
     with pytest.raises(UserError, match="lie outside its 64"):
         check_labels(sums, small.config().objective.special_codes, "music")

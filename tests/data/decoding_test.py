@@ -88,10 +88,10 @@ def test_blocks_are_one_signal(tmp_path, monkeypatch):
     path = tmp_path / "noise.wav"
     samples = np.random.default_rng(0).uniform(-0.5, 0.5, (100_000, 2))
     soundfile.write(path, samples, 44_100)
-    _, whole = decoded(path)
+    _, one_block = decoded(path)
     monkeypatch.setattr(decoding, "_BLOCK_SAMPLES", 3_000)
-    _, pieces = decoded(path)
-    np.testing.assert_allclose(pieces, whole, atol=1e-6)
+    _, small_blocks = decoded(path)
+    np.testing.assert_allclose(small_blocks, one_block, atol=1e-6)
 
 
 def left_out(path):

@@ -42,8 +42,8 @@ def batches(number, sources=(SOURCE,), **options):
     return list(itertools.islice(pipeline.train_stream(sources, **options), number))
 
 
-def column(name, found):
-    return np.concatenate([batch[name] for batch in found])
+def column(name, stream):
+    return np.concatenate([batch[name] for batch in stream])
 
 
 def same(a, b):
@@ -96,11 +96,11 @@ def test_another_seed_gives_other_batches():
 @pytest.mark.parametrize("of", [{}, MIX], ids=["one", "mix"])
 @pytest.mark.parametrize("num_hosts", [2, 4])
 def test_hosts_make_up_the_same_global_batch(num_hosts, of):
-    whole = batches(5, **of)
+    global_batches = batches(5, **of)
     # devices of a host need not be neighbours on the mesh
     for share in (np.arange(4).reshape(num_hosts, -1), np.arange(4).reshape(-1, num_hosts).T):
         parts = [batches(5, rows=rows, **of) for rows in share]
-        for k, batch in enumerate(whole):
+        for k, batch in enumerate(global_batches):
             for rows, part in zip(share, parts, strict=True):
                 own = jax.tree.map(lambda x, rows=rows: x[rows], batch)
                 jax.tree.map(np.testing.assert_array_equal, part[k], own)
@@ -264,8 +264,8 @@ def test_context_is_what_came_before_or_silence():
         np.testing.assert_array_equal(b["audio"][:, HOP * 3 :], a["audio"])
         for audio, record, start in zip(b["audio"], b["record"], b["start"], strict=True):
             before = min(start, HOP * 3)
-            held = SOURCE[record]["audio"][start - before : start]
-            np.testing.assert_array_equal(audio[HOP * 3 - before : HOP * 3], held)
+            expected = SOURCE[record]["audio"][start - before : start]
+            np.testing.assert_array_equal(audio[HOP * 3 - before : HOP * 3], expected)
             assert not audio[: HOP * 3 - before].any()
             silent += before == 0
     assert silent

@@ -74,22 +74,22 @@ def shards(output):
 
 def tracks(output):
     """Samples of every track, put together from its records, by (split, path)."""
-    found = {}
-    for split, held in records.metadata(str(output))["splits"].items():
-        if held["records"]:
+    pieces_of = {}
+    for split, split_info in records.metadata(str(output))["splits"].items():
+        if split_info["records"]:
             for item in records.open_source(str(output), split):
                 key = split, item["path"]
-                found.setdefault(key, []).append((item["offset"], item["audio"]))
-    whole = {}
-    for key, pieces in found.items():
+                pieces_of.setdefault(key, []).append((item["offset"], item["audio"]))
+    waves = {}
+    for key, pieces in pieces_of.items():
         wave = np.zeros(max(offset + len(audio) for offset, audio in pieces), np.int16)
         for offset, audio in pieces:
             before = wave[offset : offset + len(audio)]
             overlap = before != 0
             np.testing.assert_array_equal(before[overlap], audio[overlap])
             wave[offset : offset + len(audio)] = audio
-        whole[key] = wave
-    return whole
+        waves[key] = wave
+    return waves
 
 
 class Stopped(BaseException):
@@ -110,20 +110,20 @@ def decodes(tmp_path, monkeypatch):
     monkeypatch.setattr(staging, "stage", functools.partial(counting_stage, log=str(log)))
 
     def names():
-        found = sorted(log.read_text().split("\n")[:-1]) if log.exists() else []
+        decoded = sorted(log.read_text().split("\n")[:-1]) if log.exists() else []
         log.unlink(missing_ok=True)
-        return found
+        return decoded
 
     return names
 
 
 def test_chunks_put_together_give_the_tracks(music, tmp_path):
     report = run(music, tmp_path / "out")
-    whole = {path: wave for (_, path), wave in tracks(tmp_path / "out").items()}
-    assert set(whole) == {"a.wav", "b/b.flac", "b/c/c.ogg", "d.wav", "e0.wav", "e1.wav", "e2.wav"}
-    np.testing.assert_array_equal(whole["a.wav"], noise(0, 3.33)[:, 0])
-    np.testing.assert_array_equal(whole["e2.wav"], noise(12, 3.5)[:, 0])
-    assert abs(len(whole["b/b.flac"]) - 48_000) <= 1
+    waves = {path: wave for (_, path), wave in tracks(tmp_path / "out").items()}
+    assert set(waves) == {"a.wav", "b/b.flac", "b/c/c.ogg", "d.wav", "e0.wav", "e1.wav", "e2.wav"}
+    np.testing.assert_array_equal(waves["a.wav"], noise(0, 3.33)[:, 0])
+    np.testing.assert_array_equal(waves["e2.wav"], noise(12, 3.5)[:, 0])
+    assert abs(len(waves["b/b.flac"]) - 48_000) <= 1
     assert report["tracks"] == report["files"] == 7
     assert report["sample_rates"] == {"24000 Hz": 4, "44100 Hz": 1, "48000 Hz": 1, "8000 Hz": 1}
     assert report["formats"] == {"FLAC/PCM_16": 1, "OGG/VORBIS": 1, "WAV/PCM_16": 5}
@@ -139,14 +139,14 @@ def test_metadata_tells_training_what_it_needs(music, tmp_path):
     assert metadata["short_tracks"] == 0
     assert metadata["fingerprint"] == report["fingerprint"]
     samples = sum(len(wave) for wave in tracks(tmp_path / "out").values())
-    held = metadata["splits"]
-    assert held["train"]["tracks"] + held["validation"]["tracks"] == 7
-    assert held["validation"]["tracks"] > 0
-    hours = held["train"]["hours"] + held["validation"]["hours"]
+    splits = metadata["splits"]
+    assert splits["train"]["tracks"] + splits["validation"]["tracks"] == 7
+    assert splits["validation"]["tracks"] > 0
+    hours = splits["train"]["hours"] + splits["validation"]["hours"]
     assert hours == pytest.approx(samples / 24_000 / 3_600, abs=1e-4)
     for split in ("train", "validation"):
         source = records.open_source(str(tmp_path / "out"), split)
-        assert len(source) == held[split]["records"]
+        assert len(source) == splits[split]["records"]
         assert all(item["offset"] % 320 == 0 for item in source)
 
 
@@ -261,7 +261,7 @@ def test_a_second_run_decodes_nothing(music, tmp_path, decodes, capsys):
 def test_added_changed_and_removed_files(music, tmp_path, decodes):
     out = tmp_path / "out"
     run(music, out)
-    held = {path: split for split, path in tracks(out)}
+    splits_before = {path: split for split, path in tracks(out)}
     decodes()
 
     write(music / "new" / "n.wav", 77, 2.5)
@@ -269,7 +269,7 @@ def test_added_changed_and_removed_files(music, tmp_path, decodes):
     assert decodes() == ["new/n.wav"]
     now = {path: split for split, path in tracks(out)}
     assert now.pop("new/n.wav")
-    assert now == held
+    assert now == splits_before
 
     write(music / "e1.wav", 78, 2.5)
     run(music, out)
@@ -332,10 +332,10 @@ def test_stopped_and_run_again(tmp_path, decodes, signum):
     # what is half written must not be trusted
     with journal.open("a") as file:
         file.write('{"path": "half a li')
-    kept = {source.name for source, _ in staging.staged(str(out / ".staging")).values()}
-    assert 3 <= len(kept) < 9
+    finished = {source.name for source, _ in staging.staged(str(out / ".staging")).values()}
+    assert 3 <= len(finished) < 9
     run(root, out)
-    assert set(decodes()) == {f"{i:02d}.flac" for i in range(9)} - kept
+    assert set(decodes()) == {f"{i:02d}.flac" for i in range(9)} - finished
     run(root, tmp_path / "straight")
     assert shards(out) == shards(tmp_path / "straight")
     assert not (out / ".staging").exists()
@@ -554,8 +554,14 @@ def test_the_command_prepares_and_says_what_it_did(music, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "7 tracks" not in done.stdout  # d.wav is shorter than the default minimum
     assert "6 tracks" in done.stdout
-    for said in ("train: ", "validation: ", "44100 Hz x 1", "1 too short", "broken.mp3: not audio"):
-        assert said in done.stdout
+    for words in (
+        "train: ",
+        "validation: ",
+        "44100 Hz x 1",
+        "1 too short",
+        "broken.mp3: not audio",
+    ):
+        assert words in done.stdout
     assert "cover.jpg" not in done.stdout
     assert "Traceback" not in done.stderr
     again = call(f"--input={music}", f"--output={out}")
@@ -569,7 +575,7 @@ def test_one_track_is_all_train_and_says_so(music, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "words"),
     [
         ([], "--input and --output are needed"),
         (["--input=IN"], "--input and --output are needed"),
@@ -587,19 +593,19 @@ def test_one_track_is_all_train_and_says_so(music, tmp_path):
         (["IN", "--output=OUT"], "unexpected argument"),
     ],
 )
-def test_a_mistake_ends_in_one_line(tmp_path, arguments, said):
+def test_a_mistake_ends_in_one_line(tmp_path, arguments, words):
     root = tmp_path / "in"
     write(root / "good.wav", 0, 2)
     (root / "empty").mkdir()
     (root / "texts").mkdir()
     (root / "texts" / "x.txt").touch()
-    given = [a.replace("IN", str(root)).replace("OUT", str(tmp_path / "out")) for a in arguments]
-    done = call(*given)
+    flags = [a.replace("IN", str(root)).replace("OUT", str(tmp_path / "out")) for a in arguments]
+    done = call(*flags)
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = [x for x in done.stderr.split("\n") if x]
     assert line.startswith("error: ")
-    assert said in line
+    assert words in line
 
 
 def test_no_usable_file_still_leaves_a_report(tmp_path):
@@ -612,7 +618,7 @@ def test_no_usable_file_still_leaves_a_report(tmp_path):
 
 
 def test_a_full_disk_ends_in_one_line_and_can_go_on(music, tmp_path, monkeypatch, decodes):
-    def full(path, made):
+    def full(path, serialised):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -672,13 +678,13 @@ def test_progress_is_said_while_a_long_file_is_decoded(tmp_path, monkeypatch):
     write(tmp_path / "a.wav", 0, 60, 44_100, 2)
     for name in ("partial", "audio"):
         (tmp_path / name).mkdir()
-    said = []
+    reports = []
     source = sources.SourceFile(str(tmp_path / "a.wav"), "a.wav", 1, 1)
-    outcome = staging.stage(source, said.append, str(tmp_path))
+    outcome = staging.stage(source, reports.append, str(tmp_path))
     assert outcome.samples == 60 * 24_000
-    assert [samples for samples, _ in said] == sorted(samples for samples, _ in said)
-    assert said[-1][1] == pytest.approx(1.0)
-    assert len(said) >= 5
+    assert [samples for samples, _ in reports] == sorted(samples for samples, _ in reports)
+    assert reports[-1][1] == pytest.approx(1.0)
+    assert len(reports) >= 5
 
 
 def test_nothing_is_left_running(music, tmp_path):

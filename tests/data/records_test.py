@@ -66,8 +66,8 @@ def test_chunks_are_about_the_size_asked_for():
 
 
 def metadata(**splits):
-    held = {name: {"tracks": 1, "records": n, "hours": 0.1} for name, n in splits.items()}
-    return {"chunk_samples": 1, "fingerprint": "f00d", "splits": held}
+    about = {name: {"tracks": 1, "records": n, "hours": 0.1} for name, n in splits.items()}
+    return {"chunk_samples": 1, "fingerprint": "f00d", "splits": about}
 
 
 @pytest.fixture
@@ -75,11 +75,13 @@ def dataset(tmp_path):
     """Five records in two train shards, none in validation."""
     rng = np.random.default_rng(0)
     audio = [rng.integers(-32_768, 32_768, 1_000 + i, dtype=np.int16) for i in range(5)]
-    made = [records.encode(f"{i:016x}", f"a/é{i}.wav", 320 * i, x) for i, x in enumerate(audio)]
+    serialised = [
+        records.encode(f"{i:016x}", f"a/é{i}.wav", 320 * i, x) for i, x in enumerate(audio)
+    ]
     names = [records.shard_name("train", shard, 2) for shard in range(2)]
     sizes = [
-        records.write_shard(str(tmp_path / names[0]), made[:3]),
-        records.write_shard(str(tmp_path / names[1]), made[3:]),
+        records.write_shard(str(tmp_path / names[0]), serialised[:3]),
+        records.write_shard(str(tmp_path / names[1]), serialised[3:]),
     ]
     splits = {"train": records.Split([3, 2], sum(sizes))}
     records.write_info(str(tmp_path), splits, metadata(train=5, validation=0))
@@ -173,7 +175,7 @@ def test_the_dataset_of_someone_else(dataset):
     with pytest.raises(UserError, match="but not of mert_jax"):
         records.open_source(str(directory), "train")
     (directory / "metadata.json").unlink()
-    with pytest.raises(UserError, match="is no dataset of mert_jax"):
+    with pytest.raises(UserError, match="is not of mert_jax"):
         records.metadata(str(directory))
 
 

@@ -87,24 +87,24 @@ def stored(directory: str) -> dict[str, stored_codes.CodesInfo]:
 
 
 def test_stored_codes_are_those_of_whole_tracks(dataset, teacher):
-    whole = whole_tracks(dataset, teacher)
+    expected_of = whole_tracks(dataset, teacher)
     seen = equal = total = 0
     for split in ("train", "validation"):
         source = records.open_source(dataset, split)
         for item in stored_codes.attach(source, dataset, split, stored(dataset)):
-            ours = item["codes"]["rvq_vae"]
+            codes = item["codes"]["rvq_vae"]
             first = item["offset"] // HOP_LENGTH
-            expected = whole[item["track"]][first : first + len(ours)]
-            assert ours.shape == expected.shape
+            expected = expected_of[item["track"]][first : first + len(codes)]
+            assert codes.shape == expected.shape
             # piece by piece, the last bit may differ, and with it a nearly tied code
-            equal, total, seen = equal + (ours == expected).sum(), total + ours.size, seen + 1
+            equal, total, seen = equal + (codes == expected).sum(), total + codes.size, seen + 1
     assert seen > len(SECONDS)
     assert equal / total > 0.999
 
 
 def test_codes_go_with_their_samples(dataset, teacher):
     """A crop's codes are the track's at the crop's frames, in every batch and on every host."""
-    whole = whole_tracks(dataset, teacher)
+    codes_of = whole_tracks(dataset, teacher)
     source = records.open_source(dataset, "train")
     joined = stored_codes.attach(source, dataset, "train", stored(dataset))
     options = dict(num_samples=HOP_LENGTH * 50, hop=HOP_LENGTH, batch_size=8, seed=1, threads=2)
@@ -116,7 +116,7 @@ def test_codes_go_with_their_samples(dataset, teacher):
             if not looped:
                 item = source[int(batch["record"][row])]
                 first = (item["offset"] + int(batch["start"][row])) // HOP_LENGTH
-                expected = whole[item["track"]][first : first + 50]
+                expected = codes_of[item["track"]][first : first + 50]
                 agree.append((batch["codes"]["rvq_vae"][row] == expected).mean())
     assert len(agree) > 8
     assert np.mean(agree) > 0.999
@@ -226,19 +226,19 @@ def test_computed_codes_hear_what_is_before_the_clip(dataset, checkpoint, teache
     run_teachers = build.make_teachers(config)
     objective = build.objective(config, build.student(config, run_teachers), run_teachers)
     assert objective.context == {"rvq_vae": 38 * HOP_LENGTH}
-    (track, held), *_ = [
+    (track, stored_track), *_ = [
         x for x in stored_tracks(dataset).items() if x[1].samples > 20 * SAMPLE_RATE
     ]
-    source = records.open_source(dataset, held.split)
-    audio = np.concatenate(list(encode.track_audio(source, held)))
+    source = records.open_source(dataset, stored_track.split)
+    audio = np.concatenate(list(encode.track_audio(source, stored_track)))
     start = 9 * SAMPLE_RATE // HOP_LENGTH * HOP_LENGTH
     wave = audio[None, start - 38 * HOP_LENGTH : start + 16_000].astype(np.float32) / FULL_SCALE
     teacher_params = {name: t.params for name, t in run_teachers.items()}
     target = jax.jit(lambda p, w: step.targets(objective, p, w, 49))(teacher_params, wave)
     expected = whole_tracks(dataset, teacher)[track][start // HOP_LENGTH :][:49]
     assert (target["rvq_vae"][0] == expected).mean() > 0.95
-    alone = jax.jit(teacher.apply)(teacher.params, wave[:, 38 * HOP_LENGTH :])[0, :8]
-    assert (alone == expected[:8]).mean() < 0.9
+    without_context = jax.jit(teacher.apply)(teacher.params, wave[:, 38 * HOP_LENGTH :])[0, :8]
+    assert (without_context == expected[:8]).mean() < 0.9
     clip = wave[:, 38 * HOP_LENGTH :]  # the CQT hears the clip alone
     exact = jax.jit(run_teachers["cqt"].apply)(run_teachers["cqt"].params, clip)[:, :49]
     np.testing.assert_allclose(target["cqt"], exact, atol=1e-6)
@@ -260,8 +260,8 @@ def another(dataset, tmp_path) -> str:
 
 def rewrite(path: str, **changes) -> None:
     """Change some values of a JSON file."""
-    held = json.loads(pathlib.Path(path).read_text())
-    pathlib.Path(path).write_text(json.dumps(held | changes))
+    info = json.loads(pathlib.Path(path).read_text())
+    pathlib.Path(path).write_text(json.dumps(info | changes))
 
 
 def test_two_datasets_that_store_the_same_codec_need_no_checkpoint(dataset, another):
@@ -279,9 +279,9 @@ def test_two_datasets_that_store_the_same_codec_need_no_checkpoint(dataset, anot
     assert (batch["record"] >= len(sources[0])).sum() == 4
     assert not batch["looped"].all()
     for row in np.flatnonzero(~batch["looped"]):
-        held = sources[0][int(batch["record"][row]) % len(sources[0])]["codes"]["rvq_vae"]
+        codes = sources[0][int(batch["record"][row]) % len(sources[0])]["codes"]["rvq_vae"]
         first = batch["start"][row] // HOP_LENGTH
-        np.testing.assert_array_equal(batch["codes"]["rvq_vae"][row], held[first : first + 50])
+        np.testing.assert_array_equal(batch["codes"]["rvq_vae"][row], codes[first : first + 50])
 
 
 @pytest.mark.parametrize("differs", ["none", "fingerprint", "books", "size"])
@@ -296,13 +296,13 @@ def test_codes_that_not_all_datasets_store_are_computed_or_refused(
     # the first one that stores any says which codec it is
     reverse = another if differs == "none" else dataset
     for dirs, odd in (((dataset, another), another), ((another, dataset), reverse)):
-        said = f"{odd} does not store the codes of rvq_vae that"
+        line = f"{odd} does not store the codes of rvq_vae that"
         config = config_of(",".join(dirs))
-        with pytest.raises(UserError, match=f"{said}.* --output={odd} --codes=CHECKPOINT"):
+        with pytest.raises(UserError, match=f"{line}.* --output={odd} --codes=CHECKPOINT"):
             build.find_stored_codes(config)
         config.teacher.rvq_vae.checkpoint = checkpoint
         assert build.find_stored_codes(config) == {}
-        assert said in capsys.readouterr().out
+        assert line in capsys.readouterr().out
 
 
 def test_clips_must_fit_every_dataset(dataset, another):

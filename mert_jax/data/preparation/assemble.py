@@ -1,8 +1,8 @@
-"""Decoded tracks put together as one dataset, and the switch from the old dataset to the new.
+"""Assembles decoded tracks into a dataset, and replaces the old dataset by it.
 
-The order is that of the tracks' hashes, so equal music gives equal shards. A new dataset is built
-whole beside the old one, then moved into place with dataset_info.json last; a switch that was
-interrupted is finished by the next run.
+Tracks are ordered by their hashes, so that equal music gives equal shards. A new dataset is built
+beside the old one, then moved into place, dataset_info.json last; the next run completes an
+interrupted move.
 """
 
 import collections
@@ -33,7 +33,7 @@ class Track(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Where a finished dataset keeps a track: its records are first, first + 1, ..."""
+    """Position of a track in a finished dataset: its records are first, first + 1, ..."""
 
     path: str
     samples: int
@@ -42,24 +42,20 @@ class Stored(NamedTuple):
 
 
 def split_tracks(tracks: Sequence[Track], fraction: float) -> dict[str, list[Track]]:
-    """Divide tracks, each by its own hash, so that adding music moves no track to the other side.
+    """Split tracks into train and validation by their hashes, so that adding music moves no track.
 
-    With two tracks or more neither side is empty: the smallest hash is then in validation and the
-    largest in train, whatever the fraction (a fraction of 0 asks for no validation, and gets none).
+    Unless `fraction` is 0, neither split of two tracks or more is empty: the smallest hash is in
+    validation, the largest in train.
     """
     ordered = sorted(tracks)
-    held = [t for t in ordered if int(t.track, 16) < fraction * 16.0 ** len(t.track)]
-    if len(ordered) < 2 or fraction == 0:
-        held = []
-    elif not held:
-        held = ordered[:1]
-    elif len(held) == len(ordered):
-        held = ordered[:-1]
-    return {"train": ordered[len(held) :], "validation": held}
+    count = sum(int(t.track, 16) < fraction * 16.0 ** len(t.track) for t in ordered)
+    empty = len(ordered) < 2 or fraction == 0
+    count = 0 if empty else min(max(count, 1), len(ordered) - 1)
+    return {"train": ordered[count:], "validation": ordered[:count]}
 
 
 def assign_shards(sizes: Sequence[int], shard_bytes: int) -> list[int]:
-    """Give each record, of `sizes` bytes, its shard: the next one once `shard_bytes` are full."""
+    """Return the shard of each record of `sizes` bytes; a shard has at most `shard_bytes`."""
     shards = []
     shard = filled = 0
     for size in sizes:
@@ -71,7 +67,7 @@ def assign_shards(sizes: Sequence[int], shard_bytes: int) -> list[int]:
 
 
 def stored_tracks(output: str) -> dict[str, Stored]:
-    """The tracks in the shards of a finished dataset, by hash; empty where there is none."""
+    """Return the tracks of a finished dataset by hash, {} if there is none."""
     if not os.path.exists(os.path.join(output, records.INFO)):
         return {}
     try:
@@ -93,10 +89,10 @@ def build(
     shard_bytes: int,
     progress: Callable[[int], None],
 ) -> str:
-    """Write the dataset into the staging directory, complete but for `ready`, and return where.
+    """Write a dataset below the staging directory and return its path.
 
-    Samples come from the staging directory or else from the dataset now in `output`. `progress`
-    gets the samples of each record. Raises OSError where writing fails.
+    Samples come from the staging directory, else from the dataset in `output`. `progress` gets the
+    samples of each record. Raises OSError if writing fails.
     """
     building = os.path.join(staging, "building")
     shutil.rmtree(building, ignore_errors=True)
@@ -108,7 +104,6 @@ def build(
         for split, tracks in splits.items():
             spans = [records.chunk_spans(t.samples, chunk, overlap) for t in tracks]
             sizes = [2 * (stop - start) for s in spans for start, stop in s]
-            shards = assign_shards(sizes, shard_bytes)
             first = 0
             for t, s in zip(tracks, spans, strict=True):
                 line = Stored(t.path, t.samples, split, first)._asdict()
@@ -117,7 +112,7 @@ def build(
             if not sizes:
                 continue
             stream = _serialised(tracks, spans, output, staging, stored, progress)
-            lengths = list(collections.Counter(shards).values())
+            lengths = list(collections.Counter(assign_shards(sizes, shard_bytes)).values())
             num_bytes = 0
             for shard, length in enumerate(lengths):
                 name = records.shard_name(split, shard, len(lengths))
@@ -153,36 +148,34 @@ def _serialised(
 
 
 def finish(building: str, staging: str) -> None:
-    """Declare a built dataset complete: from here on it replaces the old one, come what may."""
+    """Flush a built dataset to disk and mark it complete: the next switch moves it into place."""
     for name in os.listdir(building):
         with open(os.path.join(building, name), "rb") as file:
             os.fsync(file.fileno())
     os.rename(building, os.path.join(staging, "ready"))
 
 
-def switch(output: str, staging: str) -> bool:
-    """Move a complete dataset from the staging directory into `output`; whether there was one.
+def switch(output: str, staging: str) -> None:
+    """Move a complete dataset, if there is one, from the staging directory to `output`.
 
-    May be interrupted anywhere and called again: until the last move nothing opens as a dataset.
+    May be interrupted and called again: until the last move `output` does not open as a dataset.
     """
     ready = os.path.join(staging, "ready")
     if not os.path.isdir(ready):
-        return False
+        return
     info, retired = os.path.join(output, records.INFO), os.path.join(staging, "retired.json")
     new_info = os.path.join(ready, records.INFO)
     if os.path.exists(new_info):
         if os.path.exists(info):
             os.replace(info, retired)
-        if os.path.exists(retired):  # no new shard has been moved yet: these are the old ones
-            for shard in glob.glob(
-                os.path.join(glob.escape(output), f"{records.NAME}-*.array_record-*-of-*")
-            ):
+        if os.path.exists(retired):  # no new shard has been moved yet: all shards are old
+            pattern = f"{records.NAME}-*.array_record-*-of-*"
+            for shard in glob.glob(os.path.join(glob.escape(output), pattern)):
                 os.unlink(shard)
             os.unlink(retired)
         for name in sorted(os.listdir(ready)):
             if name != records.INFO:
                 os.replace(os.path.join(ready, name), os.path.join(output, name))
         os.replace(new_info, info)
-    # the dataset is complete; what a worker of a killed run may still write is cleared next time
+    # complete; files that a worker of a killed run still writes are removed by the next run
     shutil.rmtree(staging, ignore_errors=True)
-    return True

@@ -1,8 +1,7 @@
-"""Codes of whole tracks by an RVQ-VAE, stored beside a prepared dataset's audio.
+"""Stores an RVQ-VAE's codes of whole tracks beside a prepared dataset's audio.
 
-Tracks of any length go through the encoder side by side, in pieces; the codes are those of the
-whole track. Each finished track is saved, so that an interrupted run resumes, and the codes of
-tracks that the same codec encoded earlier are copied.
+Tracks go through the encoder side by side in pieces, with the codes of the whole track. Finished
+tracks are saved, so that an interrupted run resumes; earlier codes of the same codec are copied.
 """
 
 import itertools
@@ -45,7 +44,7 @@ class Lane(NamedTuple):
 def encode(directory: str, checkpoint: str, bar: tqdm) -> stored_codes.CodesInfo:
     """Store the codes of every track of the dataset in `directory`; `bar` counts seconds of audio.
 
-    Raises UserError for a checkpoint that cannot be read, and OSError where writing fails.
+    Raises UserError for a checkpoint that cannot be read, OSError if writing fails.
     """
     teacher = teachers.make(NAME, checkpoint=checkpoint)
     fingerprint = teachers.fingerprint(teacher)
@@ -156,16 +155,12 @@ def _encode(
 def _copy(directory: str, fingerprint: str, staging: str) -> None:
     """Copy the codes that the dataset already stores to `staging`, if this codec made them."""
     root = stored_codes.folder(directory, NAME)
-    path = os.path.join(root, stored_codes.INFO)
-    if not os.path.exists(path):
+    rows = read_jsonl(os.path.join(root, stored_codes.INFO))
+    if not rows or rows[0].get("fingerprint") != fingerprint:
         return
-    with open(path) as f:
-        before = stored_codes.CodesInfo(**json.load(f))
-    if before.fingerprint != fingerprint:
-        return
-    lines = read_jsonl(os.path.join(root, TRACKS))
-    opened = {split: stored_codes.CodesSource(directory, split, before) for split in before.shards}
-    for line in lines:
+    info = stored_codes.CodesInfo(**rows[0])
+    opened = {split: stored_codes.CodesSource(directory, split, info) for split in info.shards}
+    for line in read_jsonl(os.path.join(root, TRACKS)):
         if os.path.exists(_path(staging, line["track"])):
             continue
         parts, frames = [], 0
@@ -211,9 +206,8 @@ def _assemble(
         lengths = source.shard_lengths()
         for shard, length in enumerate(lengths):
             name = f"{split}.array_record-{shard:05d}-of-{len(lengths):05d}"
-            path = os.path.join(root, name)
-            with atomic_write(path, replace=True) as temporary:
-                records.write_shard(temporary, itertools.islice(stream, length))
+            with atomic_write(os.path.join(root, name), replace=True) as path:
+                records.write_shard(path, itertools.islice(stream, length))
             shards[split].append(name)
         counts[split] = histogram.tolist()
     info = stored_codes.CodesInfo(
@@ -222,11 +216,7 @@ def _assemble(
     _write_lines(os.path.join(root, TRACKS), manifest)
     _write_lines(info_path, [info._asdict()])
     shutil.rmtree(os.path.join(root, ".staging"))
-    current = {
-        stored_codes.INFO,
-        TRACKS,
-        *(name for names in shards.values() for name in names),
-    }
+    current = {stored_codes.INFO, TRACKS, *itertools.chain(*shards.values())}
     for name in set(os.listdir(root)) - current:
         os.unlink(os.path.join(root, name))
     return info

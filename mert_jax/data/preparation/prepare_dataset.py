@@ -1,14 +1,15 @@
-"""A dataset prepared from audio files, completed after an interruption, or brought up to date.
+"""Prepares a dataset from audio files, resumes an interrupted preparation, or updates a dataset.
 
-OUTPUT/sources.jsonl remembers the outcome of every file, so that a later run decodes only files
-that are new or changed.
+OUTPUT/sources.jsonl records the outcome of every file, so that a later run decodes only new and
+changed files.
 """
 
+import contextlib
 import functools
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,15 @@ from mert_jax import progress
 from mert_jax.constants import SAMPLE_RATE
 from mert_jax.data import code_checks, records
 from mert_jax.data.preparation import assemble, sources, staging
-from mert_jax.data.preparation.selection import PreparationSettings, describe, select
+from mert_jax.data.preparation.selection import (
+    REPORT,
+    PreparationSettings,
+    count_reasons,
+    describe,
+    make_report,
+    select,
+)
 from mert_jax.data.preparation.sources import Outcome, SourceFile
-from mert_jax.data.preparation.summary import REPORT, make_report
 from mert_jax.data.preparation.workers import run_jobs
 from mert_jax.errors import UserError
 from mert_jax.files import atomic_write, directory_lock
@@ -47,13 +54,18 @@ def prepare(
             "the directory"
         )
     source_list = sources.find_sources(inputs, exclude=output)
+    with _full_disk_named(output, "decoded files"), directory_lock(output):
+        return _prepare(source_list, output, settings, workers)
+
+
+@contextlib.contextmanager
+def _full_disk_named(path: str, finished: str) -> Iterator[None]:
     try:
-        with directory_lock(output):
-            return _prepare(source_list, output, settings, workers)
+        yield
     except OSError as e:
         raise UserError(
-            f"cannot write {output}: {e.strerror or e}; free some space or give another --output, "
-            "then run the command again (decoded files are kept)"
+            f"cannot write {path}: {e.strerror or e}; free some space or give another --output, "
+            f"then run the command again ({finished} are kept)"
         ) from e
 
 
@@ -78,13 +90,13 @@ def _prepare(
     report = make_report(selection, source_list.left_out, metadata)
     if not selection.tracks:
         _write_report(output, report)
-        counts = ", ".join(f"{n} {reason}" for reason, n in report["left_out_counts"].items())
         raise UserError(
-            f"no usable audio in {report['files']} files: {counts}; "
+            f"no usable audio in {report['files']} files: {count_reasons(report)}; "
             f"see {os.path.join(output, REPORT)}"
         )
-    wanted = {(t.track, t.path, t.samples, split) for split in splits for t in splits[split]}
-    if wanted != {(track, s.path, s.samples, s.split) for track, s in stored.items()}:
+    new = {(t.track, t.path, t.samples, split) for split in splits for t in splits[split]}
+    old = {(track, s.path, s.samples, s.split) for track, s in stored.items()}
+    if new != old:
         building = _build(splits, output, stage_dir, metadata)
         _write_report(building, report)
         _write_sources(building, files)
@@ -191,40 +203,33 @@ def _build(
         )
 
 
+def _write_text(path: str, text: str) -> None:
+    with atomic_write(path, replace=True) as temporary, open(temporary, "w") as file:
+        file.write(text)
+
+
 def _write_report(directory: str, report: dict[str, Any]) -> None:
-    with (
-        atomic_write(os.path.join(directory, REPORT), replace=True) as path,
-        open(path, "w") as file,
-    ):
-        file.write(json.dumps(report, indent=1) + "\n")
+    _write_text(os.path.join(directory, REPORT), json.dumps(report, indent=1) + "\n")
 
 
 def _write_sources(directory: str, files: Sequence[tuple[SourceFile, Outcome]]) -> None:
-    with (
-        atomic_write(os.path.join(directory, _SOURCES), replace=True) as path,
-        open(path, "w") as file,
-    ):
-        file.writelines(sources.to_line(*each) for each in files)
+    lines = (sources.to_line(source, outcome) for source, outcome in files)
+    _write_text(os.path.join(directory, _SOURCES), "".join(lines))
 
 
 def store_codes(output: str, checkpoint: str) -> None:
     """Store the codes of every track of the dataset in `output` and print how often each is used.
 
-    Raises UserError as `encode.encode` does, for a degenerate codebook (the codes stay, but
-    training would refuse them too), and for a disk that cannot be written.
+    Raises UserError for an unreadable checkpoint, a disk that cannot be written, and a degenerate
+    codebook, whose codes stay but are refused by training too.
     """
     from mert_jax.data.preparation import encode  # loads jax, which decoding does not need
 
     records.metadata(output)
-    try:
-        # the bar's rate is the real-time factor
-        with directory_lock(output), progress.bar("encoding", 0, "s") as bar:
-            info = encode.encode(output, checkpoint, bar)
-    except OSError as e:
-        raise UserError(
-            f"cannot write {output}/codes: {e.strerror or e}; free some space and run the command "
-            "again (encoded tracks are kept)"
-        ) from e
+    named = _full_disk_named(os.path.join(output, "codes"), "encoded tracks")
+    # the bar's rate is the real-time factor
+    with named, directory_lock(output), progress.bar("encoding", 0, "s") as bar:
+        info = encode.encode(output, checkpoint, bar)
     for split, counts in info.counts.items():
         frames = sum(counts[0])
         line = code_checks.check_codes(f"codes of {split}", np.array(counts), frames)

@@ -1,5 +1,6 @@
-"""The files a dataset is made from: finding them, and remembering what became of each."""
+"""Finds the audio files of a dataset, and records the outcome of decoding each."""
 
+import contextlib
 import json
 import os
 import stat
@@ -11,7 +12,7 @@ from mert_jax.errors import UserError
 
 
 class SourceFile(NamedTuple):
-    """A file to decode: where it is, its name relative to the input, and how to see it changed."""
+    """A file to decode; `name` is relative to the input, size and time tell if it changed."""
 
     path: str
     name: str
@@ -20,7 +21,7 @@ class SourceFile(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What decoding a file gave: a track, or the reason why it is left out."""
+    """Outcome of decoding a file: a track, or the reason why the file is skipped."""
 
     track: str = ""
     samples: int = 0
@@ -33,16 +34,16 @@ class Outcome(NamedTuple):
 
 
 class SourceList(NamedTuple):
-    """Sources sorted by name, and (name, reason, detail) of what needs no decoding."""
+    """Files to decode sorted by name, and (name, reason, detail) of the others."""
 
     sources: list[SourceFile]
     left_out: list[tuple[str, str, str]]
 
 
 def find_sources(inputs: Sequence[str], exclude: str) -> SourceList:
-    """List the audio files in directories (nested) and files, without those under `exclude`.
+    """List the audio files in directories (nested) and files, except those under `exclude`.
 
-    Raises `UserError` for an input that is missing, cannot be listed or holds no file.
+    Raises UserError for an input that is missing, and if there is no file at all.
     """
     exclude = os.path.realpath(exclude)
     sources: dict[str, SourceFile] = {}
@@ -54,10 +55,10 @@ def find_sources(inputs: Sequence[str], exclude: str) -> SourceList:
         root = os.path.abspath(given)
         if os.path.realpath(root) == exclude:
             raise UserError(f"--output={given} is also an --input; write to another directory")
-        alone = not os.path.isdir(root)
-        for path, error in [(root, "")] if alone else _walk(root, exclude):
+        is_file = not os.path.isdir(root)
+        for path, error in [(root, "")] if is_file else _walk(root, exclude):
             files += not error
-            name = printable(os.path.basename(path) if alone else os.path.relpath(path, root))
+            name = printable(os.path.basename(path) if is_file else os.path.relpath(path, root))
             real = os.path.realpath(path)
             if real in sources or real in left_out:
                 continue  # reached twice, by overlapping inputs or links
@@ -70,7 +71,7 @@ def find_sources(inputs: Sequence[str], exclude: str) -> SourceList:
                 continue
             if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
                 left_out[real] = (name, "unreadable", "not a regular file")
-            elif alone or is_audio_name(path):
+            elif is_file or is_audio_name(path):
                 sources[real] = SourceFile(real, name, status.st_size, status.st_mtime_ns)
             else:
                 suffix = os.path.splitext(path)[1].lower() or "no suffix"
@@ -83,44 +84,37 @@ def find_sources(inputs: Sequence[str], exclude: str) -> SourceList:
 
 def _walk(root: str, exclude: str) -> Iterator[tuple[str, str]]:
     """Yield (file, "") below a directory, and (directory, error) for those that cannot be read."""
-    seen = {os.path.realpath(root)}
+    seen = {os.path.realpath(root), exclude}
     errors: list[OSError] = []
     for folder, folders, files in os.walk(root, followlinks=True, onerror=errors.append):
-        inside = []
-        for name in sorted(folders):
-            real = os.path.realpath(os.path.join(folder, name))
-            if real != exclude and real not in seen:  # a link may lead back up
-                seen.add(real)
-                inside.append(name)
-        folders[:] = inside
+        links = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(folders)}
+        # a link may lead back up; os.walk enters the folders that are left in this list
+        folders[:] = [name for name, real in links.items() if real not in seen]
+        seen.update(links.values())
         yield from ((os.path.join(folder, name), "") for name in sorted(files))
     yield from ((e.filename, e.strerror) for e in errors)
 
 
 def printable(name: str) -> str:
-    """A file name as text that can be printed and stored, whatever bytes it is made of."""
+    """Return a file name of any bytes as text that can be printed and stored."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
 def to_line(source: SourceFile, outcome: Outcome) -> str:
-    """One line of a journal of outcomes."""
+    """Return the line of a journal for a file."""
     return json.dumps(source._asdict() | outcome._asdict()) + "\n"
 
 
 def read_lines(path: str) -> Iterator[tuple[SourceFile, Outcome]]:
-    """Read a journal of outcomes back; none where there is no such file.
+    """Yield the files and outcomes of a journal, nothing if there is none.
 
-    A line that was being written when the run was killed is left out: its file is decoded again.
+    Lines that a killed run left incomplete are skipped: their files are decoded again.
     """
     if not os.path.exists(path):
         return
     with open(path) as file:
         for line in file:
-            if line.isspace():
-                continue
-            try:
+            with contextlib.suppress(json.JSONDecodeError):
                 fields = json.loads(line)
-            except ValueError:
-                continue
-            source = SourceFile(*(fields.pop(key) for key in SourceFile._fields))
-            yield source, Outcome(**fields)
+                source = SourceFile(*(fields.pop(key) for key in SourceFile._fields))
+                yield source, Outcome(**fields)

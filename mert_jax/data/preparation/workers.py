@@ -1,7 +1,7 @@
-"""A pool of processes that outlives the death of any of them.
+"""A pool of processes that survives the death of any of them.
 
-`concurrent.futures` gives up the whole pool when a process dies and cannot say on which job; a
-decoder that crashes on one file of a hundred thousand must cost that file only.
+`concurrent.futures` gives up the whole pool when a process dies and cannot name the job; here a
+decoder that crashes costs one file.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 from mert_jax.errors import UserError
 
 _CONTEXT = multiprocessing.get_context("spawn")
-_ATTEMPTS = 2  # the system may have killed a worker for the sake of its neighbour's memory
+_ATTEMPTS = 2  # the system may have killed a worker for memory that its neighbours took
 
 
 class Event(NamedTuple):
-    """News of a job: `kind` is progress, result or died, `value` what was sent or why it died."""
+    """An event of a job: progress or result with the value sent, or died with the cause."""
 
     job: Any
     kind: str
@@ -29,18 +29,32 @@ class Event(NamedTuple):
 
 class _Worker:
     def __init__(self, function: Callable[..., Any]):
-        self.pipe, theirs = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=_serve, args=(function, theirs), daemon=True)
-        # Ctrl-C reaches every process of the terminal: the parent alone answers it
-        with _blocked_interrupt():
+        self.pipe, child_end = _CONTEXT.Pipe()
+        self.process = _CONTEXT.Process(target=_serve, args=(function, child_end), daemon=True)
+        # Ctrl-C reaches every process of the terminal and is for the parent only: the child
+        # inherits this mask, the parent gets the signal when it is restored
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
             self.process.start()
-        theirs.close()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        child_end.close()
         self.ready = False
-        self.job: Any = None
+        self.job: tuple[Any, int] | None = None  # and which attempt at it this is
+
+    def close(self) -> str:
+        """Wait for the process to end and return how it did."""
+        self.process.join()
+        self.pipe.close()
+        exitcode = self.process.exitcode
+        if exitcode is not None and exitcode < 0:
+            name = signal.Signals(-exitcode).name
+            return f"killed by {name}" + (", out of memory?" if name == "SIGKILL" else "")
+        return f"exit code {exitcode}"
 
 
 def cpus() -> int:
-    """CPUs that this process may use."""
+    """Return the number of CPUs that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
@@ -50,8 +64,9 @@ def run_jobs(
 ) -> Iterator[Event]:
     """Call `function(job, report)` in processes and yield events as they happen.
 
-    `report(value)` gives a progress event; a job whose process dies twice gives a died event. An
-    OSError of the function is raised here; any other exception as RuntimeError with its traceback.
+    `report(value)` gives a progress event; a job whose process dies twice gives a died event.
+    Raises an OSError of the function as it is, any other exception as RuntimeError with its
+    traceback, and UserError if a worker cannot start.
     """
     waiting = [(job, 1) for job in reversed(list(jobs))]
     pool = [_Worker(function) for _ in range(max(1, min(workers, len(waiting))))]
@@ -60,7 +75,7 @@ def run_jobs(
             for worker in pool:
                 if worker.ready and not worker.job and waiting:
                     worker.job = waiting.pop()
-                    # a worker that died since is found out by reading from it, below
+                    # reading from a dead worker, below, shows that it died
                     with contextlib.suppress(BrokenPipeError):
                         worker.pipe.send(worker.job[0])
             for pipe in wait([worker.pipe for worker in pool]):
@@ -69,13 +84,19 @@ def run_jobs(
                 try:
                     kind, value = pipe.recv()
                 except (EOFError, ConnectionResetError):
-                    pool[index] = _replace(worker, function)
+                    cause = worker.close()
+                    if not worker.ready:
+                        raise UserError(
+                            f"a worker process cannot start ({cause}); free some memory or give "
+                            "fewer --workers"
+                        ) from None
+                    pool[index] = _Worker(function)
                     if worker.job:
                         job, attempt = worker.job
                         if attempt < _ATTEMPTS:
                             waiting.append((job, attempt + 1))
                         else:
-                            yield Event(job, "died", _cause(worker.process.exitcode))
+                            yield Event(job, "died", cause)
                     continue
                 if kind == "ready":
                     worker.ready = True
@@ -90,47 +111,18 @@ def run_jobs(
         for worker in pool:
             worker.process.kill()
         for worker in pool:
-            worker.process.join()
-            worker.pipe.close()
-
-
-def _replace(worker: _Worker, function: Callable[..., Any]) -> _Worker:
-    worker.process.join()
-    worker.pipe.close()
-    if not worker.ready:
-        raise UserError(
-            f"a worker process cannot start ({_cause(worker.process.exitcode)}); free some memory "
-            "or give fewer --workers"
-        )
-    return _Worker(function)
-
-
-def _cause(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        return f"killed by {name}" + (", out of memory?" if name == "SIGKILL" else "")
-    return f"exit code {exitcode}"
-
-
-@contextlib.contextmanager
-def _blocked_interrupt() -> Iterator[None]:
-    # a child inherits the mask; here a Ctrl-C in between is delivered when the block ends
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            worker.close()
 
 
 def _serve(function: Callable[..., Any], pipe: Connection) -> None:
-    # decoders print about damaged files on file descriptor 2; every reason goes through the pipe
+    # decoders print about damaged files to file descriptor 2; every reason goes through the pipe
     with open(os.devnull, "wb") as null:
         os.dup2(null.fileno(), 2)
 
     def report(value: Any) -> None:
         pipe.send(("progress", value))
 
-    # the parent is gone when reading or writing fails: it was stopped, and so are we
+    # reading or writing fails when the parent has stopped: stop too
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         pipe.send(("ready", None))
         while True:
