@@ -1,60 +1,47 @@
-"""Probe datasets that can be made anywhere: what a model hears of music, in minutes.
+"""Make seven probe datasets from soundfonts, folk tunes and drum kits, in minutes.
 
     python -m mert_jax.make_tasks --output=DIR [--only=made_pitch,made_key] [--small]
 
-Makes DIR/made_pitch, made_instrument, made_key, made_beat, made_mix, made_technique (rendered with
-a soundfont; the test with another, which is never trained on) and made_drums (real one-shots; kits
-left out). Each holds audio/*.flac (mono, 24 kHz), NAME.train.jsonl, NAME.val.jsonl, NAME.test.jsonl
-and about.json. Two runs give the same bytes. Tasks that are there are left as they are.
+Writes DIR/made_pitch, made_instrument, made_key, made_beat, made_mix, made_technique (rendered; the
+test split with a soundfont of its own) and made_drums (recorded; the test split from kits of its
+own). Each holds audio/*.flac (mono, 24 kHz), NAME.train.jsonl, NAME.val.jsonl, NAME.test.jsonl and
+about.json. Two runs give the same bytes. Existing datasets are not changed.
 
-What is needed: `pip install 'mert_jax[make_tasks]'` (music21's tunes, pretty_midi's font), `pip
-install --no-deps tinysoundfont` (the renderer; what it would bring, pyaudio, plays sound and is not
-used), and of Debian fluid-soundfont-gm and hydrogen-drumkits. What is missing is said, with the
-command that brings it; tasks that do without are made, and the exit code is 1.
+Needs `pip install 'mert_jax[make_tasks]'` (music21's tunes, pretty_midi's soundfont), `pip install
+--no-deps tinysoundfont` (the renderer; its dependency pyaudio only plays sound), and the Debian
+packages fluid-soundfont-gm and hydrogen-drumkits. If one is missing, prints how to install it,
+makes the other datasets and exits with 1.
 """
 
 import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from absl import flags
 
 from mert_jax import cli, progress
 from mert_jax.errors import UserError, print_error
-from mert_jax.synthetic import beats, clips, drums, fonts, keys, mixes, notes, techniques
-from mert_jax.synthetic.recipe import Recipe
+from mert_jax.synthetic import dataset, drums, fonts, instruments, melodies
 
 RENDERED = {
-    "made_pitch": notes.pitch,
-    "made_instrument": notes.instrument,
-    "made_key": keys.key,
-    "made_beat": beats.beat,
-    "made_mix": mixes.mix,
-    "made_technique": techniques.technique,
+    "made_pitch": instruments.pitch,
+    "made_instrument": instruments.instrument,
+    "made_key": melodies.key,
+    "made_beat": melodies.beat,
+    "made_mix": instruments.mix,
+    "made_technique": instruments.technique,
 }
 TASKS = (*RENDERED, "made_drums")
 
 FLAGS = flags.FlagValues()
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "Directory of the tasks.", required=True, flag_values=FLAGS
-)
-_ONLY = flags.DEFINE_list("only", list(TASKS), "Tasks to make.", flag_values=FLAGS)
-_SMALL = flags.DEFINE_bool(
-    "small", False, "A handful of clips a task, to try things out.", flag_values=FLAGS
-)
-_TRAIN_FONT = flags.DEFINE_string(
-    "train_font", "", f"Soundfont (.sf2) of train and val. [{fonts.TRAIN_FONT}]", flag_values=FLAGS
-)
-_TEST_FONT = flags.DEFINE_string(
-    "test_font",
-    "",
-    "Soundfont (.sf2) of the test. [TimGM6mb, which pretty_midi brings]",
-    flag_values=FLAGS,
-)
-_DRUMKITS = flags.DEFINE_string(
-    "drumkits", "", f"Hydrogen's drum kits. [{drums.FOLDER}]", flag_values=FLAGS
-)
+_text = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
+_OUTPUT = _text("output", None, "Directory of the datasets.", required=True)
+_ONLY = flags.DEFINE_list("only", list(TASKS), "Datasets to make.", flag_values=FLAGS)
+_SMALL = flags.DEFINE_bool("small", False, "Make a few clips each, for a try.", flag_values=FLAGS)
+_TRAIN_FONT = _text("train_font", "", f"Soundfont of train and val. [{fonts.TRAIN_FONT}]")
+_TEST_FONT = _text("test_font", "", "Soundfont of the test. [pretty_midi's TimGM6mb]")
+_DRUMKITS = _text("drumkits", "", f"Folder of Hydrogen's drum kits. [{drums.FOLDER}]")
 
 
 def make_tasks(
@@ -65,47 +52,44 @@ def make_tasks(
     test_font: str = "",
     drumkits: str = "",
 ) -> dict[str, str]:
-    """Make the tasks `only` in `output`, and return those that could not be made, with why.
+    """Make the datasets `only` in `output`; return {name: reason} of those that lack a source.
 
-    Raises UserError for an unknown task, for a path that was given and is wrong, and for a task in
-    `output` that was made otherwise.
+    Raises UserError for an unknown name, a wrong path, and an existing dataset of other settings.
     """
     if unknown := sorted(set(only) - set(TASKS)):
         raise UserError(f"--only: no task {', '.join(unknown)}; there are {', '.join(TASKS)}")
     if "://" in output:
-        raise UserError(f"--output={output}: tasks are made on a local disk; copy them from there")
-    pair = functools.cache(lambda: fonts.pair(train_font, test_font))
+        raise UserError(f"--output={output} must be on a local disk; copy the datasets from there")
     missing = {}
     for name in only:
-        folder = os.path.join(output, name)
+        folder, settings = os.path.join(output, name), {"small": small}
         try:
-            settings = {"small": small}
-            if name in RENDERED:
-                settings |= {x: font.name for x, font in pair()._asdict().items()}
-                make: Callable[[], Recipe] = lambda name=name: RENDERED[name](pair(), small)
-            else:
-                make = lambda: drums.drums(drumkits, small)
+            pair = fonts.load_fonts(train_font, test_font) if name in RENDERED else None
+            if pair:
+                settings |= {role: font.name for role, font in pair._asdict().items()}
             if os.path.exists(folder):
-                clips.check(folder, settings)
-                print(f"{name}: there already", flush=True)
+                dataset.check_settings(folder, settings)
+                print(f"{name}: exists already", flush=True)
                 continue
-            recipe = make()
-        except fonts.Missing as e:
+            recipe = RENDERED[name](pair, small) if pair else drums.drums(drumkits, small)
+        except dataset.NotInstalled as e:
             missing[name] = str(e)
             continue
         with progress.bar(name, len(recipe.clips), "clip") as bar:
-            clips.write(folder, recipe, settings, bar.update)
+            dataset.write_dataset(folder, recipe, settings, bar.update)
         print(f"{name}: {len(recipe.clips)} clips in {folder}", flush=True)
     return missing
 
 
 def report(missing: dict[str, str], asked: int) -> int:
-    """Say what could not be made, one line a reason; the exit code. Raises UserError where nothing
-    could be made."""
-    reasons = {}
-    for name, reason in missing.items():
-        reasons.setdefault(reason, []).append(name)
-    lines = [f"{', '.join(names)} not made: {reason}" for reason, names in reasons.items()]
+    """Print one line for each reason why datasets are missing; return the exit code.
+
+    Raises UserError if all that were `asked` for are missing.
+    """
+    lines = []
+    for reason in dict.fromkeys(missing.values()):
+        names = ", ".join(name for name in missing if missing[name] == reason)
+        lines.append(f"{names} not made: {reason}")
     if missing and len(missing) == asked:
         raise UserError("; ".join(lines))
     for line in lines:
@@ -116,16 +100,9 @@ def report(missing: dict[str, str], asked: int) -> int:
 def main() -> int:
     """Run the command and return its exit code."""
     started = time.monotonic()
-    asked = list(dict.fromkeys(_ONLY.value))
-    missing = make_tasks(
-        _OUTPUT.value,
-        asked,
-        _SMALL.value,
-        _TRAIN_FONT.value,
-        _TEST_FONT.value,
-        _DRUMKITS.value,
-    )
-    code = report(missing, len(asked))
+    only = list(dict.fromkeys(_ONLY.value))
+    options = (_SMALL.value, _TRAIN_FONT.value, _TEST_FONT.value, _DRUMKITS.value)
+    code = report(make_tasks(_OUTPUT.value, only, *options), len(only))
     print(f"done in {time.monotonic() - started:.0f} s")
     return code
 

@@ -1,4 +1,4 @@
-"""Soundfonts: notes to sound, by TinySoundFont (https://github.com/schellingb/TinySoundFont)."""
+"""Soundfonts: notes to audio with TinySoundFont (https://github.com/schellingb/TinySoundFont)."""
 
 import functools
 import hashlib
@@ -11,29 +11,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import soxr
 
+from mert_jax.constants import SAMPLE_RATE
 from mert_jax.errors import UserError
-from mert_jax.synthetic.recipe import SAMPLE_RATE
+from mert_jax.synthetic.dataset import Clip, NotInstalled, Recipe
 
-DRUMS = 128  # as a program: the font's drum kit
-RENDER_RATE = 48_000  # the renderer interpolates samples without a filter: above, then down
+DRUMS = 128  # program number of a font's drum kit
+KICK, SNARE, HAT = 36, 38, 42  # its MIDI pitches
 DRUM_CHANNEL = 9
-RENDERER = "0.3.7"
+# the renderer interpolates its samples without a filter: render above SAMPLE_RATE, then resample
+RENDER_RATE = 48_000
 TRAIN_FONT = "/usr/share/sounds/sf2/FluidR3_GM.sf2"
 LICENCES = {"FluidR3_GM": "MIT", "TimGM6mb": "GPL-2"}
 INSTALL = {
-    "renderer": f"pip install --no-deps tinysoundfont=={RENDERER}",
+    "renderer": "pip install --no-deps tinysoundfont==0.3.7",
     "train": "apt-get install fluid-soundfont-gm",
     "test": "pip install 'mert_jax[make_tasks]'",
 }
 
 
-class Missing(UserError):
-    """Something that a task is made of is not installed: what, and the command that brings it."""
-
-
 class Note(NamedTuple):
-    """A note from `start` to `stop` [seconds]; pitch and velocity as in MIDI; program 0 to 127 of
-    General MIDI, or DRUMS."""
+    """A note from `start` to `stop` [seconds]; program: 0 to 127 of General MIDI, or DRUMS."""
 
     start: float
     stop: float
@@ -43,10 +40,7 @@ class Note(NamedTuple):
 
 
 class Font(NamedTuple):
-    """Something that plays: (notes, seconds, tuning in semitones) -> f32[N] at SAMPLE_RATE.
-
-    about: what about.json says of it.
-    """
+    """A soundfont; play: (notes, seconds, tuning in semitones) -> f32[N] at SAMPLE_RATE."""
 
     name: str
     play: Callable[..., np.ndarray]
@@ -54,7 +48,7 @@ class Font(NamedTuple):
 
 
 class Fonts(NamedTuple):
-    """One font that is trained on (and validated), and one that is heard in the test alone."""
+    """The font of train and val, and another one for the test."""
 
     train: Font
     test: Font
@@ -62,39 +56,44 @@ class Fonts(NamedTuple):
     def of(self, split: str) -> Font:
         return self.test if split == "test" else self.train
 
-
-def pair(train: str, test: str) -> Fonts:
-    """The fonts at two paths, "" for where they usually are. Raises Missing, and UserError for a
-    path that was given and is not there."""
-    return Fonts(
-        load(_path("train", train, TRAIN_FONT)), load(_path("test", test, bundled() or "TimGM6mb"))
-    )
+    def recipe(self, clips: Sequence[Clip], source: str, split: str) -> Recipe:
+        """Return a recipe; split: how train and val differ."""
+        fonts = {"train": self.train.about, "test": self.test.about}
+        about = {"source": source, "split": f"{split}; test: another font", "fonts": fonts}
+        return Recipe(clips, about)
 
 
-def bundled() -> str | None:
-    """The font that comes with pretty_midi, None without it."""
-    found = importlib.util.find_spec("pretty_midi")
-    if not found or not found.origin:
-        return None
-    path = os.path.join(os.path.dirname(found.origin), "TimGM6mb.sf2")
+def load_fonts(train: str, test: str) -> Fonts:
+    """Load the fonts at two paths, "" for the usual places.
+
+    Raises NotInstalled for a font missing from its usual place, UserError for a wrong path.
+    """
+    paths = ("train", train, TRAIN_FONT), ("test", test, bundled_font() or "TimGM6mb")
+    return Fonts(*(load_font(_path(*each)) for each in paths))
+
+
+def bundled_font() -> str | None:
+    """Return the path of the font that comes with pretty_midi, None without it."""
+    spec = importlib.util.find_spec("pretty_midi")
+    path = os.path.join(os.path.dirname(spec.origin), "TimGM6mb.sf2") if spec else ""
     return path if os.path.exists(path) else None
 
 
 def _path(role: str, given: str, usual: str) -> str:
     if given and not os.path.isfile(given):
-        raise UserError(f"--{role}_font={given} is no file; a soundfont (.sf2) is needed")
+        raise UserError(f"--{role}_font={given} is not a file; a soundfont (.sf2) is needed")
     if not given and not os.path.isfile(usual):
-        raise Missing(f"no soundfont {usual}: {INSTALL[role]}, or give --{role}_font=FILE.sf2")
+        raise NotInstalled(f"no soundfont {usual}: {INSTALL[role]}, or give --{role}_font=FILE.sf2")
     return given or usual
 
 
 @functools.cache
-def load(path: str) -> Font:
-    """Load a soundfont. Raises Missing without the renderer, UserError for what it cannot read."""
+def load_font(path: str) -> Font:
+    """Load a soundfont. Raises NotInstalled without the renderer, UserError for a bad file."""
     try:
-        import tinysoundfont
+        import tinysoundfont  # optional
     except ImportError:
-        raise Missing(f"no renderer of soundfonts: {INSTALL['renderer']}") from None
+        raise NotInstalled(f"no renderer of soundfonts: {INSTALL['renderer']}") from None
     synth = tinysoundfont.Synth(samplerate=RENDER_RATE)
     try:
         font = synth.sfload(path)
@@ -115,38 +114,44 @@ def load(path: str) -> Font:
 def _play(
     synth: Any, font: int, name: str, notes: Sequence[Note], seconds: float, tuning: float = 0.0
 ) -> np.ndarray:
-    programs = sorted({note.program for note in notes} - {DRUMS})
-    channels = [c for c in range(16) if c != DRUM_CHANNEL]
-    channel = dict(zip(programs, channels, strict=False)) | {DRUMS: DRUM_CHANNEL}
     synth.sounds_off()
-    synth.generate(RENDER_RATE // 10)  # voices of the clip before fade out here
-    for program, c in channel.items():
-        if program != DRUMS and synth.sfpreset_name(font, 0, program) is None:
-            raise UserError(f"soundfont {name} has no program {program}; give a General MIDI font")
-        drums = program == DRUMS
-        synth.program_select(c, font, 128 if drums else 0, 0 if drums else program, drums)
-        synth.set_tuning(c, 0.0 if drums else tuning)
-    events = []  # (sample, is a start, ...): at one moment, what ends comes first
+    synth.generate(RENDER_RATE // 10)  # voices of the previous clip fade out here
+    channels = _select_programs(synth, font, name, {note.program for note in notes}, tuning)
+    events = []  # (sample, is a start, ...): notes end before others start at the same sample
     for note in notes:
-        c, start, stop = channel[note.program], _sample(note.start), _sample(note.stop)
-        events.append((start, 1, c, note.pitch, note.velocity))
-        events.append((max(stop, start + 1), 0, c, note.pitch, 0))
+        channel, start, stop = channels[note.program], _sample(note.start), _sample(note.stop)
+        events.append((start, True, channel, note.pitch, note.velocity))
+        events.append((max(stop, start + 1), False, channel, note.pitch, 0))
     parts, now, end = [], 0, _sample(seconds)
-    for at, starts, c, pitch, velocity in sorted(events):
-        if at >= end:
-            break
+    for at, starts, channel, pitch, velocity in sorted(x for x in events if x[0] < end):
         if at > now:
             parts.append(_generate(synth, at - now))
             now = at
         if starts:
-            synth.noteon(c, pitch, velocity)
+            synth.noteon(channel, pitch, velocity)
         else:
-            synth.noteoff(c, pitch)
+            synth.noteoff(channel, pitch)
     parts.append(_generate(synth, end - now))
     wave = soxr.resample(np.concatenate(parts), RENDER_RATE, SAMPLE_RATE)
     if np.abs(wave).max() < 1e-5:
         raise UserError(f"soundfont {name} is silent where it should play {notes[0]}")
     return wave
+
+
+def _select_programs(
+    synth: Any, font: int, name: str, programs: set[int], tuning: float
+) -> dict[int, int]:
+    """Give each program a MIDI channel; return {program: channel}."""
+    free = (channel for channel in range(16) if channel != DRUM_CHANNEL)
+    channels = dict(zip(sorted(programs - {DRUMS}), free, strict=False))
+    for program, channel in channels.items():
+        if synth.sfpreset_name(font, 0, program) is None:
+            raise UserError(f"soundfont {name} has no program {program}; give a General MIDI font")
+        synth.program_select(channel, font, 0, program, False)
+        synth.set_tuning(channel, tuning)
+    synth.program_select(DRUM_CHANNEL, font, 128, 0, True)
+    synth.set_tuning(DRUM_CHANNEL, 0.0)
+    return channels | {DRUMS: DRUM_CHANNEL}
 
 
 def _sample(seconds: float) -> int:

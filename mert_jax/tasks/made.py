@@ -2,7 +2,7 @@
 
 import functools
 
-from mert_jax.synthetic import beats, drums, keys, mixes, notes, techniques
+from mert_jax.synthetic import drums, instruments, melodies
 from mert_jax.tasks.gtzan import beats as beats_of
 from mert_jax.tasks.task import Task, class_of, from_jsonl, tags_of
 
@@ -14,10 +14,10 @@ RENDERED = (
 
 def _task(
     name: str,
-    kind: str,
     labels: tuple[str, ...],
-    metrics: tuple[str, ...],
     seconds: float,
+    kind: str = "classes",
+    metrics: tuple[str, ...] = ("accuracy",),
     licence: str = RENDERED,
 ) -> Task:
     source = (
@@ -36,25 +36,29 @@ def _task(
     return Task(name, kind, labels, metrics, clips, seconds, licence, source, paper)
 
 
-PITCH = _task("made_pitch", "classes", notes.PITCH_LABELS, ("accuracy",), notes.SECONDS)
-INSTRUMENT = _task(
-    "made_instrument", "classes", notes.INSTRUMENT_LABELS, ("accuracy",), notes.SECONDS
+PITCH = _task("made_pitch", instruments.PITCH_LABELS, instruments.NOTE_SECONDS)
+INSTRUMENT = _task("made_instrument", instruments.INSTRUMENT_LABELS, instruments.NOTE_SECONDS)
+TECHNIQUE = _task("made_technique", instruments.TECHNIQUE_LABELS, instruments.TECHNIQUE_SECONDS)
+MIX = _task(
+    "made_mix",
+    instruments.MIX_LABELS,
+    instruments.MIX_SECONDS,
+    "tags",
+    ("roc_auc", "average_precision"),
 )
-KEY = _task("made_key", "key", keys.LABELS, ("weighted_score", "accuracy"), keys.SECONDS)
+KEY = _task(
+    "made_key", melodies.KEY_LABELS, melodies.KEY_SECONDS, "key", ("weighted_score", "accuracy")
+)
 BEAT = _task(
     "made_beat",
-    "beats",
     ("beat",),
+    melodies.BEAT_SECONDS,
+    "beats",
     ("f_measure", "f_measure_20ms", "f_measure_pooled"),
-    beats.SECONDS,
 )
-MIX = _task("made_mix", "tags", mixes.LABELS, ("roc_auc", "average_precision"), mixes.SECONDS)
-TECHNIQUE = _task("made_technique", "classes", techniques.LABELS, ("accuracy",), techniques.SECONDS)
 DRUMS = _task(
     "made_drums",
-    "classes",
     drums.LABELS,
-    ("accuracy",),
     drums.SECONDS,
-    "by kit, see about.json: CC0, CC-BY, CC-BY-SA, GPL-2",
+    licence="by kit, see about.json: CC0, CC-BY, CC-BY-SA, GPL-2",
 )

@@ -1,0 +1,142 @@
+"""Synthetic probe datasets: their clips, and their folder DIR/NAME on disk."""
+
+import collections
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile
+
+from mert_jax.constants import SAMPLE_RATE
+from mert_jax.errors import UserError
+from mert_jax.files import atomic_write
+
+SPLITS = ("train", "val", "test")
+SEED = 20_240
+BITS = 16
+PEAK = 32_767  # the int16 value of 1.0
+
+
+class NotInstalled(UserError):
+    """A missing source of a dataset; the message names the command that installs it."""
+
+
+class Clip(NamedTuple):
+    """One example: its split, label, origin, and a function that computes its audio.
+
+    label: a class, a list of tags, or {"beat": seconds}, as in MARBLE's lists. made_of: font,
+    instrument, tune, kit... wave: returns f32[N] at SAMPLE_RATE.
+    """
+
+    split: str
+    label: Any
+    made_of: dict[str, Any]
+    wave: Callable[[], np.ndarray]
+
+
+class Recipe(NamedTuple):
+    """The clips of a dataset, and the sources and licences for its about.json."""
+
+    clips: Sequence[Clip]
+    about: dict[str, Any]
+
+
+def rng(*names: object) -> np.random.Generator:
+    """Return a random generator seeded by `names`, equal on every machine."""
+    return np.random.default_rng([SEED, *"/".join(map(str, names)).encode()])
+
+
+def numbered(counts: dict[str, int]) -> Iterator[tuple[str, int]]:
+    """Yield (split, i) for each i below that split's count."""
+    return ((split, i) for split, count in counts.items() for i in range(count))
+
+
+def vary_level(
+    wave: np.ndarray, draw: np.random.Generator, noise_db: tuple[float, float] = (40, 70)
+) -> np.ndarray:
+    """Add white noise and scale to a random level, so that neither predicts the label.
+
+    The noise lies `noise_db` [dB] below the peak, the peak 1 to 20 dB below full scale.
+    """
+    peak = float(np.abs(wave).max())
+    noise = draw.standard_normal(len(wave)).astype(np.float32)
+    wave = wave / peak + 10 ** (-draw.uniform(*noise_db) / 20) * noise
+    return (10 ** (-draw.uniform(1, 20) / 20) / np.abs(wave).max() * wave).astype(np.float32)
+
+
+def write_dataset(
+    folder: str, recipe: Recipe, settings: dict[str, Any], on_clip: Callable[[], Any]
+) -> None:
+    """Write audio/*.flac, NAME.SPLIT.jsonl and about.json, calling `on_clip` after each clip.
+
+    The lists have the keys of MARBLE's (https://github.com/a43992899/MARBLE), and made_of.
+    """
+    name = os.path.basename(os.path.abspath(folder))
+    with atomic_write(folder) as path:
+        os.makedirs(os.path.join(path, "audio"))
+        rows = {split: [] for split in SPLITS}
+        for clip in recipe.clips:
+            file = f"audio/{clip.split}-{len(rows[clip.split]):05d}.flac"
+            rows[clip.split].append(_write_clip(path, file, clip))
+            on_clip()
+        for split in SPLITS:
+            with open(os.path.join(path, f"{name}.{split}.jsonl"), "w") as f:
+                f.writelines(json.dumps(row) + "\n" for row in rows[split])
+        about = {
+            "name": name,
+            **recipe.about,
+            "settings": settings,
+            "seed": SEED,
+            "counts": {split: _counts(rows[split]) for split in SPLITS},
+            "versions": {x: version(x) for x in ("mert_jax", "numpy", "soundfile", "soxr")},
+        }
+        with open(os.path.join(path, "about.json"), "w") as f:
+            f.write(json.dumps(about, indent=1) + "\n")
+
+
+def _write_clip(path: str, file: str, clip: Clip) -> dict[str, Any]:
+    samples = np.round(np.clip(clip.wave(), -1, 1) * PEAK).astype(np.int16)
+    soundfile.write(os.path.join(path, file), samples, SAMPLE_RATE, subtype=f"PCM_{BITS}")
+    return {
+        "audio_path": file,
+        "label": clip.label,
+        "duration": len(samples) / SAMPLE_RATE,
+        "sample_rate": SAMPLE_RATE,
+        "num_samples": len(samples),
+        "bit_depth": BITS,
+        "channels": 1,
+        "made_of": clip.made_of,
+    }
+
+
+def _counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    labels = collections.Counter()
+    for row in rows:
+        label = row["label"]
+        if isinstance(label, dict):
+            labels["beat"] += len(label["beat"])
+        else:
+            labels.update([label] if isinstance(label, str) else label)
+    return {
+        "clips": len(rows),
+        "minutes": round(sum(row["duration"] for row in rows) / 60, 2),
+        "labels": dict(sorted(labels.items())),
+    }
+
+
+def check_settings(folder: str, settings: dict[str, Any]) -> None:
+    """Raise UserError unless `folder` holds a dataset that was written with `settings`."""
+    try:
+        with open(os.path.join(folder, "about.json")) as f:
+            before = json.load(f)["settings"]
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(
+            f"{folder} is not a dataset of make_tasks ({e}); remove it or change --output"
+        ) from e
+    if before != settings:
+        raise UserError(
+            f"{folder} was made with {before}, now {settings}; remove it, or give another --output"
+        )
