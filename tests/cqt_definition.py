@@ -1,4 +1,4 @@
-"""The CQT by its definition, dense and in float64: what the fast one is judged by.
+"""The CQT by its definition, dense and in float64: the reference for the fast one.
 
 Source: KinWaiCheuk/nnAudio, `features/cqt.py`, CQT1992v2. Shapes: B clips, N samples, F bins.
 """
@@ -14,18 +14,21 @@ FMIN = 32.7
 def kernels(
     n_bins: int, bins_per_octave: int, sample_rate: int = 24_000
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """Complex kernels rounded to float32 as nnAudio stores them, each [length] with the wave's
-    sample at element (length + 1) // 2; their lengths, int [F]; their frequencies in Hz, [F]."""
+    """Return complex kernels, their lengths, int [F], and their frequencies in Hz, [F].
+
+    Each kernel [length] is rounded to float32 as nnAudio stores it; its element (length + 1) // 2
+    belongs to the frame's sample.
+    """
     quality = 1 / (2 ** (1 / bins_per_octave) - 1)
     frequencies = FMIN * 2.0 ** (np.arange(n_bins) / bins_per_octave)
     lengths = np.ceil(quality * sample_rate / frequencies).astype(int)
-    made = []
+    waves = []
     for length, frequency in zip(lengths, frequencies, strict=True):
-        window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(length) / length)  # periodic
+        hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(length) / length)  # periodic
         n = np.arange(length) - (length + 1) // 2
-        kernel = window * np.exp(2j * np.pi * n * frequency / sample_rate)
-        made.append((kernel / np.abs(kernel).sum()).astype(np.complex64))
-    return made, lengths, frequencies
+        kernel = hann * np.exp(2j * np.pi * n * frequency / sample_rate)
+        waves.append((kernel / np.abs(kernel).sum()).astype(np.complex64))
+    return waves, lengths, frequencies
 
 
 def magnitudes(
@@ -35,17 +38,18 @@ def magnitudes(
     sample_rate: int = 24_000,
     hop: int = 320,
 ) -> np.ndarray:
-    """Magnitudes float64 [B, N // hop + 1, F] of `wave` [B, N]."""
+    """Return magnitudes float64 [B, N // hop + 1, F] of `wave` [B, N]."""
     num_frames = wave.shape[1] // hop + 1
-    made, lengths, _ = kernels(n_bins, bins_per_octave, sample_rate)
+    waves, lengths, _ = kernels(n_bins, bins_per_octave, sample_rate)
     reach = -(-(int(lengths.max()) + 1) // (2 * hop)) + 1  # hops on each side of a frame
     padded = np.zeros((len(wave), (num_frames + 2 * reach) * hop))
     padded[:, reach * hop :][:, : wave.shape[1]] = wave
     hops = padded.reshape(len(wave), -1, hop)
     result = np.empty((len(wave), num_frames, n_bins))
-    for k, kernel in enumerate(made):
+    for k, kernel in enumerate(waves):
         before = (len(kernel) + 1) // 2
         blocks = -(-before // hop)  # whole hops before the frame's sample
+        # the kernel cut at hops too: one product with each hop of the wave serves all frames
         pieces = np.zeros((blocks + -(-(len(kernel) - before) // hop), hop), complex)
         pieces.reshape(-1)[blocks * hop - before :][: len(kernel)] = kernel.conj()
         real, imag = hops @ pieces.real.T, hops @ pieces.imag.T  # [B, hops, pieces]

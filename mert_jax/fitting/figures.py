@@ -86,10 +86,10 @@ def png(figures: Mapping[str, list[Book]], title: str) -> bytes:
         axes.set_xticks(ticks, [b.name for b in train], rotation=30 if len(train) > 3 else 0)
         axes.set_ylim(0, 1.12 * axes.get_ylim()[1])  # room for the legend
         axes.legend(fontsize=8.5, framealpha=0.7, edgecolor="none", loc="upper right", ncols=3)
-    shades = colormaps["viridis"](np.linspace(0, 0.9, len(train)))
-    for book, shade in zip(train, shades, strict=True):
+    right.set_prop_cycle(color=colormaps["viridis"](np.linspace(0, 0.9, len(train))))
+    for book in train:
         shares = np.array(book.counts) / sum(book.counts)
-        right.plot(np.arange(1, book.size + 1), shares, color=shade, lw=1.3, label=book.name)
+        right.plot(np.arange(1, book.size + 1), shares, lw=1.3, label=book.name)
     right.set(yscale="log", xlabel="code, most frequent first")
     right.legend(fontsize=8.5, framealpha=0.7, edgecolor="none")
     titles = ("Variance left", "Perplexity of the codes", "Share of the train frames")

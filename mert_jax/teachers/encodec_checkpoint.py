@@ -72,7 +72,7 @@ def read_encodec(path: str) -> dict[str, Any]:
 
 def from_state(state: Mapping[str, np.ndarray], path: str = "the state dict") -> dict[str, Any]:
     """Return the parameters of a state dict, called `path` in errors; see `read_encodec`."""
-    state = {_common_name(name): np.asarray(x) for name, x in state.items()}
+    state = {_common_name(name): np.asarray(x, np.float32) for name, x in state.items()}
     _check_kind(state, path)
     conv_in, conv_out = (state.get(f"encoder.layers.{i}.conv.weight_v") for i in (0, 15))
     filters = 32 if conv_in is None else conv_in.shape[0]
@@ -87,7 +87,7 @@ def from_state(state: Mapping[str, np.ndarray], path: str = "the state dict") ->
     _check_shapes(state, shapes, path)
     params = {
         "encoder": _from_torch(state, "encoder"),
-        "codebooks": np.stack([state[name] for name in books]).astype(np.float32),
+        "codebooks": np.stack([state[name] for name in books]),
     }
     return params | ({"decoder": _from_torch(state, "decoder")} if with_decoder else {})
 
@@ -179,29 +179,21 @@ def _shapes(part: str, module: Any, example: Any) -> dict[str, tuple[int, ...]]:
     return {name: x.shape for name, x in _to_torch(zeros, part).items()}
 
 
-def _leaves(state: State, prefix: str) -> State:
-    return {
-        name.removeprefix(prefix): np.asarray(x, np.float32)
-        for name, x in state.items()
-        if name.startswith(prefix)
-    }
-
-
 def _from_torch(state: State, part: str) -> dict[str, Any]:
-    """Nested parameters of `part` from torch's tensors."""
+    """Nested parameters of `part` from torch's tensors, float32."""
     flat = {}
     for module, layer in LAYERS[part].items():
-        leaves = _leaves(state, f"{part}.layers.{layer}.")
+        name = f"{part}.layers.{layer}"
         if module == "lstm":
             for i in range(2):
-                bias = leaves[f"lstm.bias_ih_l{i}"] + leaves[f"lstm.bias_hh_l{i}"]
-                flat[f"lstm_{i}/input/kernel"] = leaves[f"lstm.weight_ih_l{i}"].T
+                bias = state[f"{name}.lstm.bias_ih_l{i}"] + state[f"{name}.lstm.bias_hh_l{i}"]
+                flat[f"lstm_{i}/input/kernel"] = state[f"{name}.lstm.weight_ih_l{i}"].T
                 flat[f"lstm_{i}/input/bias"] = bias
-                flat[f"lstm_{i}/recurrent"] = leaves[f"lstm.weight_hh_l{i}"].T
+                flat[f"lstm_{i}/recurrent"] = state[f"{name}.lstm.weight_hh_l{i}"].T
             continue
-        direction, bias = leaves["conv.weight_v"], leaves["conv.bias"]
+        direction, bias = state[f"{name}.conv.weight_v"], state[f"{name}.conv.bias"]
         norm = np.sqrt(np.sum(np.square(direction, dtype=np.float64), (1, 2), keepdims=True))
-        kernel = (leaves["conv.weight_g"] * direction / norm).astype(np.float32)
+        kernel = (state[f"{name}.conv.weight_g"] * direction / norm).astype(np.float32)
         if module.startswith("up"):  # [in, out, 2 * ratio]
             now, before = np.split(kernel.transpose(0, 2, 1), 2, axis=1)
             flat[f"{module}/now/kernel"] = now.reshape(len(kernel), -1)

@@ -1,4 +1,4 @@
-"""Fitting on a small prepared dataset: deterministic, readable by make, clear about mistakes."""
+"""Fitting on a small prepared dataset: deterministic, readable by `make`, with clear errors."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from mert_jax.models import spectrograms
 from mert_jax.teachers import fitted_file
 
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-# small programs compile for longer than they run
+# small programs take longer to compile than to run
 QUICKLY = ENVIRONMENT | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
@@ -36,7 +36,7 @@ def start(*flags: str, env: dict[str, str] = ENVIRONMENT) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> str:
-    """Four prepared tracks of plucked partials, 48 s, one of them held out."""
+    """Four prepared tracks of plucked partials, 48 s, one of them for validation."""
     folder = tmp_path_factory.mktemp("music")
     rng = np.random.default_rng(0)
     for track, seconds in enumerate((14, 12, 12, 10)):
@@ -56,12 +56,12 @@ def dataset(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def clip(dataset) -> np.ndarray:
-    """Two seconds of the track held out."""
+    """Two seconds of the held-out track."""
     samples = records.open_source(dataset, "validation")[0]["audio"]
     return samples[None, 24_000:72_000].astype(np.float32) / 32768
 
 
-def test_the_same_seed_gives_the_same_file_in_another_process(dataset, tmp_path, clip):
+def test_equal_seeds_give_equal_files_in_other_processes(dataset, tmp_path, clip):
     flags = ["--teacher=kmeans", f"--data={dataset}", "--frames=1500", "--iterations=3"]
     outputs = [tmp_path / name for name in ("one", "two", "other")]
     seeds = ["--seed=7", "--seed=7", "--seed=8"]
@@ -96,7 +96,7 @@ def test_the_same_seed_gives_the_same_file_in_another_process(dataset, tmp_path,
     assert codes[..., 1].max() < 200
 
 
-def test_every_level_of_mel_rvq_leaves_less(dataset, tmp_path, clip):
+def test_each_level_of_mel_rvq_lowers_the_error(dataset, tmp_path, clip):
     sampler, sizes = Sampler(dataset, seed=0, frames=1200), dict(books=3, size=32, dim=4)
     fitted = fitters.fit_mel_rvq(sampler, 5, **sizes)
     again = fitters.fit_mel_rvq(sampler, 5, **sizes)
@@ -112,7 +112,7 @@ def test_every_level_of_mel_rvq_leaves_less(dataset, tmp_path, clip):
     assert len(np.unique(codes)) > 5
 
 
-def test_random_projection_is_fitted_to_the_datasets_bands(dataset, tmp_path, clip):
+def test_random_projection_gets_the_datasets_mean_and_std(dataset, tmp_path, clip):
     sampler = Sampler(dataset, seed=0, frames=1200)
     cluster_run.fit("random_projection", sampler, str(tmp_path), iterations=1)
     options = dict(books=2, size=64)
@@ -120,7 +120,10 @@ def test_random_projection_is_fitted_to_the_datasets_bands(dataset, tmp_path, cl
     teacher = teachers.make("random_projection", checkpoint=str(tmp_path), **options)
     codes = np.asarray(jax.jit(teacher.apply)(teacher.params, clip))
     assert codes.shape == (1, 151, 2)
-    mel = lambda wave: spectrograms.log_mel(wave, teacher.params["mel_filters"], 320)
+
+    def mel(wave: np.ndarray) -> jax.Array:
+        return spectrograms.log_mel(wave, teacher.params["mel_filters"], 320)
+
     frames = sampler.draw("train", mel)
     np.testing.assert_allclose(teacher.params["mean"], frames.mean(0), rtol=1e-4)
     normalised = (np.asarray(mel(clip))[0] - frames.mean(0)) / frames.std(0)
@@ -131,12 +134,12 @@ def test_random_projection_is_fitted_to_the_datasets_bands(dataset, tmp_path, cl
     assert (codes != plain.apply(plain.params, clip)).mean() > 0.3
     with pytest.raises(UserError, match="fitted with n_fft=2048, and the teacher has n_fft=1024"):
         teachers.make("random_projection", checkpoint=str(tmp_path), n_fft=1024)
-    # another teacher's place is not taken
+    # a file of another teacher is not replaced
     with pytest.raises(UserError, match="holds teacher 'random_projection'"):
         cluster_run.fit("kmeans", sampler, str(tmp_path), iterations=1)
 
 
-def test_an_output_that_cannot_be_written_is_told_before_fitting(dataset, tmp_path):
+def test_unwritable_outputs_are_refused_before_fitting(dataset, tmp_path):
     (tmp_path / "file").write_text("")
     sampler = Sampler(dataset, seed=0, frames=200)
     for output, words in (
@@ -147,25 +150,26 @@ def test_an_output_that_cannot_be_written_is_told_before_fitting(dataset, tmp_pa
             cluster_run.fit("kmeans", sampler, output, iterations=1)
 
 
-def test_too_little_music(dataset):
+def test_too_little_music_is_refused(dataset):
     with pytest.raises(UserError, match=r"200 frames of .* cannot make a codebook of 300"):
         fitters.fit_kmeans(Sampler(dataset, seed=0, frames=200), iterations=1)
 
 
-def test_a_mistake_is_one_line_and_ctrl_c_leaves_nothing(dataset, tmp_path):
+def test_errors_are_one_line_and_ctrl_c_leaves_nothing(dataset, tmp_path):
     mistakes = {
         "cannot be fitted; choose one of kmeans": ["--teacher=nope", f"--data={dataset}"],
         "no prepared dataset in": ["--teacher=kmeans", f"--data={tmp_path}"],
         "--teacher, --data and --output are needed": ["--teacher=kmeans"],
     }
-    stopped = start("--teacher=mel_rvq", f"--data={dataset}", f"--output={tmp_path / 'y'}")
-    deadline, seen = time.monotonic() + 120, ""
-    while "level 0" not in seen:
-        assert time.monotonic() < deadline, seen
-        seen += stopped.stderr.read(1)
-    stopped.send_signal(signal.SIGINT)
-    _, error = stopped.communicate(timeout=60)
-    assert stopped.returncode == 130
+    flags = ["--teacher=mel_rvq", f"--data={dataset}", f"--output={tmp_path / 'y'}"]
+    interrupted = start(*flags)
+    deadline, printed = time.monotonic() + 120, ""
+    while "level 0" not in printed:
+        assert time.monotonic() < deadline, printed
+        printed += interrupted.stderr.read(1)
+    interrupted.send_signal(signal.SIGINT)
+    _, error = interrupted.communicate(timeout=60)
+    assert interrupted.returncode == 130
     assert "stopped; nothing was written" in error
     assert "Traceback" not in error
     assert not (tmp_path / "y").exists()
@@ -178,37 +182,28 @@ def test_a_mistake_is_one_line_and_ctrl_c_leaves_nothing(dataset, tmp_path):
         assert error.count("\n") == 1
 
 
-CODEC = [
-    *(
-        "--teacher=rvq_vae",
-        "--config=configs/codec.py",
-        "--config.filters=2",
-        "--config.dim=8",
-        "--config.books=2",
-    ),
-    *("--config.size=32", "--config.batch_size=4", "--config.num_samples=6400"),
-    *("--config.total_steps=6", "--config.log_every=2", "--config.eval_every=4"),
-]
+SMALL = "filters=2 dim=8 books=2 size=32 batch_size=4 num_samples=6400"
+STEPS = "total_steps=6 log_every=2 eval_every=4"
+CODEC = ["--teacher=rvq_vae", "--config=configs/codec.py"]
+CODEC += [f"--config.{setting}" for setting in f"{SMALL} {STEPS}".split()]
 
 
 @pytest.fixture(scope="module")
 def codec(dataset, tmp_path_factory) -> tuple[str, str]:
-    """A codec after 6 updates, interrupted at the third and run again; its output and the words."""
+    """The output of a codec stopped at update 3 of 6 and run again, and what it printed."""
     output = str(tmp_path_factory.mktemp("codec"))
     flags = [*CODEC, f"--data={dataset}", f"--output={output}"]
-    first = start(*flags, "--config.total_steps=3", env=QUICKLY)
-    words = first.communicate()
-    assert first.returncode == 0, words
-    second = start(*flags, env=QUICKLY)
-    words = second.communicate()
-    assert second.returncode == 0, words
-    return output, words[0]
+    for steps in (3, 6):
+        process = start(*flags, f"--config.total_steps={steps}", env=QUICKLY)
+        printed = process.communicate()
+        assert process.returncode == 0, printed
+    return output, printed[0]
 
 
-def test_a_codec_resumes_and_says_how_it_does(codec):
-    output, words = codec
-    assert "resuming" in words
-    assert "at step 3 of 6" in words
+def test_a_codec_resumes_and_reports_its_quality(codec):
+    output, printed = codec
+    assert "resuming" in printed
+    assert "at step 3 of 6" in printed
     with open(os.path.join(output, "training", "metrics.jsonl")) as f:
         assert [json.loads(line)["step"] for line in f] == [2, 3, 4, 6]
     with open(os.path.join(output, "report.json")) as f:
@@ -217,14 +212,14 @@ def test_a_codec_resumes_and_says_how_it_does(codec):
     assert set(report["codebooks"]) == {"trained", "untrained", "none"}
     for kind, figures in report["codebooks"].items():
         assert np.isfinite([figures["mel_distance"], figures["si_sdr"]]).all()
-        assert f"{kind}: log-mel distance {figures['mel_distance']:.3f}" in words
-    heard = sorted(os.listdir(os.path.join(output, "listen")))
-    assert {"0_original.wav", "0_trained.wav"} <= set(heard)
+        assert f"{kind}: log-mel distance {figures['mel_distance']:.3f}" in printed
+    files = os.listdir(os.path.join(output, "listen"))
+    assert {"0_original.wav", "0_trained.wav"} <= set(files)
     wave, rate = soundfile.read(os.path.join(output, "listen", "0_trained.wav"))
     assert (len(wave), rate) == (48_000, 24_000)
 
 
-def test_a_codec_is_a_teacher(codec, clip):
+def test_a_fitted_codec_is_a_teacher(codec, clip):
     teacher = teachers.make("rvq_vae", checkpoint=codec[0])
     codes = jax.jit(teacher.apply)(teacher.params, clip)
     assert codes.shape == (1, 150, 2)
@@ -232,11 +227,11 @@ def test_a_codec_is_a_teacher(codec, clip):
     assert codes.max() < 32
 
 
-def test_an_output_of_another_codec_is_left_alone(dataset, codec):
+def test_the_output_of_another_codec_is_refused(dataset, codec):
     process = start(*CODEC, f"--data={dataset}", f"--output={codec[0]}", "--config.filters=4")
-    words = process.communicate()[1]
+    error = process.communicate()[1]
     assert process.returncode == 2
-    assert "filters: 2 there, 4 now" in words
+    assert "filters: 2 there, 4 now" in error
 
 
 @pytest.mark.parametrize(
@@ -253,9 +248,9 @@ def test_an_output_of_another_codec_is_left_alone(dataset, codec):
         ([*CODEC, "--config.nothing=0"], "nothing"),
     ],
 )
-def test_settings_of_a_codec_that_do_not_go(dataset, tmp_path, flags, words):
+def test_wrong_settings_of_a_codec_are_refused(dataset, tmp_path, flags, words):
     process = start(*flags, f"--data={dataset}", f"--output={tmp_path / 'out'}")
-    said = process.communicate()[1]
+    error = process.communicate()[1]
     assert process.returncode == 2
-    assert words in said.splitlines()[-1]
+    assert words in error.splitlines()[-1]
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The k-means teacher: codes against librosa's features, its file, and clustering itself."""
+"""The k-means teacher: codes of librosa's features, the fitted file, and the clustering."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def _wave(seconds: float) -> np.ndarray:
     return (0.2 * np.sin(2 * np.pi * 200 * t * (1 + t)) * (t % 0.4)).astype(np.float32)
 
 
-def test_codes_are_those_of_the_nearest_centres(checkpoint):
+def test_codes_are_the_nearest_centres_to_librosas_features(checkpoint):
     teacher = teachers.make("kmeans", checkpoint=checkpoint)
     wave = _wave(1.01)
     codes = np.asarray(jax.jit(teacher.apply)(teacher.params, wave[None]))
@@ -52,7 +52,7 @@ def test_codes_are_those_of_the_nearest_centres(checkpoint):
         zip((np.log(mel.T + 1e-5), chroma.T), _tensors().values(), strict=True)
     ):
         distances = np.square(x[:, None] - centres).sum(-1)
-        # rounding may take a code that is as near as makes no difference
+        # rounding may choose another of two equally near centres
         chosen = np.take_along_axis(distances, codes[0, :, book : book + 1], 1)[:, 0]
         np.testing.assert_allclose(chosen, distances.min(1), rtol=1e-4)
         assert (codes[0, :, book] == distances.argmin(1)).mean() > 0.98
@@ -65,13 +65,13 @@ def test_codes_do_not_depend_on_the_level_of_a_clip(checkpoint):
     assert (codes[0] == codes[1]).mean() > 0.98
 
 
-def test_equal_teachers_are_equal_files(tmp_path):
+def test_equal_teachers_give_equal_bytes(tmp_path):
     tensors = _tensors()
-    # what is not contiguous must be written as it reads
-    turned = {key: np.asfortranarray(value) for key, value in reversed(tensors.items())}
+    # an array that is not contiguous must be written by its values
+    reordered = {key: np.asfortranarray(value) for key, value in reversed(tensors.items())}
     one = fitted_file.write_fitted(str(tmp_path / "a"), "kmeans", tensors, kmeans.SETTINGS | SIZES)
     two = fitted_file.write_fitted(
-        str(tmp_path / "b"), "kmeans", turned, SIZES | kmeans.SETTINGS | SIZES
+        str(tmp_path / "b"), "kmeans", reordered, SIZES | kmeans.SETTINGS | SIZES
     )
     with open(one, "rb") as a, open(two, "rb") as b:
         assert a.read() == b.read()
@@ -84,24 +84,24 @@ def _umask() -> int:
     return before
 
 
-def test_no_checkpoint_says_how_to_make_one():
-    for name in ("kmeans", "mel_rvq"):
-        with pytest.raises(UserError, match=f"needs checkpoint=PATH.*--teacher={name} "):
-            teachers.make(name)
+@pytest.mark.parametrize("name", ["kmeans", "mel_rvq"])
+def test_the_error_without_checkpoint_names_the_command(name):
+    with pytest.raises(UserError, match=f"needs checkpoint=PATH.*--teacher={name} "):
+        teachers.make(name)
 
 
-def test_all_that_is_wrong_with_the_arrays_is_told_at_once(tmp_path):
+def test_all_wrong_arrays_are_named(tmp_path):
     wrong = {"log_mel_centres": np.zeros((30, 9)), "other": np.zeros(2)}
     fitted_file.write_fitted(str(tmp_path), "kmeans", wrong, kmeans.SETTINGS | SIZES)
-    words = (
+    message = (
         "chroma_centres is missing; other is not expected; "
         r"log_mel_centres is float32 \[30, 9\], not float32 \[30, 229\]"
     )
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         teachers.make("kmeans", checkpoint=str(tmp_path))
 
 
-def test_files_that_are_no_such_teacher(tmp_path, checkpoint):
+def test_other_files_are_refused(tmp_path, checkpoint):
     with pytest.raises(UserError, match="no fitted teacher in"):
         teachers.make("kmeans", checkpoint=str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="holds teacher 'kmeans', not 'mel_rvq'"):
@@ -113,12 +113,12 @@ def test_files_that_are_no_such_teacher(tmp_path, checkpoint):
     save_file({}, foreign, {fitted_file.KEY: json.dumps(dict(teacher="kmeans", settings={}))})
     with pytest.raises(UserError, match="its settings lack 'mel_size'"):
         teachers.make("kmeans", checkpoint=str(foreign))
-    foreign.write_bytes(b"RIFF is no safetensors")
+    foreign.write_bytes(b"RIFF is not safetensors")
     with pytest.raises(UserError, match="cannot be read as a fitted teacher"):
         teachers.make("kmeans", checkpoint=str(foreign))
 
 
-def test_clusters_are_as_good_as_those_of_sklearn():
+def test_clusters_are_as_good_as_sklearns():
     rng = np.random.default_rng(1)
     means = rng.normal(size=(40, 6)) * 5
     x = (means[rng.integers(40, size=5000)] + rng.normal(size=(5000, 6))).astype(np.float32)
@@ -127,9 +127,9 @@ def test_clusters_are_as_good_as_those_of_sklearn():
     assert error < 1.1 * KMeans(40, n_init=3, random_state=0).fit(x).inertia_
 
 
-def test_dead_centres_are_set_on_frames():
+def test_dead_centres_are_moved():
     rng = np.random.default_rng(2)
-    # nearly all vectors are one, so that the first centres coincide
+    # nearly all vectors are equal, so the first centres coincide
     x = np.zeros((4000, 2), np.float32)
     x[::100] = rng.normal(size=(40, 2))
     centres = clusters.fit(x, 30, np.random.default_rng(0), 50, "test")
@@ -137,7 +137,7 @@ def test_dead_centres_are_set_on_frames():
     assert len(np.unique(distances.argmin(1))) == 30
 
 
-def test_fewer_distinct_vectors_than_centres_do_no_harm():
+def test_fewer_distinct_vectors_than_centres():
     x = np.repeat(np.eye(3, dtype=np.float32), 50, 0)
     centres = clusters.fit(x, 8, np.random.default_rng(0), 5, "test")
     assert np.square(x[:, None] - centres).sum(-1).min(1).max() < 1e-9

@@ -1,4 +1,4 @@
-"""The Mel-RVQ teacher against its definition, level by level."""
+"""The Mel-RVQ teacher equals its definition, level by level."""
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory) -> tuple[str, dict[str, np.ndarray]]:
     return directory, tensors
 
 
-def test_every_book_codes_what_the_ones_before_left_over(checkpoint):
+def test_each_codebook_quantises_the_residual_of_those_before(checkpoint):
     directory, tensors = checkpoint
     teacher = teachers.make("mel_rvq", checkpoint=directory)
     wave = np.random.default_rng(1).normal(0, 0.1, (2, 9_700)).astype(np.float32)
@@ -46,20 +46,20 @@ def test_every_book_codes_what_the_ones_before_left_over(checkpoint):
         residual = residual - rows @ tensors["projections"][k].T
 
 
-def test_books_takes_the_first_ones(checkpoint):
+def test_books_selects_the_first_codebooks(checkpoint):
     directory, _ = checkpoint
-    whole = teachers.make("mel_rvq", checkpoint=directory)
+    full = teachers.make("mel_rvq", checkpoint=directory)
     fewer = teachers.make("mel_rvq", checkpoint=directory, books=2)
     wave = np.random.default_rng(2).normal(0, 0.1, (1, 6_400)).astype(np.float32)
-    expected = whole.apply(whole.params, wave)[..., :2]
+    expected = full.apply(full.params, wave)[..., :2]
     np.testing.assert_array_equal(fewer.apply(fewer.params, wave), expected)
     with pytest.raises(UserError, match=r"books=4, but .* has 3"):
         teachers.make("mel_rvq", checkpoint=directory, books=4)
 
 
-def test_projections_keep_the_most_of_the_squares():
+def test_projections_equal_the_truncated_svd():
     x = np.random.default_rng(3).normal(size=(500, 20)) @ np.diag(np.linspace(3, 0.1, 20))
     columns = fitters.principal_columns(x.astype(np.float32), 5)
     np.testing.assert_allclose(columns.T @ columns, np.eye(5), atol=1e-5)
-    kept = np.square(x @ columns).sum()
-    np.testing.assert_allclose(kept, np.square(np.linalg.svd(x)[1][:5]).sum(), rtol=1e-5)
+    projected = np.square(x @ columns).sum()
+    np.testing.assert_allclose(projected, np.square(np.linalg.svd(x)[1][:5]).sum(), rtol=1e-5)
