@@ -1,13 +1,26 @@
 """The start and the end of every command: flags, one line for an error, an exit code."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from mert_jax.errors import USER_ERROR, UserError, print_error
+
+
+class Define:
+    """absl's DEFINE functions for the flags of one command: `define.string("output", ...)`."""
+
+    def __init__(self, values: flags.FlagValues):
+        self._values = values
+
+    def __getattr__(self, kind: str) -> Callable[..., flags.FlagHolder]:
+        module = config_flags if kind == "config_file" else flags
+        return functools.partial(getattr(module, f"DEFINE_{kind}"), flag_values=self._values)
 
 
 def fail(message: object, code: int = USER_ERROR) -> None:

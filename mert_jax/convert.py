@@ -12,19 +12,12 @@ from mert_jax import cli
 from mert_jax.checkpoints import conversion
 
 FLAGS = flags.FlagValues()
-_INPUT = flags.DEFINE_string("input", None, "Checkpoint to read.", required=True, flag_values=FLAGS)
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "Path to write; must not exist.", required=True, flag_values=FLAGS
-)
-_TO = flags.DEFINE_enum(
-    "to", None, tuple(conversion.WRITERS), "Format to write.", required=True, flag_values=FLAGS
-)
-_LICENSE = flags.DEFINE_string(
-    "license", "", "Licence of the weights, for the model card.", flag_values=FLAGS
-)
-_MOMENTS = flags.DEFINE_bool(
-    "moments", True, "Keep Adam's moments if there are any.", flag_values=FLAGS
-)
+define = cli.Define(FLAGS)
+_INPUT = define.string("input", None, "Checkpoint to read.", required=True)
+_OUTPUT = define.string("output", None, "Path to write; must not exist.", required=True)
+_TO = define.enum("to", None, tuple(conversion.WRITERS), "Format to write.", required=True)
+_LICENSE = define.string("license", "", "Licence of the weights, for the model card.")
+_MOMENTS = define.bool("moments", True, "Keep Adam's moments if there are any.")
 
 
 def main() -> None:

@@ -20,33 +20,28 @@ from mert_jax.extraction import folder
 from mert_jax.extraction.embedder import EmbeddingSettings
 
 FLAGS = flags.FlagValues()
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Workdir, Hugging Face directory or fairseq file.", flag_values=FLAGS
+define = cli.Define(FLAGS)
+_CHECKPOINT = define.string("checkpoint", None, "Workdir, Hugging Face directory or fairseq file.")
+_INPUT = define.multi_string(
+    "input", None, "Folders and audio files; repeat the flag or use commas."
 )
-_INPUT = flags.DEFINE_multi_string(
-    "input", None, "Folders and audio files; repeat the flag or use commas.", flag_values=FLAGS
+_OUTPUT = define.string("output", None, "Folder of the results.")
+_LAYERS = define.string(
+    "layers", "all", "Hidden states: all, 7 or 0,7,12; 0 is the encoder's input."
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of the results.", flag_values=FLAGS)
-_LAYERS = flags.DEFINE_string(
-    "layers", "all", "Hidden states: all, 7 or 0,7,12; 0 is the encoder's input.", flag_values=FLAGS
+_POOL = define.enum("pool", "none", ["none", "mean"], "Every frame, or the mean over time.")
+_DTYPE = define.enum("dtype", "float32", ["float32", "float16"], "Type of the hidden states.")
+_CHUNK_SECONDS = define.float(
+    "chunk_seconds", 60.0, "Length of the overlapping chunks of longer files.", 1
 )
-_POOL = flags.DEFINE_enum(
-    "pool", "none", ["none", "mean"], "Every frame, or the mean over time.", flag_values=FLAGS
+_CONTEXT_SECONDS = define.float(
+    "context_seconds", 2.0, "Least audio around each frame of a chunk.", 0
 )
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "float16"], "Type of the hidden states.", flag_values=FLAGS
+_WINDOW_SECONDS = define.float(
+    "window_seconds", 0.0, "Windows that count as recordings; 0: none.", 0
 )
-_CHUNK_SECONDS = flags.DEFINE_float(
-    "chunk_seconds", 60.0, "Length of the overlapping chunks of longer files.", 1, flag_values=FLAGS
-)
-_CONTEXT_SECONDS = flags.DEFINE_float(
-    "context_seconds", 2.0, "Least audio around each frame of a chunk.", 0, flag_values=FLAGS
-)
-_WINDOW_SECONDS = flags.DEFINE_float(
-    "window_seconds", 0.0, "Windows that count as recordings; 0: none.", 0, flag_values=FLAGS
-)
-_BATCH_SECONDS = flags.DEFINE_float(
-    "batch_seconds", 60.0, "Audio in a batch of a device; more may be faster.", 1, flag_values=FLAGS
+_BATCH_SECONDS = define.float(
+    "batch_seconds", 60.0, "Audio in a batch of a device; more may be faster.", 1
 )
 flags.mark_flags_as_required(["checkpoint", "input", "output"], FLAGS)
 

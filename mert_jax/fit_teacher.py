@@ -18,7 +18,6 @@ few held-out clips before and after.
 import os
 
 from absl import flags
-from ml_collections import config_flags
 
 from mert_jax import cli, progress
 from mert_jax.errors import UserError
@@ -28,30 +27,19 @@ from mert_jax.fitting.sampling import Sampler
 from mert_jax.teachers import fitted_file
 
 FLAGS = flags.FlagValues()
+define = cli.Define(FLAGS)
 CODEC = "rvq_vae"  # trained by gradient descent; the others are clusters or statistics
 TEACHERS = (*FITTERS, CODEC)
 
-_TEACHER = flags.DEFINE_string(
-    "teacher", None, f"The teacher to fit: {', '.join(TEACHERS)}.", flag_values=FLAGS
+_TEACHER = define.string("teacher", None, f"The teacher to fit: {', '.join(TEACHERS)}.")
+_DATA = define.string("data", None, "Directory of a prepared dataset.")
+_OUTPUT = define.string("output", None, "Directory of the fitted teacher.")
+_SEED = define.integer("seed", 0, "Seed of the frames drawn and of the first centres.", 0)
+_FRAMES = define.integer(
+    "frames", 100_000, "Most frames to draw (75 a second); more take more memory and time.", 1
 )
-_DATA = flags.DEFINE_string("data", None, "Directory of a prepared dataset.", flag_values=FLAGS)
-_OUTPUT = flags.DEFINE_string("output", None, "Directory of the fitted teacher.", flag_values=FLAGS)
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "Seed of the frames drawn and of the first centres.", 0, flag_values=FLAGS
-)
-_FRAMES = flags.DEFINE_integer(
-    "frames",
-    100_000,
-    "Most frames to draw (75 a second); more take more memory and time.",
-    1,
-    flag_values=FLAGS,
-)
-_ITERATIONS = flags.DEFINE_integer(
-    "iterations", 50, "Most k-means steps for each codebook.", 1, flag_values=FLAGS
-)
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Settings of rvq_vae, such as configs/codec.py.", flag_values=FLAGS
-)
+_ITERATIONS = define.integer("iterations", 50, "Most k-means steps for each codebook.", 1)
+_CONFIG = define.config_file("config", None, "Settings of rvq_vae, such as configs/codec.py.")
 
 
 def _check_flags() -> None:

@@ -35,10 +35,11 @@ RENDERED = {
 TASKS = (*RENDERED, "made_drums")
 
 FLAGS = flags.FlagValues()
+define = cli.Define(FLAGS)
 _text = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
 _OUTPUT = _text("output", None, "Directory of the datasets.", required=True)
-_ONLY = flags.DEFINE_list("only", list(TASKS), "Datasets to make.", flag_values=FLAGS)
-_SMALL = flags.DEFINE_bool("small", False, "Make a few clips each, for a try.", flag_values=FLAGS)
+_ONLY = define.list("only", list(TASKS), "Datasets to make.")
+_SMALL = define.bool("small", False, "Make a few clips each, for a try.")
 _TRAIN_FONT = _text("train_font", "", f"Soundfont of train and val. [{fonts.TRAIN_FONT}]")
 _TEST_FONT = _text("test_font", "", "Soundfont of the test. [pretty_midi's TimGM6mb]")
 _DRUMKITS = _text("drumkits", "", f"Folder of Hydrogen's drum kits. [{drums.FOLDER}]")

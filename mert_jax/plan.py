@@ -13,37 +13,27 @@ import json
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
 from mert_jax import cli
 from mert_jax.planning import plan, table
 
 FLAGS = flags.FlagValues()
+define = cli.Define(FLAGS)
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Recipe, such as configs/large.py.", flag_values=FLAGS
-)
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "Devices, such as v5e:4x4, v4:2x2x4 or cpu:8.", flag_values=FLAGS
-)
-_CODES = flags.DEFINE_enum(
-    *("codes", None, ["stored", "computed"]),
+_CONFIG = define.config_file("config", None, "Recipe, such as configs/large.py.")
+_TOPOLOGY = define.string("topology", None, "Devices, such as v5e:4x4, v4:2x2x4 or cpu:8.")
+_CODES = define.enum(
+    "codes",
+    None,
+    ["stored", "computed"],
     "Source of an RVQ-VAE's codes (default: as the dataset, data.dir, has them).",
-    flag_values=FLAGS,
 )
-_SEARCH = flags.DEFINE_bool(
-    *("search", False, "Try meshes, micro-batches, remat policies and unrolling, and rank them."),
-    flag_values=FLAGS,
+_SEARCH = define.bool(
+    "search", False, "Try meshes, micro-batches, remat policies and unrolling, and rank them."
 )
-_HLO = flags.DEFINE_string(
-    "hlo", None, "A file to write the text of the optimised program to.", flag_values=FLAGS
-)
-_PLANS = flags.DEFINE_list(
-    "plans", None, "Print a table of these outputs of plan; patterns allowed.", flag_values=FLAGS
-)
-_PICTURE = flags.DEFINE_string(
-    "picture", None, "A .png file to draw --plans into.", flag_values=FLAGS
-)
+_HLO = define.string("hlo", None, "A file to write the text of the optimised program to.")
+_PLANS = define.list("plans", None, "Print a table of these outputs of plan; patterns allowed.")
+_PICTURE = define.string("picture", None, "A .png file to draw --plans into.")
 
 
 def main() -> None:

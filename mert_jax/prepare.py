@@ -29,29 +29,23 @@ from mert_jax.data.preparation.workers import cpus
 from mert_jax.errors import UserError
 
 FLAGS = flags.FlagValues()
+define = cli.Define(FLAGS)
 
-_INPUT = flags.DEFINE_multi_string(
-    "input",
-    None,
-    "Directories and audio files; repeat the flag or separate them by commas.",
-    flag_values=FLAGS,
+_INPUT = define.multi_string(
+    "input", None, "Directories and audio files; repeat the flag or separate them by commas."
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Directory of the dataset.", flag_values=FLAGS)
-_CHUNK_SECONDS = flags.DEFINE_float(
-    "chunk_seconds", 30.0, "Length of a record.", 0, flag_values=FLAGS
+_OUTPUT = define.string("output", None, "Directory of the dataset.")
+_CHUNK_SECONDS = define.float("chunk_seconds", 30.0, "Length of a record.", 0)
+_CROP_SECONDS = define.float(
+    "crop_seconds", 5.12, "Longest crop of training, shared by neighbours.", 0
 )
-_CROP_SECONDS = flags.DEFINE_float(
-    "crop_seconds", 5.12, "Longest crop of training, shared by neighbours.", 0, flag_values=FLAGS
+_MIN_SECONDS = define.float("min_seconds", 1.0, "Skip shorter files.", 0)
+_VALIDATION_FRACTION = define.float(
+    "validation_fraction", 0.05, "Fraction of tracks held out; 0: none.", 0, 0.5
 )
-_MIN_SECONDS = flags.DEFINE_float("min_seconds", 1.0, "Skip shorter files.", 0, flag_values=FLAGS)
-_VALIDATION_FRACTION = flags.DEFINE_float(
-    "validation_fraction", 0.05, "Fraction of tracks held out; 0: none.", 0, 0.5, flag_values=FLAGS
-)
-_WORKERS = flags.DEFINE_integer(
-    "workers", None, "Decoding processes; by default one for each CPU.", 1, flag_values=FLAGS
-)
-_CODES = flags.DEFINE_string(
-    "codes", None, "Checkpoint of an RVQ-VAE, to store its codes of every track.", flag_values=FLAGS
+_WORKERS = define.integer("workers", None, "Decoding processes; by default one for each CPU.", 1)
+_CODES = define.string(
+    "codes", None, "Checkpoint of an RVQ-VAE, to store its codes of every track."
 )
 
 

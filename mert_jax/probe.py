@@ -18,46 +18,32 @@ from mert_jax.probing.run import FRAMEWISE, parse_layers, probe, summary
 from mert_jax.tasks.registry import get_task
 
 FLAGS = flags.FlagValues()
+define = cli.Define(FLAGS)
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "", "Student to probe: whatever mert_jax.convert reads.", flag_values=FLAGS
+_CHECKPOINT = define.string("checkpoint", "", "Student to probe: whatever mert_jax.convert reads.")
+_TASK = define.string("task", None, "Name of a task of mert_jax/tasks.", required=True)
+_DATA = define.string("data", None, "Folder of the task's data.", required=True)
+_OUTPUT = define.string("output", None, "Folder of the results.", required=True)
+_CACHE = define.string("cache", "", "Folder of features; default OUTPUT/features.")
+_BASELINES = define.list(
+    "baselines", [], "Other features in the same table: log_mel, cqt, random, musicnn."
 )
-_TASK = flags.DEFINE_string(
-    "task", None, "Name of a task of mert_jax/tasks.", required=True, flag_values=FLAGS
+_MUSICNN = define.string(
+    "musicnn", "", "Weights of that baseline: the .whl of `pip download --no-deps musicnn`."
 )
-_DATA = flags.DEFINE_string(
-    "data", None, "Folder of the task's data.", required=True, flag_values=FLAGS
+_LAYERS = define.string(
+    "layers", "all", "all: each layer and their weighted sum; sum; or numbers, 7 or 3,7."
 )
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "Folder of the results.", required=True, flag_values=FLAGS
-)
-_CACHE = flags.DEFINE_string(
-    "cache", "", "Folder of features; default OUTPUT/features.", flag_values=FLAGS
-)
-_BASELINES = flags.DEFINE_list(
-    *("baselines", [], "Other features in the same table: log_mel, cqt, random, musicnn."),
-    flag_values=FLAGS,
-)
-_MUSICNN = flags.DEFINE_string(
-    *("musicnn", "", "Weights of that baseline: the .whl of `pip download --no-deps musicnn`."),
-    flag_values=FLAGS,
-)
-_LAYERS = flags.DEFINE_string(
-    *("layers", "all", "all: each layer and their weighted sum; sum; or numbers, 7 or 3,7."),
-    flag_values=FLAGS,
-)
-_HEAD = flags.DEFINE_enum(
-    "head", "linear", ["linear", "mlp"], "mlp: one hidden layer.", flag_values=FLAGS
-)
-_HIDDEN = flags.DEFINE_integer("hidden", 512, "Width of the hidden layer.", 1, flag_values=FLAGS)
-_EPOCHS = flags.DEFINE_integer("epochs", 50, "Passes over the clips.", 1, flag_values=FLAGS)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Clips a step.", 1, flag_values=FLAGS)
-_RATES = flags.DEFINE_list(
-    *("learning_rates", ["1e-4", "3e-4", "1e-3", "3e-3", "1e-2"]),
+_HEAD = define.enum("head", "linear", ["linear", "mlp"], "mlp: one hidden layer.")
+_HIDDEN = define.integer("hidden", 512, "Width of the hidden layer.", 1)
+_EPOCHS = define.integer("epochs", 50, "Passes over the clips.", 1)
+_BATCH_SIZE = define.integer("batch_size", 64, "Clips a step.", 1)
+_RATES = define.list(
+    "learning_rates",
+    ["1e-4", "3e-4", "1e-3", "3e-3", "1e-2"],
     "Learning rates to try; validation chooses.",
-    flag_values=FLAGS,
 )
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Heads trained of each kind.", 1, flag_values=FLAGS)
+_SEEDS = define.integer("seeds", 3, "Heads trained of each kind.", 1)
 
 
 def main() -> int:

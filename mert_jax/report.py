@@ -10,9 +10,8 @@ from mert_jax import cli
 from mert_jax.reporting import report
 
 FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run, as given to train.", flag_values=FLAGS
-)
+define = cli.Define(FLAGS)
+_WORKDIR = define.string("workdir", None, "Folder of the run, as given to train.")
 
 
 def main() -> None:

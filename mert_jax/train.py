@@ -5,7 +5,6 @@ initialisation.
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from mert_jax import cli
 from mert_jax.pretraining import build
@@ -13,31 +12,17 @@ from mert_jax.pretraining.run import pretrain
 from mert_jax.runtime import distributed
 
 FLAGS = flags.FlagValues()
+define = cli.Define(FLAGS)
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Recipe, such as configs/base.py.", flag_values=FLAGS
+_CONFIG = define.config_file("config", None, "Recipe, such as configs/base.py.")
+_WORKDIR = define.string("workdir", None, "Where checkpoints and metrics go.")
+_DESCRIBE = define.bool("describe", False, "Print every parameter and exit.")
+_COORDINATOR = define.string(
+    "coordinator", None, "HOST:PORT of process 0, where neither TPU nor Slurm says it."
 )
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where checkpoints and metrics go.", flag_values=FLAGS
-)
-_DESCRIBE = flags.DEFINE_bool(
-    "describe", False, "Print every parameter and exit.", flag_values=FLAGS
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator",
-    None,
-    "HOST:PORT of process 0, where neither TPU nor Slurm says it.",
-    flag_values=FLAGS,
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Processes, with --coordinator.", flag_values=FLAGS
-)
-_PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Which of them this is, from 0 on.", flag_values=FLAGS
-)
-_CONNECT_SECONDS = flags.DEFINE_float(
-    "connect_seconds", 300.0, "How long to wait for the others.", flag_values=FLAGS
-)
+_NUM_PROCESSES = define.integer("num_processes", None, "Processes, with --coordinator.")
+_PROCESS_ID = define.integer("process_id", None, "Which of them this is, from 0 on.")
+_CONNECT_SECONDS = define.float("connect_seconds", 300.0, "How long to wait for the others.")
 
 
 def main() -> int:
