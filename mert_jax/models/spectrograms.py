@@ -5,6 +5,7 @@ Shapes: B clips, N samples, T = N // hop + 1 frames (frame i is centred on sampl
 
 import jax
 import jax.numpy as jnp
+import librosa
 import numpy as np
 
 Array = jax.Array
@@ -47,8 +48,6 @@ def standardise(features: Array, mean: Array, std: Array) -> Array:
 
 def mel_filters(sample_rate: int, n_fft: int, n_mels: int) -> np.ndarray:
     """Return Slaney-normalised mel filters f32 [n_fft // 2 + 1, n_mels] (librosa.filters.mel)."""
-    import librosa  # slow to import, and needed only to make a teacher
-
     return librosa.filters.mel(sr=sample_rate, n_fft=n_fft, n_mels=n_mels).T.astype(np.float32)
 
 
@@ -63,8 +62,6 @@ def log_mel(wave: Array, filters: Array, hop: int) -> Array:
 
 def chroma_filters(sample_rate: int, n_fft: int, n_chroma: int) -> np.ndarray:
     """Return chroma filters f32 [n_fft // 2 + 1, n_chroma] for A = 440 Hz (librosa)."""
-    import librosa  # slow to import, and needed only to make a teacher
-
     filters = librosa.filters.chroma(sr=sample_rate, n_fft=n_fft, n_chroma=n_chroma, tuning=0.0)
     return filters.T.astype(np.float32)
 

@@ -6,6 +6,7 @@ Shapes: T frames, S seeds.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import librosa
 import numpy as np
 import scipy.signal
 
@@ -38,8 +39,6 @@ def decode(activation: np.ndarray, frame_rate: float, how: float | str) -> np.nd
     `how` is a threshold of peaks, or "dynamic" (librosa.beat.beat_track; Ellis, 2007).
     """
     if how == "dynamic":
-        import librosa  # slow to import
-
         at = librosa.beat.beat_track(
             onset_envelope=activation, sr=frame_rate, hop_length=1, trim=False
         )[1]

@@ -71,7 +71,7 @@ def score(task: Task, outputs: np.ndarray, truth: np.ndarray) -> dict[str, float
         if task.kind == "key":
             values["weighted_score"] = float(key_scores(task.labels)[truth, guess].mean())
     elif task.kind == "tags":
-        from sklearn import metrics
+        from sklearn import metrics  # slow to import
 
         both = truth.any(0) & ~truth.all(0)
         if not both.any():
@@ -82,7 +82,7 @@ def score(task: Task, outputs: np.ndarray, truth: np.ndarray) -> dict[str, float
             metrics.average_precision_score(*arguments, average="macro")
         )
     else:
-        from sklearn import metrics
+        from sklearn import metrics  # slow to import
 
         each = metrics.r2_score(truth, outputs, multioutput="raw_values")
         values["r2"] = float(np.mean(each))

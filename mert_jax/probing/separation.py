@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import librosa
 import numpy as np
 
 from mert_jax import files
@@ -26,8 +27,6 @@ SILENT = 1e-6  # energy below which a source is silent and has no SDR
 
 def filters(sample_rate: int) -> np.ndarray:
     """Return f32 [F, K] that interpolate bins from bands spaced evenly in mel."""
-    import librosa
-
     centres = librosa.mel_frequencies(BANDS, fmin=0, fmax=sample_rate / 2)
     bins = np.arange(N_FFT // 2 + 1) * sample_rate / N_FFT
     return np.stack([np.interp(bins, centres, row) for row in np.eye(BANDS)], 1).astype(np.float32)
@@ -35,8 +34,6 @@ def filters(sample_rate: int) -> np.ndarray:
 
 def spectrum(wave: np.ndarray, hop: int) -> np.ndarray:
     """Return the complex spectrum [..., F, N // hop + 1], in the frames of the features."""
-    import librosa
-
     return librosa.stft(wave, n_fft=N_FFT, hop_length=hop)
 
 
@@ -185,8 +182,6 @@ def chance(task: Task, splits: dict[str, Frames]) -> dict[str, float]:
 
 def separate(mixture: np.ndarray, masks: np.ndarray, bands: np.ndarray, hop: int) -> np.ndarray:
     """Return waves f32 [M, N] from a mixture [N] and masks [T, M, K]; the last mask is extended."""
-    import librosa
-
     mixed = spectrum(mixture, hop)
     at = np.minimum(np.arange(mixed.shape[-1]), len(masks) - 1)
     gains = np.einsum("tmk,fk->mft", masks[at], bands)
