@@ -171,13 +171,10 @@ SPELLINGS = {
 
 
 def respelt(state: dict, spelling: str) -> dict:
-    """Return a Hugging Face state with its weight norm in one of three spellings."""
+    """Return a Hugging Face state with its weight norm spelt in the `old` or `new` way."""
     conv = "encoder.pos_conv_embed.conv."
     g, v = state[f"{conv}weight_g"], state[f"{conv}weight_v"]
     rest = {name: x for name, x in state.items() if not name.startswith(f"{conv}weight")}
-    if spelling == "folded":
-        norm = np.linalg.norm(np.float32(v), axis=(0, 1), keepdims=True)
-        return rest | {f"{conv}weight": (g * v / norm).astype(v.dtype)}
     return rest | {conv + name: x for name, x in zip(SPELLINGS[spelling], (g, v), strict=True)}
 
 

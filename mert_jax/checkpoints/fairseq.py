@@ -99,7 +99,7 @@ def student(
     if "encoder_cqt_model.fc.weight" in state:
         heads.append(Head("cqt", state["encoder_cqt_model.fc.weight"].shape[0]))
     width, width_per_group, kernel = state["encoder.pos_conv.0.weight_v"].shape
-    student = Student(
+    model = Student(
         conv_dim=common_width(channels),
         conv_kernels=kernels,
         conv_strides=strides,
@@ -114,12 +114,12 @@ def student(
         feature_grad_mult=config.get("feature_grad_mult", 1.0),
         **options,
     )
-    sizes = {setting: getattr(student, field) for setting, field in FIELDS.items()}
+    sizes = {setting: getattr(model, field) for setting, field in FIELDS.items()}
     if wrong := [
         f"{k}={config[k]}, {x} in its tensors" for k, x in sizes.items() if config.get(k, x) != x
     ]:
         raise UserError(f"{path}: settings contradict the tensors: {'; '.join(wrong)}")
-    return student
+    return model
 
 
 def row_orders(
@@ -339,12 +339,7 @@ def write_checkpoint(path: str, checkpoint: Checkpoint) -> None:
     if checkpoint.moments:
         adam = (_official_state(x, about, codes) for x in checkpoint.moments)
         last = _optimizer_state(*adam, checkpoint.step, about.flat_moments)
-    history = {
-        "criterion_name": "MertCriterion",
-        "optimizer_name": "Adam",
-        "lr_scheduler_state": {},
-        "num_updates": checkpoint.step,
-    }
+    history = dict(criterion_name="MertCriterion", optimizer_name="Adam", lr_scheduler_state={})
     content = {
         "args": None,
         "cfg": _settings(student, about, codes, features),
@@ -352,7 +347,7 @@ def write_checkpoint(path: str, checkpoint: Checkpoint) -> None:
             name: np.asarray(model[name], tensor_names.DTYPES[about.dtype]) for name in names
         },
         "criterion": {},
-        "optimizer_history": [history],
+        "optimizer_history": [history | {"num_updates": checkpoint.step}],
         "task_state": {},
         "extra_state": {ORDERS: about.row_orders} if about.row_orders else {},
         "last_optimizer_state": last,

@@ -55,16 +55,6 @@ def test_a_directory_with_the_official_leftovers(flavour, tmp_path, file, dtype,
     assert_same(checkpoint.params, tensor_names.params_from_hf(state, flavour))
 
 
-def test_a_folded_weight_norm_computes_the_same(flavour, tmp_path):
-    state = hf_state(flavour)
-    path = hf_folder(tmp_path / "m", flavour, checkpoint_samples.respelt(state, "folded"))
-    folded, plain = (
-        checkpoint_samples.pos_conv_kernel(params)
-        for params in (read_checkpoint(path).params, tensor_names.params_from_hf(state, flavour))
-    )
-    np.testing.assert_allclose(folded, plain, rtol=1e-5, atol=1e-6)
-
-
 def test_a_bin_file_from_before_torch_1_6(tmp_path):
     """The file is read: only the names of its tensors are wrong."""
     path = hf_folder(tmp_path / "m", hf_student(), {}, "pytorch_model.bin")
