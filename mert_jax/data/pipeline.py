@@ -148,6 +148,14 @@ def _crops(
     return dataset.repeat(epochs).random_map(RandomCrop(num_samples, hop, context))
 
 
+def _host_batches(
+    clips: grain.MapDataset, rows: Sequence[int] | None, batch_size: int, start: int = 0
+) -> grain.MapDataset:
+    rows = range(batch_size) if rows is None else rows
+    selection = HostRows(rows, batch_size, start)
+    return grain.MapDataset.select_from_datasets([clips], selection).batch(len(rows))
+
+
 def train_stream(
     sources: Sequence[Any],
     *,
@@ -171,7 +179,6 @@ def train_stream(
     with every record once, in a new order and with new crops. `threads` read ahead, in `workers`
     processes if that is above 0.
     """
-    rows = range(batch_size) if rows is None else rows
     lengths = [len(source) for source in sources]
     offsets = itertools.accumulate(lengths[:-1], initial=0)
     crops = [  # a seed for each, or datasets of equal length would be shuffled alike
@@ -181,10 +188,8 @@ def train_stream(
     selection = MixtureSelection(shares(weights or lengths))
     clips = grain.MapDataset.select_from_datasets(crops, selection)
     # up to here nothing depends on the host
-    host_clips = grain.MapDataset.select_from_datasets([clips], HostRows(rows, batch_size, start))
-    dataset = host_clips.batch(len(rows))
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(threads, 1))
-    stream = dataset.to_iter_dataset(read)
+    stream = _host_batches(clips, rows, batch_size, start).to_iter_dataset(read)
     if workers:
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(stream)
@@ -203,10 +208,8 @@ def validation_batches(
 
     The last batch is filled up with the first records.
     """
-    rows = range(batch_size) if rows is None else rows
     clips = _crops(source, num_samples, hop, context, seed=0, shuffle=False)
-    host_clips = grain.MapDataset.select_from_datasets([clips], HostRows(rows, batch_size))
-    dataset = host_clips.batch(len(rows))
+    dataset = _host_batches(clips, rows, batch_size)
     for i in range(-(-len(source) // batch_size)):
         yield dataset[i]
 

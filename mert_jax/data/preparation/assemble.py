@@ -86,13 +86,12 @@ def build(
     output: str,
     staging: str,
     metadata: dict[str, Any],
-    shard_bytes: int,
-    progress: Callable[[int], None],
+    progress: Callable[[int], Any],
 ) -> str:
     """Write a dataset below the staging directory and return its path.
 
     Samples come from the staging directory, else from the dataset in `output`. `progress` gets the
-    samples of each record. Raises OSError if writing fails.
+    bytes of audio of each record. Raises OSError if writing fails.
     """
     building = os.path.join(staging, "building")
     shutil.rmtree(building, ignore_errors=True)
@@ -112,7 +111,7 @@ def build(
             if not sizes:
                 continue
             stream = _serialised(tracks, spans, output, staging, stored, progress)
-            lengths = list(collections.Counter(assign_shards(sizes, shard_bytes)).values())
+            lengths = list(collections.Counter(assign_shards(sizes, SHARD_BYTES)).values())
             num_bytes = 0
             for shard, length in enumerate(lengths):
                 name = records.shard_name(split, shard, len(lengths))
@@ -129,7 +128,7 @@ def _serialised(
     output: str,
     staging: str,
     stored: dict[str, Stored],
-    progress: Callable[[int], None],
+    progress: Callable[[int], Any],
 ) -> Iterator[bytes]:
     sources = {}
     for track, chunks in zip(tracks, spans, strict=True):
@@ -143,7 +142,7 @@ def _serialised(
             else:
                 audio = np.fromfile(staged, "<i2", stop - start, offset=2 * start)
             assert len(audio) == stop - start, (track, start, stop, len(audio))
-            progress(len(audio))
+            progress(audio.nbytes)
             yield records.encode(track.track, track.path, start, audio)
 
 

@@ -94,10 +94,7 @@ def track_audio(source: Any, stored: Stored, piece: int = PIECE) -> Iterator[np.
 
 
 def _encode(
-    teacher: Teacher,
-    todo: dict[str, Stored],
-    sources: dict[str, Any],
-    bar: tqdm,
+    teacher: Teacher, todo: dict[str, Stored], sources: dict[str, Any], bar: tqdm
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield tracks and their codes uint16 [T, K] as they finish; the longest start first."""
     network = rvq_vae.encoder(teacher.params)
@@ -194,8 +191,7 @@ def _assemble(
             members = [(k, v) for k, v in tracks.items() if v.split == split]
             for track, stored in sorted(members, key=lambda item: item[1].first):
                 codes = np.load(_path(staging, track))
-                for k, column in enumerate(codes.T):
-                    histogram[k] += np.bincount(column, minlength=histogram.shape[1])
+                histogram += [np.bincount(column, minlength=teacher.size) for column in codes.T]
                 spans = records.chunk_spans(stored.samples, chunk, overlap)
                 line = dict(track=track, split=split, first=stored.first)
                 manifest.append(line | {"offsets": [start for start, _ in spans]})

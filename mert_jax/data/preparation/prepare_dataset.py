@@ -96,16 +96,15 @@ def _prepare(
         )
     new = {(t.track, t.path, t.samples, split) for split in splits for t in splits[split]}
     old = {(track, s.path, s.samples, s.split) for track, s in stored.items()}
+    directory = _build(splits, output, stage_dir, metadata) if new != old else output
+    _write_report(directory, report)
+    lines = (sources.to_line(source, outcome) for source, outcome in files)
+    _write_text(os.path.join(directory, _SOURCES), "".join(lines))
     if new != old:
-        building = _build(splits, output, stage_dir, metadata)
-        _write_report(building, report)
-        _write_sources(building, files)
-        assemble.finish(building, stage_dir)
+        assemble.finish(directory, stage_dir)
         assemble.switch(output, stage_dir)
     else:
         progress.note(f"{output} is complete: nothing to add or remove")
-        _write_report(output, report)
-        _write_sources(output, files)
         shutil.rmtree(stage_dir, ignore_errors=True)
     return report
 
@@ -136,7 +135,7 @@ def _known_outcomes(
 
 
 def _is_known(source: SourceFile, outcomes: Outcomes) -> bool:
-    """Whether a file is unchanged and decoding it again would give the same outcome."""
+    """Return whether a file is unchanged and decoding it again would give the same outcome."""
     if source.path not in outcomes:
         return False
     before, outcome = outcomes[source.path]
@@ -198,9 +197,7 @@ def _build(
             "write the dataset; free some space and run again (decoded files are kept)"
         )
     with progress.bar("writing", size, "B") as bar:
-        return assemble.build(
-            splits, output, stage_dir, metadata, assemble.SHARD_BYTES, lambda n: bar.update(2 * n)
-        )
+        return assemble.build(splits, output, stage_dir, metadata, bar.update)
 
 
 def _write_text(path: str, text: str) -> None:
@@ -210,11 +207,6 @@ def _write_text(path: str, text: str) -> None:
 
 def _write_report(directory: str, report: dict[str, Any]) -> None:
     _write_text(os.path.join(directory, REPORT), json.dumps(report, indent=1) + "\n")
-
-
-def _write_sources(directory: str, files: Sequence[tuple[SourceFile, Outcome]]) -> None:
-    lines = (sources.to_line(source, outcome) for source, outcome in files)
-    _write_text(os.path.join(directory, _SOURCES), "".join(lines))
 
 
 def store_codes(output: str, checkpoint: str) -> None:

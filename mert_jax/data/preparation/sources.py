@@ -48,17 +48,15 @@ def find_sources(inputs: Sequence[str], exclude: str) -> SourceList:
     exclude = os.path.realpath(exclude)
     sources: dict[str, SourceFile] = {}
     left_out: dict[str, tuple[str, str, str]] = {}
-    files = 0
-    for given in inputs:
-        if not os.path.exists(given):
-            raise UserError(f"--input={given} does not exist; give a directory or audio files")
-        root = os.path.abspath(given)
+    for argument in inputs:
+        if not os.path.exists(argument):
+            raise UserError(f"--input={argument} does not exist; give a directory or audio files")
+        root = os.path.abspath(argument)
         if os.path.realpath(root) == exclude:
-            raise UserError(f"--output={given} is also an --input; write to another directory")
+            raise UserError(f"--output={argument} is also an --input; write to another directory")
         is_file = not os.path.isdir(root)
         for path, error in [(root, "")] if is_file else _walk(root, exclude):
-            files += not error
-            name = printable(os.path.basename(path) if is_file else os.path.relpath(path, root))
+            name = _printable(os.path.basename(path) if is_file else os.path.relpath(path, root))
             real = os.path.realpath(path)
             if real in sources or real in left_out:
                 continue  # reached twice, by overlapping inputs or links
@@ -76,7 +74,7 @@ def find_sources(inputs: Sequence[str], exclude: str) -> SourceList:
             else:
                 suffix = os.path.splitext(path)[1].lower() or "no suffix"
                 left_out[real] = (name, "not audio", suffix)
-    if not files and not left_out:
+    if not sources and not left_out:
         raise UserError(f"no file in --input={','.join(inputs)}; give a directory with music in it")
     by_name = sorted(sources.values(), key=lambda source: (source.name, source.path))
     return SourceList(by_name, sorted(left_out.values()))
@@ -95,7 +93,7 @@ def _walk(root: str, exclude: str) -> Iterator[tuple[str, str]]:
     yield from ((e.filename, e.strerror) for e in errors)
 
 
-def printable(name: str) -> str:
+def _printable(name: str) -> str:
     """Return a file name of any bytes as text that can be printed and stored."""
     return os.fsencode(name).decode("utf-8", "replace")
 
