@@ -315,26 +315,21 @@ def test_clips_must_fit_every_dataset(dataset, another):
 def test_codes_that_do_not_fit_the_audio_are_refused(dataset, tmp_path):
     copy = str(tmp_path / "copy")
     shutil.copytree(dataset, copy)
-    stored_info = stored(copy)
+    info = stored(copy)["rvq_vae"]
     source = records.open_source(copy, "train")
-    with pytest.raises(UserError, match=r"frames of codes for \d+ samples"):
-        stored_codes.attach(
-            source, copy, "train", {"rvq_vae": stored_info["rvq_vae"]._replace(hop_length=300)}
-        )
-    with pytest.raises(UserError, match=r"8 of 8 .*record 0 .*: code 1\d of codebooks of 3"):
-        stored_codes.attach(
-            source, copy, "train", {"rvq_vae": stored_info["rvq_vae"]._replace(size=3)}
-        )
-    shard = os.path.join(
-        stored_codes.folder(copy, "rvq_vae"), stored_info["rvq_vae"].shards["train"][0]
-    )
-    os.unlink(shard)
+    for changed, words in (
+        (info._replace(hop_length=300), r"frames of codes for \d+ samples"),
+        (info._replace(size=3), r"8 of 8 .*record 0 .*: code 1\d of codebooks of 3"),
+    ):
+        with pytest.raises(UserError, match=words):
+            stored_codes.attach(source, copy, "train", {"rvq_vae": changed})
+    os.unlink(os.path.join(stored_codes.folder(copy, "rvq_vae"), info.shards["train"][0]))
     with pytest.raises(UserError, match="1 of 1 files of codes are missing"):
-        stored_codes.attach(source, copy, "train", stored_info)
+        stored_codes.attach(source, copy, "train", {"rvq_vae": info})
     path = os.path.join(stored_codes.folder(copy, "rvq_vae"), stored_codes.INFO)
     with open(path, "w") as f:
         json.dump({"teacher": "rvq_vae"}, f)
-    with pytest.raises(UserError, match="no description of codes"):
+    with pytest.raises(UserError, match="does not describe codes"):
         stored_codes.read_info(copy, "rvq_vae")
 
 
