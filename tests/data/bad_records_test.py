@@ -222,7 +222,7 @@ def damaged(tmp_path_factory, second) -> tuple[str, str, set[int]]:
     return one, str(two), bad | {COUNT + 1, COUNT + 3, COUNT + 11}
 
 
-def test_two_datasets_have_their_faults_each(damaged, sound, second):
+def test_bad_records_of_two_datasets_are_told_apart(damaged, sound, second):
     *directories, bad = damaged
     before, after = batches(12, [sound, second]), batches(12, directories)
     assert check(before, after, bad, [*opened(sound), *opened(second)]) == 2 * len(bad)
@@ -258,7 +258,7 @@ def test_validation_replaces_them_too(damaged):
 
 
 @pytest.mark.parametrize("threads", [0, 4])
-def test_where_nothing_can_be_used_the_stream_ends_in_an_error(tmp_path, threads):
+def test_a_stream_without_usable_records_raises(tmp_path, threads):
     directory = write(tmp_path / "data")
     source = records.open_source(directory, "train")
     for name in source.shard_names():
@@ -268,7 +268,7 @@ def test_where_nothing_can_be_used_the_stream_ends_in_an_error(tmp_path, threads
         next(stream)
 
 
-def test_a_search_ends(tmp_path, monkeypatch):
+def test_the_search_for_a_usable_record_ends(tmp_path, monkeypatch):
     directory, *_ = damage("garbage", 2, tmp_path / "data")
     monkeypatch.setattr(pipeline, "MAX_TRIES", 1)
     with pytest.raises(UserError, match="from 2 to 2 can be used; the first error: record 2 of mu"):
@@ -334,7 +334,7 @@ def test_a_file_that_was_put_right_is_read(sound, tmp_path):
     assert (bad_record.shard, bad_record.what) == (name, "it could not be read, and now it can")
 
 
-def test_too_many_open_files_are_no_fault_of_the_record(sound):
+def test_too_many_open_files_are_not_a_bad_record(sound):
     code = (
         "import resource; from mert_jax.data import records; "
         f"source = records.open_source({sound!r}, 'train'); source[0]; files = []; "

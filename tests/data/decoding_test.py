@@ -94,7 +94,7 @@ def test_blocks_are_one_signal(tmp_path, monkeypatch):
     np.testing.assert_allclose(small_blocks, one_block, atol=1e-6)
 
 
-def left_out(path):
+def skip_reason(path):
     with pytest.raises(SkippedFile) as caught:
         decoded(path)
     return caught.value.reason
@@ -109,7 +109,7 @@ def test_a_file_cut_off_is_truncated(tmp_path, suffix):
     soundfile.write(path, noise, sample_rate, format=container, subtype=subtype)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 6 // 10])
-    assert left_out(path) == "truncated"
+    assert skip_reason(path) == "truncated"
 
 
 def test_a_decoder_error_in_the_middle_is_truncated(tmp_path):
@@ -118,7 +118,7 @@ def test_a_decoder_error_in_the_middle_is_truncated(tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 5_000] = bytes(range(250)) * 20
     path.write_bytes(data)
-    assert left_out(path) == "truncated"
+    assert skip_reason(path) == "truncated"
 
 
 def test_a_wav_written_to_a_pipe_is_not_truncated(tmp_path):
@@ -131,27 +131,27 @@ def test_a_wav_written_to_a_pipe_is_not_truncated(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nan_and_inf_are_left_out(tmp_path, bad):
+def test_nan_and_inf_are_skipped(tmp_path, bad):
     path = tmp_path / "bad.wav"
     wave = tone(1, 24_000, channels=2)
     wave[12_345, 1] = bad
     soundfile.write(path, wave, 24_000, subtype="FLOAT")
-    assert left_out(path) == "NaN or Inf"
+    assert skip_reason(path) == "NaN or Inf"
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "opus", "mp3"])
-def test_what_is_not_audio_says_so(tmp_path, suffix):
+def test_other_files_are_not_audio(tmp_path, suffix):
     path = tmp_path / f"text.{suffix}"
     path.write_text("not a sound\n" * 500)
-    assert left_out(path) == "not audio"
+    assert skip_reason(path) == "not audio"
 
 
 def test_empty_and_missing_files(tmp_path):
     (tmp_path / "empty.mp3").touch()
-    assert left_out(tmp_path / "empty.mp3") == "empty"
+    assert skip_reason(tmp_path / "empty.mp3") == "empty"
     soundfile.write(tmp_path / "header.wav", np.zeros(0), 24_000)
-    assert left_out(tmp_path / "header.wav") == "empty"
-    assert left_out(tmp_path / "gone.wav") == "unreadable"
+    assert skip_reason(tmp_path / "header.wav") == "empty"
+    assert skip_reason(tmp_path / "gone.wav") == "unreadable"
 
 
 def test_a_name_that_is_not_utf8(tmp_path):
@@ -196,9 +196,9 @@ def test_ffmpeg_decodes_what_libsndfile_does_not(tmp_path):
     assert header == (24_000, 2, "ffmpeg", None)
     np.testing.assert_allclose(wave, np.arange(30_000) / 60_000, atol=1e-7)
     path.write_text("cut")
-    assert left_out(path) == "truncated"
+    assert skip_reason(path) == "truncated"
     path.write_text("bad")
-    assert left_out(path) == "not audio"
+    assert skip_reason(path) == "not audio"
 
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
@@ -217,4 +217,4 @@ def test_the_real_ffmpeg(tmp_path):
 def test_without_ffmpeg_the_reason_names_it(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     (tmp_path / "song.m4a").write_bytes(b"\0\0\0 ftypM4A " * 100)
-    assert left_out(tmp_path / "song.m4a") == "needs ffmpeg"
+    assert skip_reason(tmp_path / "song.m4a") == "needs ffmpeg"

@@ -59,7 +59,7 @@ def test_one_dataset_gives_the_clips_it_always_gave():
 
 
 @pytest.mark.parametrize("sources", [[SOURCE], [SOURCE, MORE]])
-def test_crops_are_what_they_say(sources):
+def test_crops_match_their_records(sources):
     records = [item for source in sources for item in map(source.__getitem__, range(len(source)))]
     for batch in batches(6, sources):
         assert batch["audio"].dtype == np.int16

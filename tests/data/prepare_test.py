@@ -173,7 +173,7 @@ def test_short_tracks_are_kept_and_counted(tmp_path):
     assert lengths == [14_400, 72_000]
 
 
-def test_every_reason_to_leave_a_file_out(tmp_path, monkeypatch):
+def test_every_reason_to_skip_a_file(tmp_path, monkeypatch):
     root = tmp_path / "in"
     write(root / "good.wav", 0, 2)
     write(root / "zz copy.flac", 0, 2)  # the same samples in another format
@@ -408,7 +408,7 @@ def test_the_switch_to_a_new_dataset_may_stop_anywhere(tmp_path, monkeypatch):
     assert stop > 10
 
 
-def test_two_at_once(music, tmp_path):
+def test_a_locked_output_is_refused(music, tmp_path):
     with (
         files.directory_lock(str(tmp_path / "out")),
         pytest.raises(UserError, match="another process"),
@@ -546,7 +546,7 @@ def call(*args, **kwargs):
     return subprocess.run(command(*args), capture_output=True, text=True, **kwargs)
 
 
-def test_the_command_prepares_and_says_what_it_did(music, tmp_path):
+def test_the_command_prepares_and_prints_a_summary(music, tmp_path):
     (music / "cover.jpg").touch()
     (music / "broken.mp3").write_text("nothing here")
     out = tmp_path / "out"
@@ -568,7 +568,7 @@ def test_the_command_prepares_and_says_what_it_did(music, tmp_path):
     assert again.returncode == 0
 
 
-def test_one_track_is_all_train_and_says_so(music, tmp_path):
+def test_a_single_track_is_all_train(music, tmp_path):
     done = call(f"--input={music / 'a.wav'}", f"--output={tmp_path / 'out'}")
     assert done.returncode == 0
     assert "a single track cannot be divided" in done.stdout
@@ -617,7 +617,7 @@ def test_no_usable_file_still_leaves_a_report(tmp_path):
     assert report["left_out"][0]["reason"] == "silent"
 
 
-def test_a_full_disk_ends_in_one_line_and_can_go_on(music, tmp_path, monkeypatch, decodes):
+def test_a_full_disk_ends_in_one_line_and_the_run_resumes(music, tmp_path, monkeypatch, decodes):
     def full(path, serialised):
         raise OSError(28, "No space left on device")
 
@@ -673,7 +673,7 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
     assert 20 < peak_mib(tmp_path, 60) < peak_mib(tmp_path, 2) + 60
 
 
-def test_progress_is_said_while_a_long_file_is_decoded(tmp_path, monkeypatch):
+def test_progress_is_reported_while_a_long_file_is_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(staging, "_REPORT_SECONDS", 0.0)
     write(tmp_path / "a.wav", 0, 60, 44_100, 2)
     for name in ("partial", "audio"):

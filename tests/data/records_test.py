@@ -169,7 +169,7 @@ def test_a_directory_without_a_dataset(tmp_path):
         records.metadata(str(tmp_path))
 
 
-def test_the_dataset_of_someone_else(dataset):
+def test_other_tfds_datasets_are_refused(dataset):
     directory, _ = dataset
     (directory / "metadata.json").write_text(json.dumps({"a": 1}))
     with pytest.raises(UserError, match="but not of mert_jax"):

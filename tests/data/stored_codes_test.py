@@ -167,7 +167,7 @@ def _files(directory: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_an_interrupted_run_goes_on(dataset, checkpoint, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(dataset, checkpoint, tmp_path, monkeypatch):
     copy = str(tmp_path / "copy")
     shutil.copytree(dataset, copy)
     shutil.rmtree(os.path.join(copy, "codes"))
@@ -220,7 +220,7 @@ def test_training_takes_stored_codes_without_a_checkpoint(dataset, teacher):
         step.targets(objective, teacher_params, wave, 49)
 
 
-def test_computed_codes_hear_what_is_before_the_clip(dataset, checkpoint, teacher):
+def test_computed_codes_use_the_context_before_the_clip(dataset, checkpoint, teacher):
     """With the context, a crop's codes are nearly those of the track; without, they are not."""
     config = config_of(dataset, teacher__rvq_vae__checkpoint=checkpoint)
     run_teachers = build.make_teachers(config)
