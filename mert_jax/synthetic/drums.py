@@ -31,20 +31,16 @@ PATTERNS = (
     ("hand drum", r"bongo|conga|djembe"),
 )
 LABELS = tuple(sorted(label for label, _ in PATTERNS if label))
-LICENCES = {  # from Debian's package hydrogen-drumkits
-    "Audiophob": "CC0",
-    "BJA_Pacific": "CC-BY-SA-3.0-US",
-    "ColomboAcousticDrumkit": "GPL-2+ with composition exception",
-    "ElectricEmpireKit": "GPL-2+",
-    "Gimme A Hand 1.0": "GPL-2",
-    "HardElectro1": "GPL-2+",
-    "Millo-Drums_v.1": "GPL-2",
-    "Millo_MultiLayered2": "GPL-2",
-    "Millo_MultiLayered3": "GPL-2",
-    "VariBreaks": "GPL-2+",
-    "circAfrique v4": "CC-BY-SA-3.0",
-    "rumpf_kit_z01_h2": "CC-BY-3.0",
+KITS_BY_LICENCE = {  # from Debian's package hydrogen-drumkits
+    "CC0": ["Audiophob"],
+    "CC-BY-3.0": ["rumpf_kit_z01_h2"],
+    "CC-BY-SA-3.0": ["circAfrique v4"],
+    "CC-BY-SA-3.0-US": ["BJA_Pacific"],
+    "GPL-2": ["Gimme A Hand 1.0", "Millo-Drums_v.1", "Millo_MultiLayered2", "Millo_MultiLayered3"],
+    "GPL-2+": ["ElectricEmpireKit", "HardElectro1", "VariBreaks"],
+    "GPL-2+ with composition exception": ["ColomboAcousticDrumkit"],
 }
+LICENCES = {kit: licence for licence, kits in KITS_BY_LICENCE.items() for kit in kits}
 TEST_KITS = ("Audiophob", "BJA_Pacific", "Gimme A Hand 1.0")
 VAL_KITS = ("ColomboAcousticDrumkit", "VariBreaks")
 UNUSED_KITS = ("ForzeeStereo", "The Black Pearl 1.0")
@@ -73,14 +69,9 @@ def drums(folder: str = "", small: bool = False) -> Recipe:
     kits = {split: {} for split in SPLITS}
     for kit in sorted({stroke.kit for stroke in strokes}):
         kits[_split_of(kit)][kit] = LICENCES.get(kit, "not known")
-    missing = [stroke for stroke in named if stroke not in strokes]
-    about = {
-        "source": "one-shots of Hydrogen's drum kits (Debian: hydrogen-drumkits)",
-        "split": "by kit",
-        "kits": kits,
-        "left_out": {f"{x.kit}/{x.path.name}": "no such file" for x in missing},
-    }
-    return Recipe(clips, about)
+    missing = {f"{x.kit}/{x.path.name}": "no such file" for x in named if x not in strokes}
+    source = "one-shots of Hydrogen's drum kits (Debian: hydrogen-drumkits)"
+    return Recipe(clips, dict(source=source, split="by kit", kits=kits, left_out=missing))
 
 
 def label_of(name: str) -> str | None:

@@ -21,10 +21,9 @@ TRIADS = {  # semitones above the tonic; the tonic's own triad first
     "major": ((0, 4, 7), (5, 9, 0), (7, 11, 2), (9, 0, 4), (2, 5, 9)),
     "minor": ((0, 3, 7), (5, 8, 0), (7, 11, 2), (8, 0, 3), (10, 2, 5)),
 }
-METRES = {  # beats a bar, crotchets a beat
-    **{"2/4": (2, 1.0), "3/4": (3, 1.0), "4/4": (4, 1.0), "C": (4, 1.0)},
-    **{"C|": (2, 2.0), "6/8": (2, 1.5), "9/8": (3, 1.5)},
-}
+# beats a bar, crotchets a beat
+METRES = {"2/4": (2, 1.0), "3/4": (3, 1.0), "4/4": (4, 1.0), "C": (4, 1.0), "C|": (2, 2.0)}
+METRES |= {"6/8": (2, 1.5), "9/8": (3, 1.5)}
 
 
 class Header(NamedTuple):
