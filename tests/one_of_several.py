@@ -53,15 +53,15 @@ def main():
         whole = next(pipeline.train_stream([Source(40)], **options))
         with jax.set_mesh(mesh):
             batch = sharding.global_batch(own["audio"], BATCH, mesh)
-            wish = sharding.each_host(10 + PROCESS_ID.value, mesh)
+            request = sharding.each_host(10 + PROCESS_ID.value, mesh)
             everywhere = jax.jit(lambda *x: x, out_shardings=sharding.replicated(mesh))
-            batch, wish = map(np.asarray, everywhere(batch, wish))
+            batch, request = map(np.asarray, everywhere(batch, request))
         said = dict(
             rows=rows.tolist(),
             read=sorted(set(source.read)),
             expected=sorted(own["record"].tolist()),
             same=bool((batch == whole["audio"]).all()),
-            wish=int(wish.max()),
+            request=int(request.max()),
         )
         if WORKDIR.value:
             said["restored"] = save_and_restore(mesh)

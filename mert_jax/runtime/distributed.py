@@ -1,8 +1,7 @@
-"""The processes of a run, one a host: how they find each other, and what becomes of the others when
-one of them ends.
+"""Connects the processes of a run, one on each host, and ends all of them when one ends.
 
-Each keeps a connection to process 0 for as long as it runs. jax's own service says neither who is
-missing nor why somebody left, and ends the process with a C++ stack after minutes.
+Each keeps a connection to process 0 while it runs. jax's own service reports neither the missing
+process nor why a process ended, and aborts the others with a C++ stack after minutes.
 """
 
 import contextlib
@@ -22,12 +21,16 @@ import jax
 
 from mert_jax.errors import RESTART, UserError, print_error
 
-GRACE = 3.0  # seconds in which the news of a dead host arrives after a collective failed
+GRACE = 3.0  # seconds for the report of a dead host to arrive after a collective failed
 
 
 class Cluster(NamedTuple):
-    """Where process 0 listens, "host:port", how many processes there are, which one this is, and
-    which devices of its host are its own (None: all)."""
+    """The processes of a run, as this one sees them.
+
+    address: "host:port" of process 0
+    number, index: the number of processes, and which one this is
+    devices: local devices of this process, None for all
+    """
 
     address: str
     number: int
@@ -38,11 +41,11 @@ class Cluster(NamedTuple):
 def find_cluster(
     address: str | None, number: int | None, index: int | None, timeout: float
 ) -> Cluster:
-    """The cluster that these name or, where none is given, the one that the environment says: TPU
-    metadata, Slurm, Open MPI, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A
-    cluster of 1 where there is none.
+    """Return the cluster of the arguments or, without any, of the environment.
 
-    Raises UserError when some are given and others not, and when `index` is not below `number`.
+    The environment is TPU metadata, Slurm, Open MPI, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+    and JAX_PROCESS_ID; if it names none, the cluster has one process. Raises UserError if only some
+    are given, and if `index` is not below `number`.
     """
     address = address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     number, index = (
@@ -51,7 +54,7 @@ def find_cluster(
     )
     devices = None
     if (address, number, index) == (None, None, None):
-        # jax asks the same for jax.distributed.initialize(), but keeps the answer to itself
+        # jax.distributed.initialize() detects the same values, but does not return them
         from jax._src.clusters import ClusterEnv
 
         detect = ClusterEnv.auto_detect_unset_distributed_params
@@ -74,35 +77,34 @@ def find_cluster(
 
 @contextlib.contextmanager
 def connect(cluster: Cluster, timeout: float) -> Iterator[None]:
-    """Inside, this process is one of the cluster's: jax knows the devices of all.
+    """Join the cluster: inside, jax knows the devices of all processes, and only process 0 prints.
 
-    Only process 0 prints. When one process ends before the others, all end, with a line that says
-    which one and why: with its exit code where it failed, with `RESTART` where it vanished. Raises
-    UserError with the address and the missing processes when they are not there in `timeout`
-    seconds.
+    When one process ends early, all end with a line that names it and the reason: with its exit
+    code if it failed, with `RESTART` if it disappeared. Raises UserError with the address and the
+    missing processes if they do not connect within `timeout` seconds.
     """
     if cluster.number == 1:
         yield
         return
-    line = _at_the_door(cluster, timeout) if cluster.index == 0 else _knock(cluster, timeout)
+    channel = _accept(cluster, timeout) if cluster.index == 0 else _connect(cluster, timeout)
     jax.distributed.initialize(
         cluster.address, cluster.number, cluster.index, local_device_ids=cluster.devices
     )
-    line.start()
+    channel.start()
     try:
         with _only_first_prints(cluster.index):
             yield
     except UserError as e:
-        line.leave(e.code, str(e))
+        channel.leave(e.code, str(e))
     except KeyboardInterrupt:
-        line.leave(128 + signal.SIGINT, "interrupted twice, nothing was saved")
+        channel.leave(128 + signal.SIGINT, "interrupted twice, nothing was saved")
     except Exception as e:
-        time.sleep(GRACE)  # more likely another host's end than a fault of this one
+        time.sleep(GRACE)  # more likely caused by the end of another host
         traceback.print_exc()
-        line.leave(1, f"{type(e).__name__}: {e}")
-    # nobody leaves before all are done
+        channel.leave(1, f"{type(e).__name__}: {e}")
+    # returns once all processes are done
     jax.distributed.shutdown()
-    line.close()
+    channel.close()
 
 
 @contextlib.contextmanager
@@ -115,16 +117,17 @@ def _only_first_prints(index: int) -> Iterator[None]:
 
 
 class ControlChannel:
-    """This process's connections: to all others for process 0, to process 0 for the others.
+    """Connections of process 0 to all others, or of another process to process 0.
 
-    A thread listens, and ends the process when one of the others is gone.
+    A thread listens, and ends this process when another one ends early.
     """
 
     def __init__(self, index: int, peers: dict[int, socket.socket]):
-        self._index, self._peers, self._over = index, peers, False
+        self._index, self._peers, self._closed = index, peers, False
         self._thread = threading.Thread(target=self._listen, name="hosts", daemon=True)
 
     def start(self) -> None:
+        """Start listening."""
         self._thread.start()
 
     def _listen(self) -> None:
@@ -133,32 +136,33 @@ class ControlChannel:
                 waiting.register(connection, selectors.EVENT_READ, peer)
             while True:
                 for key, _ in waiting.select():
-                    word = _receive(key.fileobj)
-                    if self._over or word == {"done": True}:
+                    message = _receive(key.fileobj)
+                    if self._closed or message == {"done": True}:
                         return
-                    self._end(word or dict(host=key.data, code=RESTART, why="is gone"))
+                    self._end(message or dict(host=key.data, code=RESTART, why="is gone"))
 
-    def _end(self, word: dict[str, Any]) -> None:
-        """End this process, because of what happened on another; process 0 tells the rest."""
-        self._tell(word)
-        restart = "; run the same command again" if word["code"] == RESTART else ""
-        _exit(word["code"], f"host {word['host']} of the run {word['why']}{restart}")
+    def _end(self, message: dict[str, Any]) -> None:
+        """Forward the message that another process ended, and end this one."""
+        self.send(message)
+        restart = "; run the same command again" if message["code"] == RESTART else ""
+        _exit(message["code"], f"host {message['host']} of the run {message['why']}{restart}")
 
-    def _tell(self, word: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message to all peers that are still connected."""
         for connection in self._peers.values():
-            with contextlib.suppress(OSError):  # it may be the one that is gone
-                connection.sendall(json.dumps(word).encode() + b"\n")
+            with contextlib.suppress(OSError):
+                connection.sendall(json.dumps(message).encode() + b"\n")
 
     def leave(self, code: int, why: str) -> None:
-        """End this process at once with an error, and with it the others."""
-        self._over = True
-        self._tell(dict(host=self._index, code=code, why=f"stopped: {why}"))
+        """End this process at once with an error, and the others with it."""
+        self._closed = True
+        self.send(dict(host=self._index, code=code, why=f"stopped: {why}"))
         _exit(code, why)
 
     def close(self) -> None:
-        """Say goodbye: the work is done."""
-        self._over = True
-        self._tell({"done": True})
+        """Tell the others that the work is done, and disconnect."""
+        self._closed = True
+        self.send({"done": True})
         for connection in self._peers.values():
             connection.close()
 
@@ -166,11 +170,11 @@ class ControlChannel:
 def _exit(code: int, message: str) -> None:
     sys.stdout.flush()
     print_error(message)
-    os._exit(code)  # nothing that waits for the others, such as jax's own farewell
+    os._exit(code)  # without exit handlers of jax, which wait for the others
 
 
 def _receive(connection: socket.socket) -> dict[str, Any] | None:
-    """The next message, None where the other end is closed or what comes is none of ours."""
+    """Return the next message, None if the connection is closed or the data is not ours."""
     received = b""
     try:
         while not received.endswith(b"\n"):
@@ -182,15 +186,15 @@ def _receive(connection: socket.socket) -> dict[str, Any] | None:
         return None
 
 
-def _door(cluster: Cluster) -> tuple[str, int]:
-    """Where process 0 waits for the others: the port below jax's own."""
+def _control_address(cluster: Cluster) -> tuple[str, int]:
+    """Return the address at which process 0 listens: the port below jax's own."""
     host, port = cluster.address.rsplit(":", 1)
     return host, int(port) - 1
 
 
-def _at_the_door(cluster: Cluster, timeout: float) -> ControlChannel:
-    """Process 0: wait for all the others, then let them in together."""
-    _, port = _door(cluster)
+def _accept(cluster: Cluster, timeout: float) -> ControlChannel:
+    """Wait in process 0 until all others have connected, then tell them so."""
+    _, port = _control_address(cluster)
     deadline = time.monotonic() + timeout
     peers: dict[int, socket.socket] = {}
     try:
@@ -210,38 +214,38 @@ def _at_the_door(cluster: Cluster, timeout: float) -> ControlChannel:
                 connection.settimeout(None)
                 peer = hello.get("host")
                 if hello.get("of") != cluster.number or peer in peers or not peer:
-                    connection.close()  # a stranger, or two of the same number
+                    connection.close()  # another program, or a second process of this number
                     continue
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 peers[peer] = connection
-    line = ControlChannel(0, peers)
+    channel = ControlChannel(0, peers)
     missing = sorted(set(range(1, cluster.number)) - set(peers))
-    line._tell({"missing": missing})
+    channel.send({"missing": missing})
     if missing:
         raise _incomplete(cluster, missing, timeout)
-    return line
+    return channel
 
 
-def _knock(cluster: Cluster, timeout: float) -> ControlChannel:
-    """The others: come to process 0, and wait until all are there."""
+def _connect(cluster: Cluster, timeout: float) -> ControlChannel:
+    """Connect to process 0, and wait until all others have."""
     deadline = time.monotonic() + timeout
     answer = None
     while answer is None:
         try:
-            connection = socket.create_connection(_door(cluster), timeout=5)
+            connection = socket.create_connection(_control_address(cluster), timeout=5)
             hello = {"host": cluster.index, "of": cluster.number}
             connection.sendall(json.dumps(hello).encode() + b"\n")
-            connection.settimeout(timeout + 10)  # process 0 may have begun to wait later
+            connection.settimeout(timeout + 10)  # process 0 may have started later
             answer = _receive(connection)
         except OSError:
             pass
         if answer is None:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"process {cluster.index} of {cluster.number}: nobody let it in at "
-                    f"{cluster.address} in {timeout:.0f} s; is process 0 running there, with "
-                    f"--num_processes={cluster.number} and no other process {cluster.index}, and "
-                    f"may port {_door(cluster)[1]} be reached?"
+                    f"process {cluster.index} of {cluster.number} could not connect to the "
+                    f"coordinator {cluster.address} within {timeout:.0f} s; check that process 0 "
+                    f"runs there with --num_processes={cluster.number}, that no other process is "
+                    f"{cluster.index}, and that port {_control_address(cluster)[1]} can be reached"
                 )
             time.sleep(0.5)
     if answer["missing"]:
@@ -254,6 +258,6 @@ def _knock(cluster: Cluster, timeout: float) -> ControlChannel:
 def _incomplete(cluster: Cluster, missing: Sequence[int], timeout: float) -> UserError:
     named = ", ".join(map(str, missing))
     return UserError(
-        f"{len(missing)} of {cluster.number} processes did not come to {cluster.address} in "
-        f"{timeout:.0f} s (connect_seconds): {named}; start them there too, or set --num_processes"
+        f"{len(missing)} of {cluster.number} processes did not connect to {cluster.address} within "
+        f"{timeout:.0f} s (connect_seconds): {named}; start them too, or set --num_processes"
     )

@@ -1,4 +1,4 @@
-"""Where a run's time went, in this process and in all that worked on the same workdir."""
+"""Accounting of a run's time by kind, over all processes that worked on its workdir."""
 
 import contextlib
 import json
@@ -14,10 +14,11 @@ KINDS = ("compile", "step", "data_wait", "validation", "save", "restore", "other
 
 
 class Goodput:
-    """Seconds by kind: those inside `with time_of(kind)` are that kind's, all others "step" once
-    `begin` was called and "other" before; "lost" is what was computed, not saved, and done again.
+    """Adds up seconds by kind.
 
-    WORKDIR/goodput.json holds the sums over all processes that worked there.
+    Time inside `with time_of(kind)` counts as `kind`, other time as "step" after `begin` and as
+    "other" before. "lost" is time of steps that were not saved and had to be computed again.
+    WORKDIR/goodput.json has the sums over all processes.
     """
 
     def __init__(self, workdir: str, clock: Callable[[], float] = time.monotonic):
@@ -26,7 +27,7 @@ class Goodput:
         self._saved, self._since = 0, 0.0
 
     def begin(self, step: int) -> None:
-        """Stepping begins, after so many steps: what the process before did beyond is lost."""
+        """Start counting steps at `step`; the previous process's steps beyond it count as lost."""
         self._advance()
         unsaved = self._seconds.pop("unsaved", {})
         if unsaved.get("step", 0) > step:
@@ -44,7 +45,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def time_of(self, kind: str) -> Iterator[None]:
-        """What passes inside is `kind`'s."""
+        """Count the time inside as `kind`."""
         self._advance()
         outside, self._kind = self._kind, kind
         try:
@@ -54,19 +55,19 @@ class Goodput:
             self._kind = outside
 
     def went_back(self) -> None:
-        """The steps since the last save were given up."""
+        """Count the steps since the last save as lost."""
         self._advance()
         self._seconds["step"] -= self._since
         self._seconds["lost"] += self._since
         self._since = 0.0
 
     def saved(self, step: int) -> None:
-        """What was done until `step` is safe."""
+        """Record a save at `step`."""
         self._advance()
         self._saved, self._since = step, 0.0
 
     def write(self, step: int) -> None:
-        """Bring the file up to date."""
+        """Update the file."""
         self._advance()
         content = {kind: round(seconds, 3) for kind, seconds in self._seconds.items()}
         content["unsaved"] = dict(step=step, saved=self._saved, seconds=round(self._since, 3))
@@ -75,21 +76,21 @@ class Goodput:
 
 
 def read_goodput(workdir: str) -> dict[str, Any]:
-    """Seconds by kind, and what was not saved, of a workdir; zeros where there are none."""
+    """Return the seconds by kind and the unsaved steps of a workdir, zeros without a file."""
     path = os.path.join(workdir, FILE)
-    found = {}
+    content = {}
     if os.path.exists(path):
         with open(path) as f:
-            found = json.load(f)
-    return dict.fromkeys(KINDS, 0.0) | found
+            content = json.load(f)
+    return dict.fromkeys(KINDS, 0.0) | content
 
 
 def summary_line(seconds: dict[str, Any]) -> str:
-    """The shares in words, largest first."""
+    """Return a line with the share of each kind, largest first."""
     kinds = {kind: seconds[kind] for kind in KINDS if seconds[kind] > 0}
     total = sum(kinds.values())
     if not total:
         return "no time has been spent yet"
     shares = sorted(kinds.items(), key=lambda item: -item[1])
-    said = ", ".join(f"{kind.replace('_', ' ')} {100 * s / total:.1f} %" for kind, s in shares)
-    return f"time: {total / 3600:.2f} h, of which {said}"
+    text = ", ".join(f"{kind.replace('_', ' ')} {100 * s / total:.1f} %" for kind, s in shares)
+    return f"time: {total / 3600:.2f} h, of which {text}"

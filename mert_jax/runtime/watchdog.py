@@ -1,5 +1,4 @@
-"""Ends a run that no longer moves, so that it can be started again: a stalled read, a dead peer, a
-hanging disk."""
+"""A watchdog that ends a stalled run (a hanging disk or read, a dead peer) so that it restarts."""
 
 import faulthandler
 import os
@@ -12,11 +11,13 @@ from mert_jax.errors import RESTART, print_error
 
 
 def end_stalled_run(workdir: str, host: int, seconds: float) -> None:
-    """Write what every thread is doing to standard error and WORKDIR/stalled.HOST.txt, and exit
-    with `RESTART`, without waiting for anything."""
+    """Dump the stacks of all threads and exit with `RESTART`, without waiting for anything.
+
+    They go to standard error and to WORKDIR/stalled.HOST.txt.
+    """
     message = (
-        f"nothing has moved for {seconds:.0f} s (watchdog_minutes): the stacks of all threads "
-        f"follow; ending with code {RESTART}, run the same command again"
+        f"no progress for {seconds:.0f} s (watchdog_minutes): the stacks of all threads follow; "
+        f"ending with code {RESTART}, run the same command again"
     )
     print_error(message)
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
@@ -24,19 +25,19 @@ def end_stalled_run(workdir: str, host: int, seconds: float) -> None:
         with open(os.path.join(workdir, f"stalled.{host}.txt"), "w") as f:
             print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=f, flush=True)
             faulthandler.dump_traceback(f, all_threads=True)
-    finally:  # the disk may be what hangs or is full
+    finally:  # the disk may be full, or what hangs
         os._exit(RESTART)
 
 
 class Watchdog:
-    """Calls `bark` once nobody has called `pat` for `seconds` (0: never), from a thread of its own.
+    """Calls `on_timeout` from its own thread once `beat` was not called for `seconds` (0: never).
 
     A context manager: the thread ends with it.
     """
 
-    def __init__(self, seconds: float, bark: Callable[[], None]):
-        self._seconds, self._bark = seconds, bark
-        self._patted, self._over = threading.Event(), False
+    def __init__(self, seconds: float, on_timeout: Callable[[], None]):
+        self._seconds, self._on_timeout = seconds, on_timeout
+        self._beat, self._stopped = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -45,18 +46,18 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over = True
+        self._stopped = True
         self.beat()
         if self._thread.is_alive():
             self._thread.join()
 
     def beat(self) -> None:
-        """Say that the run is moving."""
-        self._patted.set()
+        """Record progress and restart the timer."""
+        self._beat.set()
 
     def _watch(self) -> None:
-        while not self._over:
-            if not self._patted.wait(self._seconds):
-                return self._bark()
-            self._patted.clear()
+        while not self._stopped:
+            if not self._beat.wait(self._seconds):
+                return self._on_timeout()
+            self._beat.clear()
         return None

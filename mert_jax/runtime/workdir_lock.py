@@ -1,4 +1,4 @@
-"""Whose a workdir is: one run's at a time, and always of the same settings."""
+"""Locks a workdir to one run and refuses a changed config on resume."""
 
 import contextlib
 import fcntl
@@ -12,69 +12,70 @@ from mert_jax.constants import CONFIG_FILE, MODEL_FILE
 from mert_jax.errors import UserError
 from mert_jax.object_storage import LOCK
 
-# what may differ between two calls on the same workdir: how long and how it is watched and spread
+# settings that may change between two calls: length, logging, layout on devices, data location
 FREE = (
     *("total_steps", "log_every", "eval_every", "checkpoint", "mesh", "tensorboard"),
     *("watchdog_minutes", "data.dir", "data.threads", "data.workers", "data.accept_changes"),
     *("data.max_faulty", "model.remat", "model.unroll"),
 )
 
-# settings that earlier versions wrote, with the only values that this one can go on with
+# settings of earlier versions, with the only values that can still be resumed
 REMOVED = {"model.attention_relax": 0.0, "model.fitted_gelu": False}
 
 
 def lock(workdir: str) -> Any:
-    """Hold `workdir` for this process until it ends, however it ends; UserError where another one
-    has it. Keep what is returned."""
+    """Lock `workdir` until the returned file is closed or this process ends.
+
+    Raises UserError if another process holds the lock or the workdir cannot be written.
+    """
     path = os.path.join(workdir, LOCK)
     try:
         os.makedirs(workdir, exist_ok=True)
-        held = open(path, "a+")  # noqa: SIM115 (open for as long as the run)
+        file = open(path, "a+")  # noqa: SIM115 (open for as long as the run)
     except OSError as e:
         raise UserError(f"--workdir={workdir} cannot be used: {e}") from e
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        held.seek(0)
-        other = held.read().strip() or "unknown"
+        file.seek(0)
+        other = file.read().strip() or "unknown"
         raise UserError(
             f"--workdir={workdir} is in use by another run (process {other}); stop it, or choose "
             "another workdir"
         ) from None
     except OSError:  # a file system without locks
-        return held
-    held.truncate(0)
-    held.write(str(os.getpid()))
-    held.flush()
-    return held
+        return file
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def lock_workdir(
     workdir: str, config: dict[str, Any], begun: bool = False
 ) -> contextlib.AbstractContextManager:
-    """Make `workdir` this run's own: write its config.json, or check the one that is there, which
-    has to be if a run has `begun`. What is returned holds it against other processes until it is
-    closed.
+    """Lock `workdir`, and write its config.json or check `config` against it.
 
-    Raises UserError when the directory cannot be written or holds a run of other settings, naming
-    each with both values.
+    The lock holds until the returned object is closed. A run that has `begun` must have a
+    config.json. Raises UserError if the directory cannot be written or holds a run of other
+    settings, naming each with both values.
     """
     path = os.path.join(workdir, CONFIG_FILE)
-    if begun and not os.path.exists(path):  # what convert --to=orbax makes
+    if begun and not os.path.exists(path):  # written by convert --to=orbax
         raise UserError(
             f"--workdir={workdir} holds a checkpoint without a run; begin one from it with "
             f"--config.init_from={workdir} and another --workdir"
         )
-    held = lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    held_lock = lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     try:
         os.makedirs(workdir, exist_ok=True)
         if not os.path.exists(path):
-            # the hosts of a run come here together, often in one shared directory
+            # the hosts of a run write at the same time, often to one shared directory
             temporary = f"{path}.{jax.process_index()}.tmp"
             with open(temporary, "w") as f:
                 json.dump(config, f, indent=1)
             os.replace(temporary, path)
-            return held
+            return held_lock
         with open(path) as f:
             before = json.load(f)
     except (OSError, ValueError) as e:  # ValueError: neither JSON nor text
@@ -89,13 +90,13 @@ def lock_workdir(
     if changed:
         raise UserError(
             f"--workdir={workdir} holds a run of other settings ({'; '.join(changed)}); "
-            "choose another workdir or take the setting back"
+            "choose another workdir or restore the setting"
         )
-    return held
+    return held_lock
 
 
 def release_workdir(workdir: str) -> None:
-    """Give up a claim on a workdir whose run has not begun, so that other settings may have it."""
+    """Remove the files of a run that has not begun, so that other settings can use the workdir."""
     if jax.process_index() == 0 and not os.path.exists(os.path.join(workdir, "metrics.jsonl")):
         for name in (CONFIG_FILE, MODEL_FILE, LOCK):
             with contextlib.suppress(FileNotFoundError):
@@ -103,7 +104,7 @@ def release_workdir(workdir: str) -> None:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Return {"a.b": 1} for {"a": {"b": 1}}."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:

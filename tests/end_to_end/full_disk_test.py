@@ -72,7 +72,7 @@ def test_a_read_that_never_comes_back(dataset, tmp_path):
         _, errors = process.communicate(timeout=60)
     assert readers
     assert process.returncode == RESTART
-    assert "nothing has moved for 60 s" in errors
+    assert "no progress for 60 s" in errors
     assert "train.py" in errors
     assert "train.py" in (tmp_path / "run" / "stalled.0.txt").read_text()
     last = manager.checkpoint_steps(str(tmp_path / "run"))[-1]

@@ -73,7 +73,7 @@ def meet(number, present, timeout):
 
     def come(index):
         cluster = distributed.Cluster(address, number, index)
-        arrive = distributed._knock if index else distributed._at_the_door
+        arrive = distributed._connect if index else distributed._accept
         try:
             outcome[index] = arrive(cluster, timeout)
         except UserError as e:
@@ -100,25 +100,28 @@ def test_all_who_come_are_let_in_in_any_order():
 def test_the_missing_are_named_to_everyone_who_came():
     address, outcome = meet(4, (0, 2), 1.5)
     for said in outcome.values():
-        assert f"2 of 4 processes did not come to {address} in 2 s" in said
+        assert f"2 of 4 processes did not connect to {address} within 2 s" in said
         assert ": 1, 3; start them" in said
 
 
-def test_nobody_at_the_address():
+def test_no_coordinator_at_the_address():
     address, outcome = meet(2, (1,), 1)
-    assert f"nobody let it in at {address} in 1 s; is process 0 running there" in outcome[1]
+    assert (
+        f"could not connect to the coordinator {address} within 1 s; check that process 0 runs there"
+        in outcome[1]
+    )
 
 
 def test_two_of_the_same_number_do_not_pass_for_two():
     _, outcome = meet(3, (0, 1, 1), 1.5)
-    assert "1 of 3 processes did not come" in outcome[0]
+    assert "1 of 3 processes did not connect" in outcome[0]
 
 
 def test_a_port_in_use_is_said():
     port = processes.free_port()
     refused = pytest.raises(UserError, match=f"port {port - 1}, the one below, cannot be used")
     with distributed.socket.create_server(("", port - 1)), refused:
-        distributed._at_the_door(distributed.Cluster(f"127.0.0.1:{port}", 2, 0), 1)
+        distributed._accept(distributed.Cluster(f"127.0.0.1:{port}", 2, 0), 1)
 
 
 def several(number, devices, *flags):
@@ -147,7 +150,7 @@ def test_each_reads_its_share_of_the_same_batch(number, mesh, shares, workdir):
     assert [code for code, *_ in ended] == [0] * number, ended
     found = [said(errors) for *_, errors in ended]
     assert all(each["same"] and each["restored"] for each in found)
-    assert {each["wish"] for each in found} == {10 + number - 1}
+    assert {each["request"] for each in found} == {10 + number - 1}
     for each in found:
         assert each["read"] == each["expected"]
         assert len(each["rows"]) == 24 // shares

@@ -11,25 +11,25 @@ from mert_jax.errors import RESTART
 from mert_jax.runtime import watchdog
 
 
-def test_it_barks_once_when_nobody_pats():
-    barked = threading.Event()
-    with watchdog.Watchdog(0.05, barked.set):
-        assert barked.wait(10)
+def test_it_calls_once_without_a_beat():
+    timed_out = threading.Event()
+    with watchdog.Watchdog(0.05, timed_out.set):
+        assert timed_out.wait(10)
 
 
 def test_it_is_quiet_while_the_run_moves_and_after_it():
-    barked = threading.Event()
-    with watchdog.Watchdog(0.5, barked.set) as dog:
+    timed_out = threading.Event()
+    with watchdog.Watchdog(0.5, timed_out.set) as timer:
         for _ in range(15):
             time.sleep(0.05)
-            dog.beat()
+            timer.beat()
     time.sleep(0.6)
-    assert not barked.is_set()
+    assert not timed_out.is_set()
 
 
-def test_0_never_barks():
-    with watchdog.Watchdog(0, lambda: pytest.fail("barked")) as dog:
-        dog.beat()
+def test_0_never_times_out():
+    with watchdog.Watchdog(0, lambda: pytest.fail("timed out")) as timer:
+        timer.beat()
 
 
 STALLED = """
@@ -50,7 +50,7 @@ def test_a_stall_leaves_the_stacks_of_all_threads_and_the_code_to_start_again(tm
     )
     assert done.returncode == RESTART == 75
     for said in (done.stderr, (tmp_path / "stalled.0.txt").read_text()):
-        assert "nothing has moved for 0 s" in said
+        assert "no progress for 0 s" in said
         assert "a_read_that_never_returns" in said
         assert "run the same command again" in said
 
