@@ -2,7 +2,7 @@
 
 import sys
 
-USER_ERROR = 2  # what every command ends with for a mistake of its caller
+USER_ERROR = 2  # exit code for a mistake of the caller
 RESTART = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 

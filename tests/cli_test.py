@@ -1,4 +1,4 @@
-"""Commands end in one line and exit code 2 for the caller's mistakes, with a traceback for ours."""
+"""Commands end in one line and exit code 2 for the caller's mistakes, in a traceback for bugs."""
 
 import os
 import subprocess
@@ -36,7 +36,7 @@ def call(*args: str) -> subprocess.CompletedProcess:
     [("--knd=x", "knd"), ("fine", "'fine'"), ("--kind=user", "error: batch_size 7 is odd")],
     ids=["unknown flag", "positional argument", "UserError"],
 )
-def test_a_mistake_of_the_caller_is_one_line(arg, words):
+def test_a_mistake_of_the_caller_ends_in_one_line(arg, words):
     done = call(arg)
     assert done.returncode == 2
     assert words in done.stderr
@@ -45,7 +45,7 @@ def test_a_mistake_of_the_caller_is_one_line(arg, words):
     assert ("main ran" in done.stdout) == (arg == "--kind=user")
 
 
-def test_a_fault_of_ours_keeps_its_traceback():
+def test_a_bug_keeps_its_traceback():
     done = call("--kind=bug")
     assert done.returncode == 1
     assert "Traceback" in done.stderr

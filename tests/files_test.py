@@ -1,4 +1,4 @@
-"""Files and folders that are written completely or not at all, and files of JSON rows."""
+"""Files and folders are written completely or not at all; files of JSON rows."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def interrupted(path, directory: bool, error: BaseException, **options) -> None:
 
 
 @pytest.mark.parametrize("directory", [False, True])
-def test_the_file_appears_at_the_end(tmp_path, directory):
+def test_the_path_appears_at_the_end(tmp_path, directory):
     path = tmp_path / "deep" / "out"
     with files.atomic_write(str(path)) as temporary:
         fill(temporary, directory)
@@ -37,14 +37,14 @@ def test_the_file_appears_at_the_end(tmp_path, directory):
 
 @pytest.mark.parametrize("directory", [False, True])
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), ValueError(), KeyboardInterrupt()])
-def test_nothing_is_left_of_a_failure(tmp_path, directory, error):
+def test_a_failure_leaves_nothing_behind(tmp_path, directory, error):
     raised = UserError if isinstance(error, OSError) else type(error)
     with pytest.raises(raised):
         interrupted(tmp_path / "out", directory, error)
     assert os.listdir(tmp_path) == []
 
 
-def test_what_exists_stays_unless_it_may_be_replaced(tmp_path):
+def test_an_existing_file_stays_unless_replaced(tmp_path):
     path = tmp_path / "out"
     path.write_text("old")
     with pytest.raises(UserError, match="exists already"), files.atomic_write(str(path)):
@@ -59,7 +59,7 @@ def test_what_exists_stays_unless_it_may_be_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_a_path_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     path = str(tmp_path / "file" / "out")
     with pytest.raises(UserError, match="cannot be written"), files.atomic_write(path) as temporary:
@@ -72,7 +72,9 @@ def test_an_empty_directory_is_not_overwritten(tmp_path):
         pytest.fail("nothing should be written")
 
 
-# rows of JSON -------------------------------------------------------------------------------------
+# rows of JSON
+
+
 def test_dropped_rows_and_a_cut_line_are_removed(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')

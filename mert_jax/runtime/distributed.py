@@ -1,7 +1,7 @@
-"""Connects the processes of a run, one on each host, and ends all of them when one ends.
+"""Connects the processes of a run, one per host, and ends all of them when one ends.
 
-Each keeps a connection to process 0 while it runs. jax's own service reports neither the missing
-process nor why a process ended, and aborts the others with a C++ stack after minutes.
+Each process keeps a connection to process 0. jax's own service names neither the missing process
+nor the reason, and ends with a C++ stack after minutes.
 """
 
 import contextlib
@@ -21,16 +21,11 @@ import jax
 
 from mert_jax.errors import RESTART, UserError, print_error
 
-GRACE = 3.0  # seconds for the report of a dead host to arrive after a collective failed
+GRACE = 3.0  # seconds in which the message of a failed host arrives after a collective fails
 
 
 class Cluster(NamedTuple):
-    """The processes of a run, as this one sees them.
-
-    address: "host:port" of process 0
-    number, index: the number of processes, and which one this is
-    devices: local devices of this process, None for all
-    """
+    """The "HOST:PORT" of process 0, number of processes, own index and devices (None: all)."""
 
     address: str
     number: int
@@ -41,11 +36,10 @@ class Cluster(NamedTuple):
 def find_cluster(
     address: str | None, number: int | None, index: int | None, timeout: float
 ) -> Cluster:
-    """Return the cluster of the arguments or, without any, of the environment.
+    """Return the cluster of these flags or of the environment, else a cluster of one process.
 
-    The environment is TPU metadata, Slurm, Open MPI, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
-    and JAX_PROCESS_ID; if it names none, the cluster has one process. Raises UserError if only some
-    are given, and if `index` is not below `number`.
+    The environment: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or TPU metadata,
+    Slurm or Open MPI. Raises UserError for an incomplete cluster or an `index` that is too large.
     """
     address = address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     number, index = (
@@ -54,7 +48,7 @@ def find_cluster(
     )
     devices = None
     if (address, number, index) == (None, None, None):
-        # jax.distributed.initialize() detects the same values, but does not return them
+        # jax.distributed.initialize() detects the same, but has no public way to return it
         from jax._src.clusters import ClusterEnv
 
         detect = ClusterEnv.auto_detect_unset_distributed_params
@@ -68,7 +62,7 @@ def find_cluster(
         )
     if not 0 <= index < number:
         raise UserError(
-            f"--process_id={index} is not one of --num_processes={number}: 0 to one less"
+            f"--process_id={index} is not one of --num_processes={number}: 0 to {number - 1}"
         )
     if ":" not in address:
         raise UserError(f"--coordinator={address} has no port; it is HOST:PORT of process 0")
@@ -77,90 +71,81 @@ def find_cluster(
 
 @contextlib.contextmanager
 def connect(cluster: Cluster, timeout: float) -> Iterator[None]:
-    """Join the cluster: inside, jax knows the devices of all processes, and only process 0 prints.
+    """Initialize jax.distributed for the time of the context; only process 0 prints.
 
-    When one process ends early, all end with a line that names it and the reason: with its exit
-    code if it failed, with `RESTART` if it disappeared. Raises UserError with the address and the
-    missing processes if they do not connect within `timeout` seconds.
+    When a process ends early, the others end too and print its number and the reason: with its exit
+    code if it failed, with `RESTART` if it vanished. Raises UserError with the missing processes
+    after `timeout` seconds.
     """
     if cluster.number == 1:
         yield
         return
-    channel = _accept(cluster, timeout) if cluster.index == 0 else _connect(cluster, timeout)
+    channel = (_connect if cluster.index else _accept)(cluster, timeout)
     jax.distributed.initialize(
         cluster.address, cluster.number, cluster.index, local_device_ids=cluster.devices
     )
     channel.start()
     try:
-        with _only_first_prints(cluster.index):
+        with contextlib.ExitStack() as stack:
+            if cluster.index:
+                null = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(null))
             yield
     except UserError as e:
-        channel.leave(e.code, str(e))
+        channel.fail(e.code, str(e))
     except KeyboardInterrupt:
-        channel.leave(128 + signal.SIGINT, "interrupted twice, nothing was saved")
+        channel.fail(128 + signal.SIGINT, "interrupted twice, nothing was saved")
     except Exception as e:
-        time.sleep(GRACE)  # more likely caused by the end of another host
+        time.sleep(GRACE)  # the end of another host is a likelier cause than a bug here
         traceback.print_exc()
-        channel.leave(1, f"{type(e).__name__}: {e}")
-    # returns once all processes are done
-    jax.distributed.shutdown()
+        channel.fail(1, f"{type(e).__name__}: {e}")
+    jax.distributed.shutdown()  # waits for all processes
     channel.close()
 
 
-@contextlib.contextmanager
-def _only_first_prints(index: int) -> Iterator[None]:
-    if index == 0:
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
-
-
 class ControlChannel:
-    """Connections of process 0 to all others, or of another process to process 0.
+    """Connections from process 0 to all others, or from another process to process 0.
 
-    A thread listens, and ends this process when another one ends early.
+    A thread receives messages, and ends this process when another one has ended.
     """
 
     def __init__(self, index: int, peers: dict[int, socket.socket]):
         self._index, self._peers, self._closed = index, peers, False
-        self._thread = threading.Thread(target=self._listen, name="hosts", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name="control channel", daemon=True)
 
     def start(self) -> None:
-        """Start listening."""
+        """Start the thread."""
         self._thread.start()
 
     def _listen(self) -> None:
-        with selectors.DefaultSelector() as waiting:
+        with selectors.DefaultSelector() as selector:
             for peer, connection in self._peers.items():
-                waiting.register(connection, selectors.EVENT_READ, peer)
+                selector.register(connection, selectors.EVENT_READ, peer)
             while True:
-                for key, _ in waiting.select():
+                for key, _ in selector.select():
                     message = _receive(key.fileobj)
                     if self._closed or message == {"done": True}:
                         return
-                    self._end(message or dict(host=key.data, code=RESTART, why="is gone"))
-
-    def _end(self, message: dict[str, Any]) -> None:
-        """Forward the message that another process ended, and end this one."""
-        self.send(message)
-        restart = "; run the same command again" if message["code"] == RESTART else ""
-        _exit(message["code"], f"host {message['host']} of the run {message['why']}{restart}")
+                    message = message or dict(host=key.data, code=RESTART, why="is gone")
+                    self.send(message)  # process 0 informs the others
+                    code, reason = message["code"], f"host {message['host']} of the run"
+                    restart = "; run the same command again" if code == RESTART else ""
+                    _exit(code, f"{reason} {message['why']}{restart}")
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send a message to all peers that are still connected."""
+        """Send a message to every connected process."""
         for connection in self._peers.values():
-            with contextlib.suppress(OSError):
-                connection.sendall(json.dumps(message).encode() + b"\n")
+            with contextlib.suppress(OSError):  # its process may have ended
+                _send(connection, message)
 
-    def leave(self, code: int, why: str) -> None:
-        """End this process at once with an error, and the others with it."""
+    def fail(self, code: int, why: str) -> None:
+        """End this process with an error, and thereby the others."""
         self._closed = True
         self.send(dict(host=self._index, code=code, why=f"stopped: {why}"))
         _exit(code, why)
 
     def close(self) -> None:
-        """Tell the others that the work is done, and disconnect."""
+        """Tell the others that this process is done, and close the connections."""
         self._closed = True
         self.send({"done": True})
         for connection in self._peers.values():
@@ -170,30 +155,34 @@ class ControlChannel:
 def _exit(code: int, message: str) -> None:
     sys.stdout.flush()
     print_error(message)
-    os._exit(code)  # without exit handlers of jax, which wait for the others
+    os._exit(code)  # skip exit handlers: those of jax wait for the other processes
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _receive(connection: socket.socket) -> dict[str, Any] | None:
-    """Return the next message, None if the connection is closed or the data is not ours."""
-    received = b""
+    """Return the next message, None if the connection is closed or sends something else."""
+    line = b""
     try:
-        while not received.endswith(b"\n"):
-            if not (more := connection.recv(1)):
+        while not line.endswith(b"\n"):
+            if not (byte := connection.recv(1)):
                 return None
-            received += more
-        return json.loads(received)
+            line += byte
+        return json.loads(line)
     except (OSError, ValueError):
         return None
 
 
 def _control_address(cluster: Cluster) -> tuple[str, int]:
-    """Return the address at which process 0 listens: the port below jax's own."""
+    """Return the host and port of the control channel: the port below jax's own."""
     host, port = cluster.address.rsplit(":", 1)
     return host, int(port) - 1
 
 
 def _accept(cluster: Cluster, timeout: float) -> ControlChannel:
-    """Wait in process 0 until all others have connected, then tell them so."""
+    """Wait in process 0 until all others have connected, and tell them which are missing."""
     _, port = _control_address(cluster)
     deadline = time.monotonic() + timeout
     peers: dict[int, socket.socket] = {}
@@ -214,15 +203,14 @@ def _accept(cluster: Cluster, timeout: float) -> ControlChannel:
                 connection.settimeout(None)
                 peer = hello.get("host")
                 if hello.get("of") != cluster.number or peer in peers or not peer:
-                    connection.close()  # another program, or a second process of this number
+                    connection.close()  # another run, or a duplicate index
                     continue
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 peers[peer] = connection
     channel = ControlChannel(0, peers)
     missing = sorted(set(range(1, cluster.number)) - set(peers))
     channel.send({"missing": missing})
-    if missing:
-        raise _incomplete(cluster, missing, timeout)
+    _check_complete(cluster, missing, timeout)
     return channel
 
 
@@ -231,33 +219,30 @@ def _connect(cluster: Cluster, timeout: float) -> ControlChannel:
     deadline = time.monotonic() + timeout
     answer = None
     while answer is None:
-        try:
+        with contextlib.suppress(OSError):
             connection = socket.create_connection(_control_address(cluster), timeout=5)
-            hello = {"host": cluster.index, "of": cluster.number}
-            connection.sendall(json.dumps(hello).encode() + b"\n")
+            _send(connection, {"host": cluster.index, "of": cluster.number})
             connection.settimeout(timeout + 10)  # process 0 may have started later
             answer = _receive(connection)
-        except OSError:
-            pass
         if answer is None:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"process {cluster.index} of {cluster.number} could not connect to the "
-                    f"coordinator {cluster.address} within {timeout:.0f} s; check that process 0 "
-                    f"runs there with --num_processes={cluster.number}, that no other process is "
-                    f"{cluster.index}, and that port {_control_address(cluster)[1]} can be reached"
+                    f"coordinator {cluster.address} within {timeout:.0f} s; start process 0 there "
+                    f"with --num_processes={cluster.number}, give each process an index of its own "
+                    f"and open port {_control_address(cluster)[1]}"
                 )
             time.sleep(0.5)
-    if answer["missing"]:
-        raise _incomplete(cluster, answer["missing"], timeout)
+    _check_complete(cluster, answer["missing"], timeout)
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     return ControlChannel(cluster.index, {0: connection})
 
 
-def _incomplete(cluster: Cluster, missing: Sequence[int], timeout: float) -> UserError:
-    named = ", ".join(map(str, missing))
-    return UserError(
-        f"{len(missing)} of {cluster.number} processes did not connect to {cluster.address} within "
-        f"{timeout:.0f} s (connect_seconds): {named}; start them too, or set --num_processes"
-    )
+def _check_complete(cluster: Cluster, missing: Sequence[int], timeout: float) -> None:
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {cluster.number} processes did not connect to {cluster.address} "
+            f"within {timeout:.0f} s (connect_seconds): {', '.join(map(str, missing))}; start them "
+            "there too, or set --num_processes"
+        )

@@ -1,4 +1,4 @@
-"""Accounting of a run's time by kind, over all processes that worked on its workdir."""
+"""Seconds of a run by kind (compile, step, save, lost, ...), over all restarts of a workdir."""
 
 import contextlib
 import json
@@ -14,11 +14,10 @@ KINDS = ("compile", "step", "data_wait", "validation", "save", "restore", "other
 
 
 class Goodput:
-    """Adds up seconds by kind.
+    """Sums seconds by kind in WORKDIR/goodput.json.
 
-    Time inside `with time_of(kind)` counts as `kind`, other time as "step" after `begin` and as
-    "other" before. "lost" is time of steps that were not saved and had to be computed again.
-    WORKDIR/goodput.json has the sums over all processes.
+    Time inside `time_of(kind)` counts for `kind`, other time for "step" after `begin` and for
+    "other" before it; "lost" are steps that were not saved and had to be repeated.
     """
 
     def __init__(self, workdir: str, clock: Callable[[], float] = time.monotonic):
@@ -27,7 +26,7 @@ class Goodput:
         self._saved, self._since = 0, 0.0
 
     def begin(self, step: int) -> None:
-        """Start counting steps at `step`; the previous process's steps beyond it count as lost."""
+        """Start at `step`; count the steps of the previous process beyond it as lost."""
         self._advance()
         unsaved = self._seconds.pop("unsaved", {})
         if unsaved.get("step", 0) > step:
@@ -45,7 +44,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def time_of(self, kind: str) -> Iterator[None]:
-        """Count the time inside as `kind`."""
+        """Count the time inside for `kind`."""
         self._advance()
         outside, self._kind = self._kind, kind
         try:
@@ -62,12 +61,12 @@ class Goodput:
         self._since = 0.0
 
     def saved(self, step: int) -> None:
-        """Record a save at `step`."""
+        """Record a completed save of `step`."""
         self._advance()
         self._saved, self._since = step, 0.0
 
     def write(self, step: int) -> None:
-        """Update the file."""
+        """Write the sums up to now."""
         self._advance()
         content = {kind: round(seconds, 3) for kind, seconds in self._seconds.items()}
         content["unsaved"] = dict(step=step, saved=self._saved, seconds=round(self._since, 3))
@@ -76,21 +75,21 @@ class Goodput:
 
 
 def read_goodput(workdir: str) -> dict[str, Any]:
-    """Return the seconds by kind and the unsaved steps of a workdir, zeros without a file."""
+    """Return the seconds of a workdir by kind, zeros if it has none, and its unsaved steps."""
+    seconds = dict.fromkeys(KINDS, 0.0)
     path = os.path.join(workdir, FILE)
-    content = {}
     if os.path.exists(path):
         with open(path) as f:
-            content = json.load(f)
-    return dict.fromkeys(KINDS, 0.0) | content
+            seconds |= json.load(f)
+    return seconds
 
 
 def summary_line(seconds: dict[str, Any]) -> str:
-    """Return a line with the share of each kind, largest first."""
+    """Return one line with the share of each kind, the largest first."""
     kinds = {kind: seconds[kind] for kind in KINDS if seconds[kind] > 0}
     total = sum(kinds.values())
     if not total:
         return "no time has been spent yet"
     shares = sorted(kinds.items(), key=lambda item: -item[1])
-    text = ", ".join(f"{kind.replace('_', ' ')} {100 * s / total:.1f} %" for kind, s in shares)
-    return f"time: {total / 3600:.2f} h, of which {text}"
+    words = ", ".join(f"{kind.replace('_', ' ')} {100 * s / total:.1f} %" for kind, s in shares)
+    return f"time: {total / 3600:.2f} h, of which {words}"

@@ -1,4 +1,4 @@
-"""A workdir in object storage, as a local copy of all but its checkpoints."""
+"""Local copy of a workdir in object storage, without its checkpoints."""
 
 import contextlib
 import os
@@ -20,20 +20,19 @@ from mert_jax.object_storage import (
 
 
 class RemoteWorkdir:
-    """`folder` holds the files of `workdir` but for its checkpoints, as a context manager.
+    """Context manager whose `folder` holds the files of `workdir`, without its checkpoints.
 
-    Of a local workdir it is the workdir itself. Of a remote one it is a copy; where this process
-    `writes`, its changes go there with `push` and `flush` and at the end, and `take` stops any
-    other run that writes there, the next time it does.
+    A local workdir is its own folder. Of a remote one the folder is a copy; if this process
+    `writes`, then `push`, `flush` and the end of the context upload its changes.
     """
 
     def __init__(self, workdir: str, writes: bool):
         self.workdir, self.folder = workdir, workdir
         self._remote, self._writes = is_remote(workdir), writes and is_remote(workdir)
         self._sent: dict[str, tuple[int, int]] = {}
-        self._owner, self._error, self._over = "", None, False
-        # copies that were asked for, and how many of them are made
-        self._asked, self._made, self._change = 0, 0, threading.Condition()
+        self._owner, self._error, self._closed = "", None, False
+        # numbers of requested and of completed uploads
+        self._requested, self._completed, self._change = 0, 0, threading.Condition()
 
     def __enter__(self) -> "RemoteWorkdir":
         if not self._remote:
@@ -46,7 +45,7 @@ class RemoteWorkdir:
         with translate_errors(UserError, self.workdir, todo):
             fetch(self._bucket, self.workdir, self.folder, step=None)
         self._sent = self._files()
-        self._thread = threading.Thread(target=self._copy_on_demand, name="mirror", daemon=True)
+        self._thread = threading.Thread(target=self._upload_on_request, name="mirror", daemon=True)
         self._thread.start()
         return self
 
@@ -54,59 +53,61 @@ class RemoteWorkdir:
         if not self._remote:
             return
         try:
-            # what a run that failed has written explains why; unless that is what failed
+            # upload the log of a failed run too, unless the upload is what failed
             if self._error is None:
                 self.flush()
         finally:
             with self._change:
-                self._over = True
+                self._closed = True
                 self._change.notify_all()
             self._thread.join()
             self._temporary.cleanup()
 
     def take(self) -> None:
-        """Make the workdir this process's own."""
+        """Claim the workdir; the next upload of any other run fails."""
         if self._writes:
             self._owner = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4()}"
             with translate_errors(UserError, self.workdir, "check that you may write there"):
                 self._bucket.pipe_file(f"{absolute(self.workdir)}/{OWNER}", self._owner.encode())
 
     def push(self) -> None:
-        """Begin to copy what has changed; raises what was wrong with an earlier copy: Again for the
-        network, UserError where another run has taken the workdir."""
+        """Start to upload changed files, or raise the error of an earlier upload.
+
+        RetryableError: network; UserError: another run has claimed the workdir.
+        """
         if self._error:
             raise self._error
         if self._writes:
             with self._change:
-                self._asked += 1
+                self._requested += 1
                 self._change.notify_all()
 
     def flush(self) -> None:
-        """`push`, and wait until all is there."""
+        """Upload changed files and wait for it."""
         self.push()
         with self._change:
-            self._change.wait_for(lambda: self._error or self._made == self._asked)
+            self._change.wait_for(lambda: self._error or self._completed == self._requested)
         if self._error:
             raise self._error
 
-    def _copy_on_demand(self) -> None:
-        while not (self._over or self._error):
+    def _upload_on_request(self) -> None:
+        while not (self._closed or self._error):
             with self._change:
-                self._change.wait_for(lambda: self._over or self._made < self._asked)
-                asked = self._asked
+                self._change.wait_for(lambda: self._closed or self._completed < self._requested)
+                requested = self._requested
             try:
-                if self._made < asked:
+                if self._completed < requested:
                     with translate_errors(
                         RetryableError, self.workdir, "run the same command again"
                     ):
-                        self._copy()
-            except Exception as e:  # raised where the run next asks for a copy
+                        self._upload()
+            except Exception as e:  # raised at the next push
                 self._error = e
             with self._change:
-                self._made = asked
+                self._completed = requested
                 self._change.notify_all()
 
-    def _copy(self) -> None:
+    def _upload(self) -> None:
         root = absolute(self.workdir)
         owner = self._bucket.cat_file(f"{root}/{OWNER}").decode() if self._owner else ""
         if owner != self._owner:
@@ -124,9 +125,8 @@ class RemoteWorkdir:
         self._sent = files
 
     def _files(self) -> dict[str, tuple[int, int]]:
-        """Size and time of every file but the lock, which is this machine's, and hidden ones, which
-        are being written."""
-        found = {}
+        """Return size and time of each file except the lock and hidden (unfinished) files."""
+        files = {}
         for parent, _, names in os.walk(self.folder):
             for name in names:
                 path = os.path.join(parent, name)
@@ -134,5 +134,5 @@ class RemoteWorkdir:
                     with contextlib.suppress(FileNotFoundError):
                         status = os.stat(path)
                         key = os.path.relpath(path, self.folder)
-                        found[key] = status.st_size, status.st_mtime_ns
-        return found
+                        files[key] = status.st_size, status.st_mtime_ns
+        return files

@@ -1,4 +1,4 @@
-"""A watchdog that ends a stalled run (a hanging disk or read, a dead peer) so that it restarts."""
+"""Watchdog that ends a stalled run (a hanging read, peer or disk), so that it can be restarted."""
 
 import faulthandler
 import os
@@ -11,13 +11,10 @@ from mert_jax.errors import RESTART, print_error
 
 
 def end_stalled_run(workdir: str, host: int, seconds: float) -> None:
-    """Dump the stacks of all threads and exit with `RESTART`, without waiting for anything.
-
-    They go to standard error and to WORKDIR/stalled.HOST.txt.
-    """
+    """Write the stacks of all threads to stderr and WORKDIR/stalled.HOST.txt; exit with RESTART."""
     message = (
-        f"no progress for {seconds:.0f} s (watchdog_minutes): the stacks of all threads follow; "
-        f"ending with code {RESTART}, run the same command again"
+        f"nothing has moved for {seconds:.0f} s (watchdog_minutes): the stacks of all threads "
+        f"follow; ending with code {RESTART}, run the same command again"
     )
     print_error(message)
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
@@ -25,19 +22,16 @@ def end_stalled_run(workdir: str, host: int, seconds: float) -> None:
         with open(os.path.join(workdir, f"stalled.{host}.txt"), "w") as f:
             print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=f, flush=True)
             faulthandler.dump_traceback(f, all_threads=True)
-    finally:  # the disk may be full, or what hangs
+    finally:  # the disk itself may hang or be full
         os._exit(RESTART)
 
 
 class Watchdog:
-    """Calls `on_timeout` from its own thread once `beat` was not called for `seconds` (0: never).
-
-    A context manager: the thread ends with it.
-    """
+    """Calls `on_timeout` in a thread after `seconds` (0: never) without a `beat`, until closed."""
 
     def __init__(self, seconds: float, on_timeout: Callable[[], None]):
         self._seconds, self._on_timeout = seconds, on_timeout
-        self._beat, self._stopped = threading.Event(), False
+        self._beat, self._closed = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -46,18 +40,18 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopped = True
+        self._closed = True
         self.beat()
         if self._thread.is_alive():
             self._thread.join()
 
     def beat(self) -> None:
-        """Record progress and restart the timer."""
+        """Record progress of the run."""
         self._beat.set()
 
     def _watch(self) -> None:
-        while not self._stopped:
+        while not self._closed:
             if not self._beat.wait(self._seconds):
-                return self._on_timeout()
+                self._on_timeout()
+                return
             self._beat.clear()
-        return None

@@ -1,4 +1,4 @@
-"""Several processes: they meet or say who is missing, and end together."""
+"""Several processes connect, or name those that are missing, and end together."""
 
 import json
 import os
@@ -13,16 +13,15 @@ from mert_jax.errors import RESTART, UserError
 from mert_jax.runtime import distributed
 from tests import processes
 
-NONE = {name: "" for name in os.environ if name.startswith(("SLURM_", "OMPI_", "JAX_"))}
-
 
 @pytest.fixture(autouse=True)
 def _no_cluster(monkeypatch):
-    for name in NONE:
-        monkeypatch.delenv(name)
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "JAX_")):
+            monkeypatch.delenv(name)
 
 
-def test_a_process_by_itself():
+def test_one_process_without_a_cluster():
     assert distributed.find_cluster(None, None, None, 1) == distributed.Cluster("", 1, 0)
     with distributed.connect(distributed.find_cluster(None, None, None, 1), 1):
         pass
@@ -66,58 +65,55 @@ def test_half_a_cluster_is_refused(given, message):
         distributed.find_cluster(*given, 1)
 
 
-def meet(number, present, timeout):
-    """What becomes of each of the processes `present`, which are threads here: a Line or an
-    error."""
+def connect(number, present, timeout):
+    """Connect the processes `present`, here threads; return each one's channel or error."""
     address, outcome = f"127.0.0.1:{processes.free_port()}", {}
 
-    def come(index):
+    def run(index):
         cluster = distributed.Cluster(address, number, index)
-        arrive = distributed._connect if index else distributed._accept
+        connect = distributed._connect if index else distributed._accept
         try:
-            outcome[index] = arrive(cluster, timeout)
+            outcome[index] = connect(cluster, timeout)
         except UserError as e:
             outcome[index] = str(e)
 
-    threads = [threading.Thread(target=come, args=(index,)) for index in present]
+    threads = [threading.Thread(target=run, args=(index,)) for index in present]
     for thread in threads:
         thread.start()
         time.sleep(0.05)
     for thread in threads:
         thread.join()
-    for line in outcome.values():
-        if isinstance(line, distributed.ControlChannel):
-            line.close()
+    for channel in outcome.values():
+        if isinstance(channel, distributed.ControlChannel):
+            channel.close()
     return address, outcome
 
 
-def test_all_who_come_are_let_in_in_any_order():
-    _, outcome = meet(4, (2, 0, 3, 1), 20)
-    assert all(isinstance(line, distributed.ControlChannel) for line in outcome.values())
+def test_processes_connect_in_any_order():
+    _, outcome = connect(4, (2, 0, 3, 1), 20)
+    assert all(isinstance(channel, distributed.ControlChannel) for channel in outcome.values())
     assert len(outcome) == 4
 
 
-def test_the_missing_are_named_to_everyone_who_came():
-    address, outcome = meet(4, (0, 2), 1.5)
-    for said in outcome.values():
-        assert f"2 of 4 processes did not connect to {address} within 2 s" in said
-        assert ": 1, 3; start them" in said
+def test_every_process_names_the_missing_ones():
+    address, outcome = connect(4, (0, 2), 1.5)
+    for error in outcome.values():
+        assert f"2 of 4 processes did not connect to {address} within 2 s" in error
+        assert ": 1, 3; start them" in error
 
 
-def test_no_coordinator_at_the_address():
-    address, outcome = meet(2, (1,), 1)
-    assert (
-        f"could not connect to the coordinator {address} within 1 s; check that process 0 runs there"
-        in outcome[1]
-    )
+def test_a_missing_coordinator():
+    address, outcome = connect(2, (1,), 1)
+    message = f"could not connect to the coordinator {address} within 1 s; start process 0 there"
+    assert message in outcome[1]
 
 
-def test_two_of_the_same_number_do_not_pass_for_two():
-    _, outcome = meet(3, (0, 1, 1), 1.5)
+def test_a_duplicate_index_does_not_count():
+    _, outcome = connect(3, (0, 1, 1), 1.5)
     assert "1 of 3 processes did not connect" in outcome[0]
 
 
-def test_a_port_in_use_is_said():
+def test_a_port_in_use_is_named():
     port = processes.free_port()
     refused = pytest.raises(UserError, match=f"port {port - 1}, the one below, cannot be used")
     with distributed.socket.create_server(("", port - 1)), refused:
@@ -129,32 +125,32 @@ def several(number, devices, *flags):
     return processes.started(command, number, devices)
 
 
-def said(errors):
+def report_of(errors):
     (line,) = (line for line in errors.splitlines() if line.startswith("SAID "))
     return json.loads(line.removeprefix("SAID "))
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Where the first of the runs below saves what the others, of other processes, restore."""
+    """Saved by the first run below and restored by those with other numbers of processes."""
     return tmp_path_factory.mktemp("saved")
 
 
 @pytest.mark.parametrize(
     ("number", "mesh", "shares"), [(2, "-1,1,1", 2), (4, "2,1,4", 2), (1, "1,8,1", 1)]
 )
-def test_each_reads_its_share_of_the_same_batch(number, mesh, shares, workdir):
-    """Of 8 devices; where `tensor` spans two hosts, both read the same."""
+def test_each_host_reads_its_share_of_the_same_batch(number, mesh, shares, workdir):
+    """On 8 devices; two hosts that share the tensor axis read the same rows."""
     with several(number, 8 // number, f"--mesh={mesh}", f"--workdir={workdir}") as running:
         ended = processes.finished(running)
     assert [code for code, *_ in ended] == [0] * number, ended
-    found = [said(errors) for *_, errors in ended]
-    assert all(each["same"] and each["restored"] for each in found)
-    assert {each["request"] for each in found} == {10 + number - 1}
-    for each in found:
+    reports = [report_of(errors) for *_, errors in ended]
+    assert all(each["same"] and each["restored"] for each in reports)
+    assert {each["wish"] for each in reports} == {10 + number - 1}
+    for each in reports:
         assert each["read"] == each["expected"]
         assert len(each["rows"]) == 24 // shares
-    assert sorted({row for each in found for row in each["rows"]}) == list(range(24))
+    assert sorted({row for each in reports for row in each["rows"]}) == list(range(24))
     first, *others = [out for _, out, _ in ended]
     assert "only the first process prints this" in first
     assert not any("only the first" in out for out in others)
@@ -168,11 +164,11 @@ def test_each_reads_its_share_of_the_same_batch(number, mesh, shares, workdir):
         ("bug", 1, "host 1 of the run stopped: ZeroDivisionError: a bug"),
     ],
 )
-def test_when_one_ends_all_do_and_say_why(how, code, words):
-    began = time.monotonic()
+def test_when_one_process_ends_the_others_end_and_name_the_reason(how, code, words):
+    begin = time.monotonic()
     with several(3, 1, f"--what={how}") as running:
         ended = processes.finished(running)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - begin < 60
     for index in (0, 2):
         assert ended[index][0] == code, ended[index]
         assert f"error: {words}" in ended[index][2]

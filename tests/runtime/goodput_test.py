@@ -1,4 +1,4 @@
-"""Every second goes to one kind, over all processes that worked on a workdir."""
+"""Every second counts for one kind, over all processes of a workdir."""
 
 import pytest
 
@@ -14,7 +14,7 @@ class Clock:
 
 
 def work(workdir, clock, begin, steps, save_at=(), seconds=10.0):
-    """A process that does `steps` steps from `begin` and is killed after its last line."""
+    """Run `steps` steps from `begin` in a process that is killed afterwards."""
     good = goodput.Goodput(str(workdir), clock)
     clock.now += 1
     with good.time_of("restore"):
@@ -34,21 +34,21 @@ def work(workdir, clock, begin, steps, save_at=(), seconds=10.0):
 
 def test_every_second_has_a_kind(tmp_path):
     clock = Clock()
-    found = work(tmp_path, clock, 0, 4, save_at=(2,))
-    found.pop("unsaved")
-    assert found == dict.fromkeys(goodput.KINDS, 0.0) | dict(
+    spent = work(tmp_path, clock, 0, 4, save_at=(2,))
+    spent.pop("unsaved")
+    assert spent == dict.fromkeys(goodput.KINDS, 0.0) | dict(
         other=1, restore=2, data_wait=2, step=40, save=3
     )
-    assert sum(found.values()) == clock.now - 50
+    assert sum(spent.values()) == clock.now - 50
 
 
-def test_what_a_killed_process_had_not_saved_is_lost(tmp_path):
+def test_unsaved_steps_of_a_killed_process_are_lost(tmp_path):
     clock = Clock()
     work(tmp_path, clock, 0, 5, save_at=(2,))
-    found = work(tmp_path, clock, 2, 3, save_at=(5,))
-    assert found["lost"] == pytest.approx(30)  # steps 3 to 5, done twice
-    assert found["step"] == pytest.approx(50)
-    assert found["restore"] == 4
+    spent = work(tmp_path, clock, 2, 3, save_at=(5,))
+    assert spent["lost"] == pytest.approx(30)  # steps 3 to 5, done twice
+    assert spent["step"] == pytest.approx(50)
+    assert spent["restore"] == 4
 
 
 def test_a_clean_end_loses_nothing(tmp_path):
@@ -57,7 +57,7 @@ def test_a_clean_end_loses_nothing(tmp_path):
     assert work(tmp_path, clock, 2, 2)["lost"] == 0
 
 
-def test_steps_gone_back_from_are_lost(tmp_path):
+def test_rolled_back_steps_are_lost(tmp_path):
     clock = Clock()
     good = goodput.Goodput(str(tmp_path), clock)
     good.begin(0)
@@ -67,13 +67,12 @@ def test_steps_gone_back_from_are_lost(tmp_path):
     good.went_back()
     clock.now += 5
     good.write(2)
-    found = goodput.read_goodput(str(tmp_path))
-    assert (found["step"], found["lost"]) == (15, 7)
+    spent = goodput.read_goodput(str(tmp_path))
+    assert (spent["step"], spent["lost"]) == (15, 7)
 
 
-def test_in_words(tmp_path):
+def test_summary_line(tmp_path):
     assert goodput.summary_line(goodput.read_goodput(str(tmp_path))) == "no time has been spent yet"
-    said = goodput.summary_line(
-        dict.fromkeys(goodput.KINDS, 0.0) | {"step": 2700, "data_wait": 900}
-    )
-    assert said == "time: 1.00 h, of which step 75.0 %, data wait 25.0 %"
+    seconds = dict.fromkeys(goodput.KINDS, 0.0) | {"step": 2700, "data_wait": 900}
+    line = goodput.summary_line(seconds)
+    assert line == "time: 1.00 h, of which step 75.0 %, data wait 25.0 %"

@@ -1,4 +1,4 @@
-"""Workdirs and datasets in object storage, on a real server behind a line that can be bad."""
+"""Workdirs and datasets in object storage, on a real server behind an unreliable connection."""
 
 import asyncio
 import os
@@ -29,18 +29,18 @@ def line(server):
     server.delay, server.cut_every, server.dead = 0.0, 0, False
 
 
-def note(mirror, text, name="metrics.jsonl"):
+def append(mirror, text, name="metrics.jsonl"):
     path = os.path.join(mirror.folder, name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "a") as file:
         file.write(text)
 
 
-def there(name):
+def stored(name):
     return object_storage.bucket().cat_file(f"{BUCKET}/{name}").decode()
 
 
-def test_a_local_workdir_is_its_own_mirror(tmp_path):
+def test_a_local_workdir_is_its_own_folder(tmp_path):
     with RemoteWorkdir(str(tmp_path), writes=True) as mirror:
         assert mirror.folder == str(tmp_path)
         mirror.take()
@@ -48,77 +48,77 @@ def test_a_local_workdir_is_its_own_mirror(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_what_changes_goes_there_and_comes_back(line):
+def test_changed_files_are_uploaded_and_fetched(line):
     with RemoteWorkdir(f"{BUCKET}/a/run", writes=True) as mirror:
         mirror.take()
-        note(mirror, "one\n")
-        note(mirror, "events", "tensorboard/events")
-        note(mirror, "half", ".metrics.jsonl.tmp")
+        append(mirror, "one\n")
+        append(mirror, "events", "tensorboard/events")
+        append(mirror, "half", ".metrics.jsonl.tmp")
         mirror.flush()
-        assert there("a/run/metrics.jsonl") == "one\n"
-        note(mirror, "two\n")
+        assert stored("a/run/metrics.jsonl") == "one\n"
+        append(mirror, "two\n")
         os.unlink(os.path.join(mirror.folder, "tensorboard/events"))
-    assert there("a/run/metrics.jsonl") == "one\ntwo\n"
+    assert stored("a/run/metrics.jsonl") == "one\ntwo\n"
     assert sorted(object_storage.bucket().find(f"{BUCKET}/a/run")) == [
         "bucket/a/run/metrics.jsonl",
         "bucket/a/run/owner",
     ]
     with RemoteWorkdir(f"{BUCKET}/a/run/", writes=False) as mirror:
         assert Path(mirror.folder, "metrics.jsonl").read_text() == "one\ntwo\n"
-        note(mirror, "of another host\n")
+        append(mirror, "of another host\n")
         mirror.flush()
-    assert there("a/run/metrics.jsonl") == "one\ntwo\n"
+    assert stored("a/run/metrics.jsonl") == "one\ntwo\n"
 
 
-def test_the_last_run_to_start_has_the_workdir(line):
+def test_the_last_run_to_start_owns_the_workdir(line):
     first = RemoteWorkdir(f"{BUCKET}/b/run", writes=True).__enter__()
     first.take()
-    note(first, "mine\n")
+    append(first, "mine\n")
     first.flush()
     with RemoteWorkdir(f"{BUCKET}/b/run", writes=True) as second:
         second.take()
-        note(second, "and mine\n")
-    note(first, "late\n")
+        append(second, "and mine\n")
+    append(first, "late\n")
     with pytest.raises(UserError, match="another run has taken gs://bucket/b/run over") as caught:
         first.flush()
     assert not isinstance(caught.value, RetryableError)
     first.__exit__(None)
-    assert there("b/run/metrics.jsonl") == "mine\nand mine\n"
+    assert stored("b/run/metrics.jsonl") == "mine\nand mine\n"
 
 
-def test_a_cut_line_is_tried_again(line):
+def test_a_cut_connection_is_retried(line):
     line.cut_every = 4
     with RemoteWorkdir(f"{BUCKET}/c/run", writes=True) as mirror:
         mirror.take()
         for i in range(4):
-            note(mirror, f"{i}\n")
+            append(mirror, f"{i}\n")
             mirror.flush()
         line.cut_every = 0
     assert line.cuts
-    assert there("c/run/metrics.jsonl") == "0\n1\n2\n3\n"
+    assert stored("c/run/metrics.jsonl") == "0\n1\n2\n3\n"
 
 
-def test_a_slow_server_is_not_waited_for(line):
+def test_push_does_not_wait_for_a_slow_server(line):
     with RemoteWorkdir(f"{BUCKET}/d/run", writes=True) as mirror:
         mirror.take()
         line.delay = 0.5
         begin = time.monotonic()
         for i in range(20):
-            note(mirror, f"{i}\n")
+            append(mirror, f"{i}\n")
             mirror.push()
         assert time.monotonic() - begin < 0.5
         mirror.flush()
         assert time.monotonic() - begin > 0.5
-        assert there("d/run/metrics.jsonl").splitlines() == [str(i) for i in range(20)]
+        assert stored("d/run/metrics.jsonl").splitlines() == [str(i) for i in range(20)]
 
 
-def test_a_server_that_is_gone_asks_for_the_same_command_again(line, monkeypatch):
+def test_an_unreachable_server_is_a_retryable_error(line, monkeypatch):
     sleep = asyncio.sleep
     monkeypatch.setattr(asyncio, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
     with RemoteWorkdir(f"{BUCKET}/e/run", writes=True) as mirror:
         mirror.take()
         line.dead = True
-        note(mirror, "lost\n")
+        append(mirror, "lost\n")
         with pytest.raises(
             RetryableError, match=r"cannot be reached: .*run the same command again"
         ):
@@ -126,23 +126,23 @@ def test_a_server_that_is_gone_asks_for_the_same_command_again(line, monkeypatch
 
 
 @pytest.mark.parametrize("path", ["gs://no-such-bucket/run", f"{BUCKET}/nothing/here"])
-def test_what_is_not_there(line, path):
+def test_a_path_that_does_not_exist(line, path):
     with pytest.raises(UserError, match=rf"{path} (cannot be reached|does not exist)"):
         read_checkpoint(path)
 
 
-def test_without_the_extra_it_says_which(monkeypatch):
+def test_the_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"pip install -e \.\[gcs\]"):
         RemoteWorkdir(f"{BUCKET}/run", writes=True).__enter__()
 
 
-def rows_there(workdir, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(there(f"{workdir}/metrics.jsonl"))
+def stored_rows(workdir, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(stored(f"{workdir}/metrics.jsonl"))
     return rows(tmp_path)
 
 
-def test_a_run_there_is_killed_goes_on_and_is_read(line, dataset, finished, tmp_path):
+def test_a_remote_run_is_killed_resumed_and_read(line, dataset, finished, tmp_path):
     """Dataset, metrics and checkpoints in a bucket: the same rows as on the local disk."""
     upload(dataset, f"{BUCKET}/data")
     workdir = f"{BUCKET}/runs/first"
@@ -157,7 +157,7 @@ def test_a_run_there_is_killed_goes_on_and_is_read(line, dataset, finished, tmp_
     line.delay = 0.0
     assert done.returncode == 0, done.stderr
     assert f"resuming {workdir} at step" in done.stdout
-    assert rows_there("runs/first", tmp_path) == rows(finished[0])
+    assert stored_rows("runs/first", tmp_path) == rows(finished[0])
     assert manager.checkpoint_steps(workdir) == manager.checkpoint_steps(str(finished[0]))
 
     report = command("report", f"--workdir={workdir}")
@@ -178,8 +178,8 @@ def test_a_run_there_is_killed_goes_on_and_is_read(line, dataset, finished, tmp_
 
 
 @pytest.mark.slow
-def test_a_run_over_a_line_that_is_cut_again_and_again(line, dataset, finished, tmp_path):
-    """What the libraries do not mend themselves ends the run, and it goes on where it was."""
+def test_a_run_over_a_connection_that_is_often_cut(line, dataset, finished, tmp_path):
+    """Errors that the libraries do not retry end the run, which resumes when it is restarted."""
     train = command("train", *flags(dataset, f"{BUCKET}/runs/cut"))
     line.cut_every = 40
     done = subprocess.run(
@@ -191,4 +191,4 @@ def test_a_run_over_a_line_that_is_cut_again_and_again(line, dataset, finished, 
     line.cut_every = 0
     assert done.returncode == 0, done.stderr
     assert line.cuts > 5
-    assert rows_there("runs/cut", tmp_path) == rows(finished[0])
+    assert stored_rows("runs/cut", tmp_path) == rows(finished[0])

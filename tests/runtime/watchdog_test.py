@@ -1,4 +1,4 @@
-"""A run that does not move ends, with its stacks; one that does, does not."""
+"""A stalled run ends with its stacks; a run with beats does not."""
 
 import subprocess
 import sys
@@ -8,28 +8,28 @@ import time
 import pytest
 
 from mert_jax.errors import RESTART
-from mert_jax.runtime import watchdog
+from mert_jax.runtime.watchdog import Watchdog
 
 
-def test_it_calls_once_without_a_beat():
+def test_on_timeout_is_called_without_a_beat():
     timed_out = threading.Event()
-    with watchdog.Watchdog(0.05, timed_out.set):
+    with Watchdog(0.05, timed_out.set):
         assert timed_out.wait(10)
 
 
-def test_it_is_quiet_while_the_run_moves_and_after_it():
+def test_on_timeout_is_not_called_between_beats_or_after_the_end():
     timed_out = threading.Event()
-    with watchdog.Watchdog(0.5, timed_out.set) as timer:
+    with Watchdog(0.5, timed_out.set) as watchdog:
         for _ in range(15):
             time.sleep(0.05)
-            timer.beat()
+            watchdog.beat()
     time.sleep(0.6)
     assert not timed_out.is_set()
 
 
-def test_0_never_times_out():
-    with watchdog.Watchdog(0, lambda: pytest.fail("timed out")) as timer:
-        timer.beat()
+def test_0_disables_the_watchdog():
+    with Watchdog(0, lambda: pytest.fail("timed out")) as watchdog:
+        watchdog.beat()
 
 
 STALLED = """
@@ -44,22 +44,14 @@ with watchdog.Watchdog(0.3, lambda: watchdog.end_stalled_run(sys.argv[1], 0, 0.3
 """
 
 
-def test_a_stall_leaves_the_stacks_of_all_threads_and_the_code_to_start_again(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", STALLED, str(tmp_path)], capture_output=True, text=True, timeout=60
-    )
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_stalled_run_exits_with_the_stacks_of_all_threads(tmp_path, writable):
+    workdir = tmp_path if writable else tmp_path / "nowhere"
+    command = [sys.executable, "-c", STALLED, str(workdir)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == RESTART == 75
-    for said in (done.stderr, (tmp_path / "stalled.0.txt").read_text()):
-        assert "no progress for 0 s" in said
-        assert "a_read_that_never_returns" in said
-        assert "run the same command again" in said
-
-
-def test_a_disk_that_takes_nothing_does_not_keep_it_from_ending(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", STALLED, str(tmp_path / "nowhere")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == RESTART
+    for text in (done.stderr, *(file.read_text() for file in tmp_path.glob("stalled.0.txt"))):
+        assert "nothing has moved for 0 s" in text
+        assert "a_read_that_never_returns" in text
+        assert "run the same command again" in text
+    assert (tmp_path / "stalled.0.txt").exists() == writable
