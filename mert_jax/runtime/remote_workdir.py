@@ -1,10 +1,10 @@
 """Local copy of a workdir in object storage, without its checkpoints."""
 
+import concurrent.futures
 import contextlib
 import os
 import socket
 import tempfile
-import threading
 import uuid
 
 from mert_jax.errors import RetryableError, UserError
@@ -30,9 +30,9 @@ class RemoteWorkdir:
         self.workdir, self.folder = workdir, workdir
         self._remote, self._writes = is_remote(workdir), writes and is_remote(workdir)
         self._sent: dict[str, tuple[int, int]] = {}
-        self._owner, self._error, self._closed = "", None, False
-        # numbers of requested and of completed uploads
-        self._requested, self._completed, self._change = 0, 0, threading.Condition()
+        self._owner = ""
+        self._upload: concurrent.futures.Future | None = None  # the one requested last
+        self._error: Exception | None = None
 
     def __enter__(self) -> "RemoteWorkdir":
         if not self._remote:
@@ -45,8 +45,7 @@ class RemoteWorkdir:
         with translate_errors(UserError, self.workdir, todo):
             fetch(self._bucket, self.workdir, self.folder, step=None)
         self._sent = self._files()
-        self._thread = threading.Thread(target=self._upload_on_request, name="mirror", daemon=True)
-        self._thread.start()
+        self._uploader = concurrent.futures.ThreadPoolExecutor(1, "upload")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -57,10 +56,7 @@ class RemoteWorkdir:
             if self._error is None:
                 self.flush()
         finally:
-            with self._change:
-                self._closed = True
-                self._change.notify_all()
-            self._thread.join()
+            self._uploader.shutdown()
             self._temporary.cleanup()
 
     def take(self) -> None:
@@ -77,37 +73,27 @@ class RemoteWorkdir:
         """
         if self._error:
             raise self._error
-        if self._writes:
-            with self._change:
-                self._requested += 1
-                self._change.notify_all()
+        waits = self._upload and not (self._upload.running() or self._upload.done())
+        if self._writes and not waits:
+            self._upload = self._uploader.submit(self._upload_or_keep_error)
 
     def flush(self) -> None:
         """Upload changed files and wait for it."""
         self.push()
-        with self._change:
-            self._change.wait_for(lambda: self._error or self._completed == self._requested)
+        if self._upload:
+            self._upload.result()
         if self._error:
             raise self._error
 
-    def _upload_on_request(self) -> None:
-        while not (self._closed or self._error):
-            with self._change:
-                self._change.wait_for(lambda: self._closed or self._completed < self._requested)
-                requested = self._requested
+    def _upload_or_keep_error(self) -> None:
+        if self._error is None:
             try:
-                if self._completed < requested:
-                    with translate_errors(
-                        RetryableError, self.workdir, "run the same command again"
-                    ):
-                        self._upload()
+                with translate_errors(RetryableError, self.workdir, "run the same command again"):
+                    self._upload_changes()
             except Exception as e:  # raised at the next push
                 self._error = e
-            with self._change:
-                self._completed = requested
-                self._change.notify_all()
 
-    def _upload(self) -> None:
+    def _upload_changes(self) -> None:
         root = absolute(self.workdir)
         owner = self._bucket.cat_file(f"{root}/{OWNER}").decode() if self._owner else ""
         if owner != self._owner:

@@ -20,7 +20,7 @@ FREE = (
 )
 
 
-def lock(workdir: str) -> Any:
+def _lock(workdir: str) -> Any:
     """Return an open file that locks `workdir` until it is closed or this process ends."""
     path = os.path.join(workdir, LOCK)
     try:
@@ -59,7 +59,7 @@ def lock_workdir(
             f"--workdir={workdir} holds a checkpoint without a run; begin one from it with "
             f"--config.init_from={workdir} and another --workdir"
         )
-    file = lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    file = _lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     try:
         os.makedirs(workdir, exist_ok=True)
         if not os.path.exists(path):
