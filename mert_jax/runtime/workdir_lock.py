@@ -18,6 +18,8 @@ FREE = (
     *("watchdog_minutes", "data.dir", "data.threads", "data.workers", "data.accept_changes"),
     *("data.max_faulty", "model.remat", "model.unroll"),
 )
+# settings of earlier versions, with the only values that can still be resumed
+REMOVED = {"model.attention_relax": 0.0, "model.fitted_gelu": False}
 
 
 def _lock(workdir: str) -> Any:
@@ -74,6 +76,7 @@ def lock_workdir(
     except (OSError, ValueError) as e:  # ValueError: neither JSON nor text
         raise UserError(f"--workdir={workdir} cannot be used: {e}") from e
     old, new = _flat(before), _flat(json.loads(json.dumps(config)))
+    old = {key: x for key, x in old.items() if key not in REMOVED or x != REMOVED[key]}
     changed = [
         f"{key}: {old.get(key)} there, {new.get(key)} now"
         for key in sorted(old | new)
@@ -82,7 +85,7 @@ def lock_workdir(
     if changed:
         raise UserError(
             f"--workdir={workdir} holds a run of other settings ({'; '.join(changed)}); "
-            "choose another workdir or take the setting back"
+            "choose another workdir or restore the setting"
         )
     return file
 

@@ -70,6 +70,17 @@ def test_other_settings_are_refused_with_both_values(tmp_path, path, value, mess
         workdir_lock.lock_workdir(str(tmp_path), changed(path, value))
 
 
+def test_a_removed_setting_at_its_default_is_no_change(tmp_path):
+    workdir_lock.lock_workdir(str(tmp_path), changed("model.attention_relax", 0.0))
+    workdir_lock.lock_workdir(str(tmp_path), CONFIG)
+
+
+def test_a_removed_setting_that_was_used_is_refused(tmp_path):
+    workdir_lock.lock_workdir(str(tmp_path), changed("model.fitted_gelu", True))
+    with pytest.raises(UserError, match=r"model\.fitted_gelu: True there, None now"):
+        workdir_lock.lock_workdir(str(tmp_path), CONFIG)
+
+
 def test_release_works_only_before_the_run_begins(tmp_path):
     workdir_lock.lock_workdir(str(tmp_path), CONFIG)
     workdir_lock.release_workdir(str(tmp_path))
