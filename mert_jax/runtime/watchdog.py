@@ -13,7 +13,7 @@ from mert_jax.errors import RESTART, print_error
 def end_stalled_run(workdir: str, host: int, seconds: float) -> None:
     """Write the stacks of all threads to stderr and WORKDIR/stalled.HOST.txt; exit with RESTART."""
     message = (
-        f"nothing has moved for {seconds:.0f} s (watchdog_minutes): the stacks of all threads "
+        f"no progress for {seconds:.0f} s (watchdog_minutes): the stacks of all threads "
         f"follow; ending with code {RESTART}, run the same command again"
     )
     print_error(message)

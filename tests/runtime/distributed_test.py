@@ -146,7 +146,7 @@ def test_each_host_reads_its_share_of_the_same_batch(number, mesh, shares, workd
     assert [code for code, *_ in ended] == [0] * number, ended
     reports = [report_of(errors) for *_, errors in ended]
     assert all(each["same"] and each["restored"] for each in reports)
-    assert {each["wish"] for each in reports} == {10 + number - 1}
+    assert {each["request"] for each in reports} == {10 + number - 1}
     for each in reports:
         assert each["read"] == each["expected"]
         assert len(each["rows"]) == 24 // shares
