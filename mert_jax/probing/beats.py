@@ -81,13 +81,13 @@ def probe(
     The learning rate is selected by the loss of validation frames, because decoding is slow.
     """
 
-    def wanted(split: str) -> Callable[[int], np.ndarray]:
+    def targets_of(split: str) -> Callable[[int], np.ndarray]:
         table = splits[split]
         return lambda i: targets(table.clips[i].label, table.features(i).shape[1], table.frame_rate)
 
     fitted = head.fit(
-        lambda epoch: sampling.draw(splits["train"], wanted("train"), sampling.TRAIN, epoch),
-        sampling.draw(splits["valid"], wanted("valid"), sampling.VALID, 0),
+        lambda epoch: sampling.draw(splits["train"], targets_of("train"), sampling.TRAIN, epoch),
+        sampling.draw(splits["valid"], targets_of("valid"), sampling.VALID, 0),
         objectives.tags(1),
         settings._replace(batch_size=8 * settings.batch_size),
         tick,

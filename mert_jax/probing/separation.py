@@ -106,19 +106,14 @@ def probe(
     for table in splits.values():
         _store_shares(table, bands, hop)
     some = range(0, len(train.clips), -(-len(train.clips) // 200))
-    level = np.mean([np.square(_stored(train, i)[:, 0], dtype=np.float32).mean() for i in some])
+    level = max(float(np.mean([_energy(train, i).mean() for i in some])), 1e-12)
 
-    def wanted(table: Frames) -> Callable[[int], dict[str, np.ndarray]]:
-        def of(i: int) -> dict[str, np.ndarray]:
-            stored = _stored(table, i)
-            energy = np.square(stored[:, 0], dtype=np.float32) / max(float(level), 1e-12)
-            return {"energy": energy, "masks": stored[:, 1:]}
-
-        return of
+    def targets_of(table: Frames) -> Callable[[int], dict[str, np.ndarray]]:
+        return lambda i: {"energy": _energy(table, i) / level, "masks": _stored(table, i)[:, 1:]}
 
     fitted = head.fit(
-        lambda epoch: sampling.draw(train, wanted(train), sampling.TRAIN, epoch),
-        sampling.draw(splits["valid"], wanted(splits["valid"]), sampling.VALID, 0),
+        lambda epoch: sampling.draw(train, targets_of(train), sampling.TRAIN, epoch),
+        sampling.draw(splits["valid"], targets_of(splits["valid"]), sampling.VALID, 0),
         objectives.Objective(sources * BANDS, loss, _QUALITY),
         settings._replace(batch_size=8 * settings.batch_size),
         tick,
@@ -219,6 +214,11 @@ def _shares_path(table: Frames, i: int) -> str:
 
 def _stored(table: Frames, i: int) -> np.ndarray:
     return np.load(_shares_path(table, i), mmap_mode="r")
+
+
+def _energy(table: Frames, i: int) -> np.ndarray:
+    """Return the mixture's energy in each frame and band, f32 [T, K]."""
+    return np.square(_stored(table, i)[:, 0], dtype=np.float32)
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
