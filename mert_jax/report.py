@@ -1,4 +1,4 @@
-"""Curves and figures of a run: `python -m mert_jax.report --workdir=DIR`.
+"""Draw the curves and figures of a run: `python -m mert_jax.report --workdir=DIR`.
 
 Reads DIR/metrics.jsonl and DIR/config.json; writes DIR/report.png and DIR/report.html, one file
 that opens without a network.

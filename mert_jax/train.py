@@ -18,11 +18,13 @@ _CONFIG = define.config_file("config", None, "Recipe, such as configs/base.py.")
 _WORKDIR = define.string("workdir", None, "Where checkpoints and metrics go.")
 _DESCRIBE = define.bool("describe", False, "Print every parameter and exit.")
 _COORDINATOR = define.string(
-    "coordinator", None, "HOST:PORT of process 0, where neither TPU nor Slurm says it."
+    "coordinator", None, "HOST:PORT of process 0, unless TPU or Slurm provide it."
 )
-_NUM_PROCESSES = define.integer("num_processes", None, "Processes, with --coordinator.")
-_PROCESS_ID = define.integer("process_id", None, "Which of them this is, from 0 on.")
-_CONNECT_SECONDS = define.float("connect_seconds", 300.0, "How long to wait for the others.")
+_NUM_PROCESSES = define.integer("num_processes", None, "Number of processes, with --coordinator.")
+_PROCESS_ID = define.integer("process_id", None, "Number of this process, from 0.")
+_CONNECT_SECONDS = define.float(
+    "connect_seconds", 300.0, "How long to wait for the other processes."
+)
 
 
 def main() -> int:

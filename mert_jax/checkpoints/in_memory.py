@@ -16,7 +16,7 @@ ARCHITECTURE = (
 
 
 class About(NamedTuple):
-    """What a checkpoint records beside its weights.
+    """Facts that a checkpoint records beside its weights.
 
     do_normalize: whether each clip is brought to mean 0 and variance 1
     dtype: of the tensors as they were read

@@ -33,7 +33,7 @@ BLOCK = 1 << 20  # samples of a wave that are converted to float64 at a time
 
 
 class EmbeddingSettings(NamedTuple):
-    """How recordings are cut and which hidden states are kept.
+    """Settings of an embedding: the cutting of recordings and the hidden states that are kept.
 
     layers: 0 is the encoder's input, () means all. pool: "none", or "mean" over time. chunk:
     seconds embedded at once; longer recordings are cut into such chunks, each frame with `context`

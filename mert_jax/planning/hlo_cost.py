@@ -95,7 +95,7 @@ def summary(text: str, frames: int | None = None, inside: str = "") -> dict[str,
 
 
 def _is_copy(module: Module, run: Run) -> bool:
-    """Whether an instruction only moves elements, from HBM to HBM."""
+    """Return True if an instruction only moves elements, from HBM to HBM."""
     instruction = run.instruction
     itself, *inside = hlo_parser.unfused(module, instruction, run.computation)
     opcodes = {x.opcode for x, _ in inside or [itself]}

@@ -24,7 +24,7 @@ SEARCH_KEYS = (
 
 
 class Setting(NamedTuple):
-    """Where and when an update is computed, which a search may change: the result is the same."""
+    """Layout of an update on devices, which a search may change without changing the result."""
 
     data: int
     fsdp: int

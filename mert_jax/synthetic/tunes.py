@@ -126,7 +126,7 @@ def shuffled_tunes(headers: Sequence[Header], draw: np.random.Generator) -> Iter
 
 
 def agrees_with_key(tune: Tune) -> bool:
-    """Whether a melody is in its nominal mode: some are mixolydian or dorian instead."""
+    """Return True if a melody is in its nominal mode; some are mixolydian or dorian instead."""
     weight = [0.0] * 12  # crotchets of each pitch class above the tonic
     for _, length, pitch in tune.notes:
         weight[(pitch - tune.header.tonic) % 12] += length

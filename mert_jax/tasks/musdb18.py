@@ -57,7 +57,7 @@ def clips(data: str) -> dict[str, list[Clip]]:
 
 
 def _whole(path: str) -> list[tuple[float, float | None]]:
-    """Clips of a whole song, the last one shorter: songs are scored from end to end."""
+    """Return the clips of a song, the last one shorter: songs are scored from end to end."""
     starts = cut(path, None, SECONDS)
     try:
         header = soundfile.info(path)
