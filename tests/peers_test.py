@@ -231,7 +231,10 @@ def test_a_wrapper_with_a_config_of_its_own_loads_what_we_write(exported, record
 def test_settings_left_out_mean_what_transformers_means():
     transformers = pytest.importorskip("transformers", reason="pip install mert_jax[peers]")
     theirs = transformers.HubertConfig().to_dict()
-    listed = lambda x: list(x) if isinstance(x, list | tuple) else x
+
+    def listed(x):
+        return list(x) if isinstance(x, list | tuple) else x
+
     ours = {key: listed(x) for key, x in huggingface.DEFAULTS.items()}
     assert ours == {key: listed(theirs[key]) for key in ours}
 

@@ -97,7 +97,10 @@ def test_optimiser_state_is_sharded_like_its_parameter():
     init = functools.partial(build.init, config, student, build.make_optimizer(config))
     shardings = sharding.state_shardings(init, sharding.make_mesh(1, 8, 1))
     adam = shardings.opt_state[1]
-    specs = lambda tree: [s.spec for s in jax.tree.leaves(tree)]
+
+    def specs(tree):
+        return [s.spec for s in jax.tree.leaves(tree)]
+
     assert specs(adam.mu) == specs(adam.nu) == specs(shardings.params)
     assert any("fsdp" in spec for spec in specs(shardings.params))
 

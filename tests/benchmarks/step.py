@@ -128,8 +128,12 @@ def _weights(peer: Any, student: Any) -> Any:
     """The peer's weights as our parameters."""
     from mert_jax.checkpoints import tensor_names as names
 
-    array = lambda x: x.detach().cpu().numpy()
-    dense = lambda x: {"kernel": array(x.weight).T, "bias": array(x.bias)}
+    def array(x):
+        return x.detach().cpu().numpy()
+
+    def dense(x):
+        return {"kernel": array(x.weight).T, "bias": array(x.bias)}
+
     state = {name: array(x) for name, x in peer.student.state_dict().items()}
     return names.params_from_hf(state, student.clone(heads=())) | {
         "rvq_vae_proj": dense(peer.code_proj),

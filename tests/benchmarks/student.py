@@ -77,13 +77,21 @@ def ours(case: str, state: dict[str, np.ndarray] | None = None) -> Callable[[], 
     _, backward, clips = CASES[case]
     student = _student(case)
     if state is None:
-        init = lambda: nn.unbox(student.init(jax.random.key(0), jnp.zeros((1, 4_000)))["params"])
+
+        def init():
+            return nn.unbox(student.init(jax.random.key(0), jnp.zeros((1, 4_000)))["params"])
+
         params = jax.jit(init)()
     else:
         params = jax.device_put(params_from_hf(state, student))
     wave = jax.device_put(music(clips, SAMPLES))
-    last = lambda params, wave: student.apply({"params": params}, wave).last_hidden_state
-    loss = lambda params, wave: jnp.square(last(params, wave)).mean()
+
+    def last(params, wave):
+        return student.apply({"params": params}, wave).last_hidden_state
+
+    def loss(params, wave):
+        return jnp.square(last(params, wave)).mean()
+
     call = jax.jit(jax.grad(loss) if backward else last)
     return lambda: jax.block_until_ready(call(params, wave))
 
@@ -118,10 +126,16 @@ def _error(case: str, ours: Any, theirs: Any, model: Any) -> float:
     from mert_jax.checkpoints.tensor_names import params_from_hf
 
     student = huggingface.student(model.config.to_dict())
-    zero = lambda p: p.detach() * 0  # of what no loss reaches: the mask's embedding
+
+    def zero(p):
+        return p.detach() * 0  # of what no loss reaches: the mask's embedding
+
     gradients = {n: (zero(p) if p.grad is None else p.grad) for n, p in model.named_parameters()}
     theirs = params_from_hf({n: x.numpy() for n, x in gradients.items()}, student)
-    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+    def flat(tree):
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
     return measure.relative_l2(flat(ours), flat(theirs))
 
 

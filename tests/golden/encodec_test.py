@@ -49,7 +49,10 @@ def encodec_run(clip: str) -> dict[str, np.ndarray]:
         return latents, squares, seen["intermediates"], teacher.apply(params, wave)
 
     latents, squares, seen, codes = run(teacher.params, wave)
-    out = lambda name: seen[name]["__call__"][0]
+
+    def out(name):
+        return seen[name]["__call__"][0]
+
     stages = {0: out("conv_in"), 15: latents}
     for i in range(4):
         stages |= {1 + 3 * i: out(f"block_{i}"), 3 + 3 * i: out(f"down_{i}")}

@@ -41,9 +41,12 @@ def test_it_is_its_plain_form(padded, dropout, dtype):
 def test_the_backward_pass_keeps_nothing_of_frames_by_frames():
     arrays, _ = inputs()
     bits = hash_bits(jax.random.key(1), (B, H, T, T))
-    keeping = lambda *arrays: jax.vjp(
-        lambda *arrays: attention.attention_recomputed(*arrays, None, bits, RATE), *arrays
-    )[1]
+
+    def keeping(*arrays):
+        return jax.vjp(
+            lambda *arrays: attention.attention_recomputed(*arrays, None, bits, RATE), *arrays
+        )[1]
+
     stored = jax.tree.leaves(jax.eval_shape(keeping, *arrays))
     assert stored
     assert not [x.shape for x in stored if x.shape.count(T) > 1]
@@ -80,7 +83,10 @@ def test_long_clips_are_attended_in_blocks(dropout, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 5)
     layer = Attention(H, RATE if dropout else 0.0, jnp.float32)
     x = jax.random.normal(jax.random.key(4), (B, T, H * D))
-    apply = lambda x: layer.init_with_output(jax.random.key(5), x, None, False)[0]
+
+    def apply(x):
+        return layer.init_with_output(jax.random.key(5), x, None, False)[0]
+
     program = jax.make_jaxpr(apply)(x)
     assert f"{T},{T}" not in str(program)
 
@@ -90,7 +96,10 @@ def test_single_heads_change_nothing(dropout):
     arrays, _ = inputs()
     padding = jnp.arange(T)[None] >= jnp.array([[T], [7]])
     bits = hash_bits(jax.random.key(1), (B, H, T, T)) if dropout else None
-    weighted = lambda *arrays: attention.weighted_mean(*arrays, rate=RATE)
+
+    def weighted(*arrays):
+        return attention.weighted_mean(*arrays, rate=RATE)
+
     together = weighted(padding, bits, *arrays)
     in_turn = attention.head_by_head(weighted, padding, bits, *arrays)
     for a, b in zip(together, in_turn, strict=True):

@@ -198,7 +198,9 @@ def test_recomputing_and_unrolling_change_nothing(remat, unroll):
     params = init(student())
 
     def gradient(small):
-        loss = lambda params: jnp.square(small.apply(params, wave).last_hidden_state).sum()
+        def loss(params):
+            return jnp.square(small.apply(params, wave).last_hidden_state).sum()
+
         return jax.jit(jax.grad(loss))(params)
 
     changed = gradient(student(remat=remat, unroll=unroll))
@@ -207,7 +209,10 @@ def test_recomputing_and_unrolling_change_nothing(remat, unroll):
 
 def test_recomputing_layers_keeps_nothing_of_frames_by_frames():
     small, wave = student(remat="dots"), noise(2, 24_000)
-    loss = lambda params: jnp.square(small.apply(params, wave).last_hidden_state).sum()
+
+    def loss(params):
+        return jnp.square(small.apply(params, wave).last_hidden_state).sum()
+
     pull = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], init(small))
     shapes = [x.shape for x in jax.tree.leaves(pull)]
     frames = small.num_frames(24_000)
@@ -255,16 +260,21 @@ def precision_case(pre_norm, dtype):
     codes = jax.random.randint(jax.random.key(1), (2, 25, 2), 0, 64)
     target = dict(codes=codes, chroma=jax.random.uniform(jax.random.key(2), (2, 26, 12)))
     mask = jax.random.uniform(jax.random.key(3), (2, 24)) < 0.5
-    loss = lambda params: step.loss_fn(
-        params,
-        dict(codes=None, chroma=None),
-        audio,
-        jnp.arange(2),
-        jax.random.key(0),
-        objective(small, target, mask),
-        train=False,
-    )
-    hidden = lambda params: apply(small, {"params": params}, audio / 32768.0, mask=mask)
+
+    def loss(params):
+        return step.loss_fn(
+            params,
+            dict(codes=None, chroma=None),
+            audio,
+            jnp.arange(2),
+            jax.random.key(0),
+            objective(small, target, mask),
+            train=False,
+        )
+
+    def hidden(params):
+        return apply(small, {"params": params}, audio / 32768.0, mask=mask)
+
     return init(small)["params"], hidden, loss
 
 
@@ -315,9 +325,10 @@ def test_the_cqt_target_is_float32_of_a_half_precision_wave():
 
 def test_the_penalty_sends_its_gradient_through_the_scale():
     wave = noise(1, 8000)
-    penalty = lambda params, mult: (
-        student(feature_grad_mult=mult, num_layers=1).apply(params, wave).features_penalty
-    )
+
+    def penalty(params, mult):
+        return student(feature_grad_mult=mult, num_layers=1).apply(params, wave).features_penalty
+
     params, gradient = init(student(num_layers=1)), jax.jit(jax.grad(penalty), static_argnums=1)
     whole, tenth = (gradient(params, mult) for mult in (1.0, 0.1))
     assert relative_l2(jax.tree.map(lambda g: 10 * g, tenth), whole) < 1e-5

@@ -62,14 +62,20 @@ def test_nothing_masked_costs_nothing():
 def test_what_is_not_masked_has_no_gradient():
     logits, mask = jnp.asarray(random(2, 3, 1, 5)), jnp.array([[True, False, False]] * 2)
     codes = jnp.zeros((2, 3, 1), jnp.int32)
-    loss = lambda logits: losses.code_loss(logits, codes, mask).cross_entropy.sum()
+
+    def loss(logits):
+        return losses.code_loss(logits, codes, mask).cross_entropy.sum()
+
     gradient = np.abs(jax.grad(loss)(logits)).max((2, 3)) > 0
     np.testing.assert_array_equal(gradient, mask)
 
 
 def test_a_zero_projection_has_finite_logits_and_gradient():
     codebooks = jnp.ones((1, 3, 4))
-    logits = lambda proj: losses.cosine_logits(proj, codebooks, 0.1).sum()
+
+    def logits(proj):
+        return losses.cosine_logits(proj, codebooks, 0.1).sum()
+
     assert logits(jnp.zeros((1, 4))) == 0
     assert np.isfinite(jax.grad(logits)(jnp.zeros((1, 4)))).all()
 

@@ -129,7 +129,10 @@ def test_targets_are_of_the_clean_wave(run):
 
 def test_shorter_targets_shorten_the_student(run):
     other = Run()
-    codes = lambda params, wave: jnp.zeros((wave.shape[0], 30, 2), jnp.int32)
+
+    def codes(params, wave):
+        return jnp.zeros((wave.shape[0], 30, 2), jnp.int32)
+
     teachers = other.objective.teachers | {"random_projection": codes}
     other.objective = other.objective._replace(teachers=teachers)
     target = jax.eval_shape(

@@ -73,7 +73,10 @@ def test_a_head_is_what_optax_makes_of_it():
     for epoch in range(2):
         order = jax.random.permutation(jax.random.fold_in(key, epoch), 96)
         for index in order.reshape(steps, 16):
-            loss = lambda p, i=index: objectives.cross_entropy(head.one(p, z[i]), y[i]).mean()
+
+            def loss(p, i=index):
+                return objectives.cross_entropy(head.one(p, z[i]), y[i]).mean()
+
             updates, moments = optimizer.update(jax.grad(loss)(params), moments, params)
             params = optax.apply_updates(params, updates)
     kept = jax.tree.map(lambda a: a[0, 0, 1], fitted.params["single"])

@@ -23,7 +23,10 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "tf_files" / "musicnn.npz"
 KERNELS = [(7, 38, 1, 4), (7, 67, 1, 4), (128, 1, 1, 3), (64, 1, 1, 3), (32, 1, 1, 3)]
 KERNELS += [(7, 17, 1, 5), (7, 5, 1, 5), (7, 5, 1, 5)]
 WIDTH = 17 + 3 * 5
-NAME = lambda kind, i, part: f"{kind}{f'_{i}' if i else ''}/{part}"
+
+
+def tensor_name(kind, i, part):
+    return f"{kind}{f'_{i}' if i else ''}/{part}"
 
 
 def wave(seconds: float = 6.0) -> np.ndarray:
@@ -40,18 +43,18 @@ def small_weights() -> dict[str, np.ndarray]:
     found = {"beta1_power": np.float32(0.9)}
     for i, shape in enumerate(KERNELS):
         scale = 1 / np.sqrt(np.prod(shape[:3]))
-        found[NAME("conv2d", i, "kernel")] = scale * rng.standard_normal(shape)
-        found[NAME("conv2d", i, "bias")] = 0.1 * rng.standard_normal(shape[-1])
+        found[tensor_name("conv2d", i, "kernel")] = scale * rng.standard_normal(shape)
+        found[tensor_name("conv2d", i, "bias")] = 0.1 * rng.standard_normal(shape[-1])
     for i, size in enumerate([1] + [shape[-1] for shape in KERNELS]):
         for part in ("gamma", "beta", "moving_mean"):
-            found[NAME("batch_normalization", i, part)] = rng.standard_normal(size)
-        found[NAME("batch_normalization", i, "moving_variance")] = rng.uniform(0, 0.1, size)
+            found[tensor_name("batch_normalization", i, part)] = rng.standard_normal(size)
+        found[tensor_name("batch_normalization", i, "moving_variance")] = rng.uniform(0, 0.1, size)
     return {name: np.asarray(x, np.float32) for name, x in found.items()}
 
 
 def norm(tensors, i, x):
     gamma, beta, mean, variance = (
-        tensors[NAME("batch_normalization", i, part)].astype(np.float64)
+        tensors[tensor_name("batch_normalization", i, part)].astype(np.float64)
         for part in ("gamma", "beta", "moving_mean", "moving_variance")
     )
     return (x - mean) / np.sqrt(variance + 1e-3) * gamma + beta
@@ -59,7 +62,7 @@ def norm(tensors, i, x):
 
 def layer(tensors, i, x):
     """[T, F] -> [T, C], by sums over windows of the padded input."""
-    kernel = tensors[NAME("conv2d", i, "kernel")][:, :, 0].astype(np.float64)
+    kernel = tensors[tensor_name("conv2d", i, "kernel")][:, :, 0].astype(np.float64)
     length, bands, _ = kernel.shape
     before = (length - 1) // 2  # TensorFlow's "SAME": of an even length, more comes after
     padded = np.pad(x, ((before, length - 1 - before), (0, 0)))
@@ -68,7 +71,7 @@ def layer(tensors, i, x):
         for frame in range(len(x)):
             window = padded[frame : frame + length, band : band + bands]
             found[frame, band] = np.tensordot(window, kernel, 2)
-    found = np.maximum(found + tensors[NAME("conv2d", i, "bias")], 0)
+    found = np.maximum(found + tensors[tensor_name("conv2d", i, "bias")], 0)
     return norm(tensors, i + 1, found).max(1)
 
 
@@ -189,9 +192,10 @@ def test_the_wheels_weights_give_what_tensorflow_gives(model):
     found = np.asarray(musicnn.network(params, mel[: 2 * 187].reshape(2, 187, 96)))
     pools = np.concatenate([found.mean(1), found.max(1)], 1)
     penultimate, taggram = tags(tensors, pools)
-    close = lambda x, name, rtol, atol: np.testing.assert_allclose(
-        x, golden[f"{model}/{name}"], rtol, atol, err_msg=name
-    )
+
+    def close(x, name, rtol, atol):
+        return np.testing.assert_allclose(x, golden[f"{model}/{name}"], rtol, atol, err_msg=name)
+
     close(found.reshape(2 * 187, -1)[::37], "frames", 1e-5, 3e-4)
     close(pools[:, :753], "mean_pool", 1e-5, 1e-4)
     close(pools[:, 753:], "max_pool", 1e-5, 3e-4)

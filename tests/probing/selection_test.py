@@ -28,7 +28,9 @@ def test_rate_and_layer_are_chosen_by_the_mean_over_seeds():
         asked.append((choice, rate))
         return {"score": [10.0 * (2 - choice), 10.0 * (2 - choice)], "other": [1.0, 2.0]}
 
-    final = lambda choice, rate: {"slow": [float(choice), float(rate)]}
+    def final(choice, rate):
+        return {"slow": [float(choice), float(rate)]}
+
     row = selection.select(valid, ["0", "1", "sum"], (0.1, 0.2), ("score",), test, final)
     assert asked == [(0, 1), (1, 0), (2, 0)]
     assert (row["layer"], row["learning_rate"]) == ("1", 0.1)
