@@ -30,7 +30,10 @@ def atomic_write(path: str, replace: bool = False) -> Iterator[str]:
         yield temporary
         os.replace(temporary, path)
     except OSError as e:
-        raise UserError(f"{path} cannot be written: {e}") from e
+        raise UserError(
+            f"{path} cannot be written: {e}; make room or choose another place, and run the "
+            "command again"
+        ) from e
     finally:
         if os.path.isdir(temporary):
             shutil.rmtree(temporary, ignore_errors=True)
