@@ -1,8 +1,8 @@
 """All benchmarks: `python -m tests.benchmarks [--only=NAME,...] [--json=FILE]`.
 
-Prints each row as it is there, at the end all as one table (`table`) and, with --json, writes them
-as a list: name, peer, ours_s, peer_s, ours_range_s, peer_range_s, ratio (peer time over ours),
-ours_mib, peer_mib, and what else a benchmark tells.
+Prints each row when it is measured and finally all rows as a table (`table`). --json writes them as
+a list: name, peer, ours_s, peer_s, ours_range_s, peer_range_s, ratio (peer time over ours),
+ours_mib, peer_mib, and further fields of single benchmarks.
 """
 
 import functools

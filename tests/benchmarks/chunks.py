@@ -1,5 +1,5 @@
-"""What cutting a long file into chunks changes: the difference from one pass over the whole, by
-layer and by distance from the chunk's edge. From this table come `extract`'s defaults.
+"""The effect of chunking a long file: the difference from a single pass over it, by layer and by
+distance from the edge of a chunk. The defaults of `extract` come from this table.
 
 python -m tests.benchmarks.chunks --checkpoint=PATH --input=FILE [--seconds=240 --chunk_seconds=60]
 """
@@ -19,16 +19,19 @@ EDGES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds from the edge, whe
 def table(
     model: embedder.Model, wave: np.ndarray, chunk: float
 ) -> tuple[list[float], np.ndarray, np.ndarray]:
-    """Where the columns begin, and RMS differences [layers, columns] by distance from the nearest
-    edge between two chunks, relative to a layer's standard deviation over time; the same [layers]
-    between neighbouring frames of the whole, for scale."""
+    """Return the starts of the columns, and RMS differences by layer and column.
+
+    The differences [layers, columns], by distance from the nearest edge between two chunks, are
+    relative to a layer's standard deviation over time. The third value [layers] is the same between
+    neighbouring frames of the single pass, for scale.
+    """
     (whole,) = model.embed([wave], chunk=len(wave) / model.sample_rate + 1)
     (cut,) = model.embed([wave], chunk=chunk, context=0.0)
     length, frames = round(chunk * model.frame_rate), whole.shape[1]
     inner = np.arange(length, frames - length, length)
     if not len(inner):
         raise UserError(f"{len(wave) / model.sample_rate:.0f} s are not 3 chunks of {chunk:g} s")
-    # the last chunk begins earlier than the others end: no frames of it
+    # the last chunk overlaps the one before by more than the others: leave out its frames
     number = np.arange(inner[-1])
     distance = np.abs(number[:, None] + 0.5 - inner).min(1) / model.frame_rate
     spread = np.sqrt(whole.var(1).mean(-1))

@@ -24,9 +24,9 @@ def _music() -> np.ndarray:
     return (0.05 * partials.sum(1) + 0.01 * rng.normal(size=(CLIPS, SAMPLES))).astype(np.float32)
 
 
-# the libraries are imported where they are used: each side's process has its own only
+# each side's process imports its own libraries only
 def ours() -> Callable[[], np.ndarray]:
-    """A call of ours."""
+    """Build a call of mert_jax."""
     import jax
 
     from mert_jax import teachers
@@ -38,7 +38,7 @@ def ours() -> Callable[[], np.ndarray]:
 
 
 def nnaudio() -> Callable[[], np.ndarray]:
-    """A call of nnAudio's."""
+    """Build a call of nnAudio."""
     import torch
     from nnAudio.features.cqt import CQT1992v2
 
@@ -54,7 +54,7 @@ def nnaudio() -> Callable[[], np.ndarray]:
 
 
 def librosa() -> Callable[[], np.ndarray]:
-    """A call of librosa's, of all clips: faster than a call each."""
+    """Build a call of librosa on all clips, which is faster than one call per clip."""
     from librosa import cqt
 
     wave = _music()

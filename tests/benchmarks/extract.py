@@ -38,7 +38,7 @@ def write_inputs(folder: str) -> None:
     huggingface.write_checkpoint(path, checkpoint)
     for seconds in (5, 60):
         for i, wave in enumerate(music(8, seconds * RATE)):
-            # each its own level: files must not be normed together
+            # different levels show whether files are normalised together
             soundfile.write(_file(folder, seconds, i), wave / (4 + i), RATE)
 
 
@@ -54,9 +54,9 @@ def _read(path: str) -> np.ndarray:
     return soundfile.read(path, dtype="float32")[0]
 
 
-# the libraries are imported where they are used: each side's process has its own only
+# each side's process imports its own libraries only
 def ours(folder: str, number: int, seconds: int) -> Callable[[], list[np.ndarray]]:
-    """A call of ours: hidden states [13, T, 768] of each file."""
+    """Build a call of mert_jax: hidden states [13, T, 768] of each file."""
     import mert_jax
 
     model, files = mert_jax.load(os.path.join(folder, "model")), _files(folder, number, seconds)
@@ -64,7 +64,7 @@ def ours(folder: str, number: int, seconds: int) -> Callable[[], list[np.ndarray
 
 
 def transformers(folder: str, number: int, seconds: int) -> Callable[[], list[np.ndarray]]:
-    """A call of transformers': the same."""
+    """Build a call of transformers with the same result."""
     import torch
     from transformers import HubertModel
 

@@ -1,8 +1,9 @@
-"""How a training step grows with the batch, the length of the clips and the model: seconds, and the
-memory that the compiler plans, on one picture.
+"""Growth of a training step with batch size, clip length and model size, in one picture.
 
-The recipe of MERT v1 in float32 with stored codes, as `step` has it. Each line is a power of the
-audio in a step, fitted; the slope is 1 where twice the audio takes twice as much.
+It shows the seconds of a step and the memory that the compiler plans.
+
+The recipe is that of MERT v1 in float32 with stored codes, as in `step`. Each line fits a power of
+the audio in a step; a slope of 1 means that twice the audio costs twice as much.
 
 python -m tests.benchmarks.growth [--json=FILE] [--png=FILE]
 """

@@ -1,7 +1,7 @@
-"""What benchmarks share: sides timed in processes of their own, and a row of two of them.
+"""Timing of two sides in separate processes, and the row of a benchmark that compares them.
 
-A side is a function of a module's top level and its arguments, which builds the call that is timed.
-Its process has only the libraries and the compilation that it needs, and no memory but its own.
+A side is a top-level function of a module and its arguments; it builds the call that is timed. Its
+process loads the libraries that it needs only, so that compilation and memory are its own.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu: of all th
 
 @dataclasses.dataclass
 class Timing:
-    """Seconds of a side's calls, and the peak memory of its process, on a GPU the GPU's."""
+    """Seconds of a side's calls, and the peak memory of its process, or of its GPU."""
 
     seconds: list[float]
     mib: float = 0.0
@@ -37,9 +37,12 @@ def apart(
     clock: str = "wall",
     device: str = "cpu",
 ) -> dict[str, Timing]:
-    """Time sides (function, *arguments), each in a process of its own, which take turns: all meet
-    the same load. A turn is so many calls in a row, as a run has them, or a second of them, after
-    one that is not timed. The memory is that of a device: `cpu` or `cuda`."""
+    """Time sides (function, *arguments), each in its own process.
+
+    The processes take turns, so that other load affects all sides alike. A turn is `calls` calls in
+    a row, or one second of them, after a call that is not timed. The memory is that of `device`,
+    `cpu` or `cuda`.
+    """
     processes = {name: _start(clock, device, *side) for name, side in sides.items()}
     timings = {name: Timing([]) for name in sides}
     try:
@@ -48,14 +51,14 @@ def apart(
             timings[name].seconds += seconds
     finally:
         for process in processes.values():
-            process.communicate()  # the end of its input is the end of it
+            process.communicate()  # closing its input ends the process
     return timings
 
 
 def interleaved(
     functions: dict[str, Callable[[], Any]], repeats: int = 7
 ) -> dict[str, list[float]]:
-    """Seconds of each function's calls in this process, in turns, after one warm call each."""
+    """Time functions in this process, in turns, after one warm-up call each."""
     for function in functions.values():
         function()
     seconds = {name: [] for name in functions}
@@ -71,7 +74,7 @@ def relative_l2(a: np.ndarray, exact: np.ndarray) -> float:
 
 
 def row(name: str, peer: str, ours: Timing, theirs: Timing) -> dict[str, Any]:
-    """One row of medians, with the range of the times beside them."""
+    """Return a row with medians and ranges of the times."""
     ours_s, peer_s = np.median(ours.seconds), np.median(theirs.seconds)
     return {
         "name": name,
@@ -87,12 +90,12 @@ def row(name: str, peer: str, ours: Timing, theirs: Timing) -> dict[str, Any]:
 
 
 def with_flops(row: dict[str, Any], flops: float) -> dict[str, Any]:
-    """The row of a call of so many FLOPs, with both sides' FLOPs a second."""
+    """Return the row of a call of `flops` FLOPs, with the FLOPs per second of both sides."""
     return row | {"flops_per_s": [flops / row[side] for side in ("ours_s", "peer_s")]}
 
 
 def faster(timings: dict[str, Timing], names: Sequence[str]) -> str:
-    """The one of `names` with the lowest median."""
+    """Return the one of `names` with the lowest median."""
     return min(names, key=lambda name: np.median(timings[name].seconds))
 
 
@@ -109,7 +112,7 @@ def _start(
 
 
 def _turn(process: subprocess.Popen, calls: int) -> tuple[list[float], float]:
-    """Have a process make so many calls or more: their seconds, and its peak memory by now, MiB."""
+    """Have a process make at least `calls` calls; return their seconds and its peak memory, MiB."""
     try:
         print(calls, file=process.stdin, flush=True)
         answer = process.stdout.readline()
@@ -129,7 +132,7 @@ def _time(function: Callable[[], Any], clock: Callable[[], float]) -> float:
 def _serve(clock: str, device: str, module: str, name: str, *arguments: Any) -> None:
     """The other end of `_turn`."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries must not print into the answers
     run = getattr(importlib.import_module(module), name)(*arguments)
     for line in sys.stdin:
         run()
@@ -141,10 +144,10 @@ def _serve(clock: str, device: str, module: str, name: str, *arguments: Any) -> 
 
 def _peak_mib(device: str) -> float:
     if device == "cpu":
-        # not ru_maxrss: that starts at what the parent used
+        # ru_maxrss would start at the memory of the parent
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
-    if torch := sys.modules.get("torch"):  # of our side torch is no part
+    if torch := sys.modules.get("torch"):  # the side of mert_jax does not import torch
         return torch.cuda.max_memory_allocated() / 2**20
     import jax
 

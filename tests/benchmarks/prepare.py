@@ -1,4 +1,4 @@
-"""Decoding to mono 24 kHz: ours, in blocks, against librosa.load of whole files (the peer).
+"""Decoding to mono 24 kHz in blocks, against librosa.load of complete files (the peer).
 
 python -m tests.benchmarks.prepare [FILE ...]    audio files, or else synthetic Vorbis
 """
@@ -16,9 +16,9 @@ from mert_jax.constants import SAMPLE_RATE
 from tests.benchmarks import measure
 
 
-# the libraries are imported where they are used: each side's process has its own only
+# each side's process imports its own libraries only
 def ours(files: Sequence[str]) -> Callable[[], None]:
-    """A call that decodes all files, in blocks, to bytes of int16."""
+    """Build a call that decodes all files, in blocks, to bytes of int16."""
     from mert_jax.data import decoding
 
     def run() -> None:
@@ -31,7 +31,7 @@ def ours(files: Sequence[str]) -> Callable[[], None]:
 
 
 def peer(files: Sequence[str]) -> Callable[[], None]:
-    """The same, each file at once, by librosa."""
+    """Build a call that decodes all files with librosa, each at once."""
     import librosa
 
     def run() -> None:
@@ -48,7 +48,7 @@ def _write(path: str) -> None:
     rate = 2 * SAMPLE_RATE
     mono = stream.synthetic(1_200)  # played twice as fast: ten minutes at 48 kHz
     with soundfile.SoundFile(path, "w", rate, 2, "VORBIS") as file:
-        for start in range(0, len(mono), rate):  # libsndfile crashes on minutes at once
+        for start in range(0, len(mono), rate):  # libsndfile crashes on long writes
             file.write(mono[start : start + rate, None].repeat(2, axis=1))
 
 

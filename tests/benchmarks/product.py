@@ -1,7 +1,7 @@
-"""Matrix products in float32, XLA's against torch's: what bounds the student and the step on a CPU.
+"""Matrix products of XLA and torch in float32, which bound the student and the step on a CPU.
 
-Rows `product_NAME`, with FLOPs a second: the feed-forward layer of the 95M student for 4 clips of
-5 s, and a large square, the best that a library does on the machine.
+Rows `product_NAME`, with FLOPs per second: the feed-forward layer of the 95M student for 4 clips of
+5 s, and a large square product, the fastest case of a library on the machine.
 
 python -m tests.benchmarks.product
 """
@@ -23,9 +23,9 @@ def _factors(name: str) -> list[np.ndarray]:
     return [rng.normal(size=shape).astype("f") for shape in ((rows, inner), (inner, columns))]
 
 
-# the libraries are imported where they are used: each side's process has its own only
+# each side's process imports its own libraries only
 def ours(name: str) -> Callable[[], Any]:
-    """A call of XLA's."""
+    """Build a product with XLA."""
     import jax
 
     a, b = jax.device_put(_factors(name))
@@ -34,7 +34,7 @@ def ours(name: str) -> Callable[[], Any]:
 
 
 def peer(name: str) -> Callable[[], Any]:
-    """A call of torch's."""
+    """Build a product with torch."""
     import torch
 
     torch.set_num_threads(measure.THREADS)

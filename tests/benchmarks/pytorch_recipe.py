@@ -1,5 +1,6 @@
-"""The peer of `step`: MERT's pretraining step in PyTorch, of nnAudio's CQT, transformers' EnCodec
-and Hubert, and AdamW, from the same config.
+"""The peer of `step`: MERT's pretraining step in PyTorch, built from the same config.
+
+It uses nnAudio's CQT, transformers' EnCodec and Hubert, and AdamW.
 
 Shapes: B clips, N samples, T frames, D width, K codebooks.
 """
@@ -76,14 +77,14 @@ class Recipe(nn.Module):
         return codes, self.cqt(clips).transpose(1, 2), clips
 
     def loss(self, codes: Tensor, cqt: Tensor, wave: Tensor, mask: Tensor) -> Tensor:
-        """The objective a masked frame."""
+        """Return the objective per masked frame."""
         o = self.config.objective
         autocast = torch.autocast(self.device, torch.bfloat16, enabled=self.half)
         with autocast:
             hidden, penalty = self.encode(wave, mask)
         hidden = hidden.float()[mask]
         projected = normalize(self.code_proj(hidden).view(len(hidden), BOOKS, -1), dim=-1)
-        # upstream's cosine_similarity of all pairs takes gigabytes; this is what one would write
+        # upstream's cosine_similarity of all pairs takes gigabytes: normalise and multiply instead
         logits = torch.einsum("nkd,kvd->nkv", projected, normalize(self.codebooks, dim=-1))
         logits = logits / o.logit_temperature
         length = mask.shape[1]
@@ -97,7 +98,7 @@ class Recipe(nn.Module):
         return self.config.model.dtype == "bfloat16"
 
     def mixed(self, wave: Tensor) -> Tensor:
-        """Noise from the batch's other clips, added by the recipe's chances."""
+        """Add noise from other clips of the batch, with the recipe's probabilities."""
         o, noisy = self.config.objective, wave.clone()
         rng, samples = np.random.default_rng(), wave.shape[1]
         for i in range(len(wave)):
@@ -111,8 +112,10 @@ class Recipe(nn.Module):
         return noisy
 
     def step(self, audio: Tensor, codes: Tensor | None = None) -> Any:
-        """One update on int16 `audio` [B, context + N], with stored codes or EnCodec's; the
-        gradients' norm."""
+        """Update on int16 `audio` [B, context + N], with stored codes or EnCodec's.
+
+        Returns the norm of the gradients.
+        """
         o = self.config.objective
         codes, cqt, wave = self.targets(audio, codes)
         shape = (len(wave), min(codes.shape[1], wave.shape[1] // 320 - 1))
@@ -121,7 +124,7 @@ class Recipe(nn.Module):
         return self.update(codes, cqt, self.mixed(wave), mask)[1]
 
     def update(self, codes: Tensor, cqt: Tensor, wave: Tensor, mask: Tensor) -> tuple[Any, Any]:
-        """One update on what the step has drawn: the loss and the gradients' norm."""
+        """Update on given draws; return the loss and the norm of the gradients."""
         self.optimizer.zero_grad()
         loss = self.loss(codes, cqt, wave, mask)
         loss.backward()

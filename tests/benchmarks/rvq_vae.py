@@ -24,7 +24,7 @@ def music(clips: int, samples: int) -> np.ndarray:
 
 
 def write_checkpoint(folder: str) -> None:
-    """Write an EnCodec of full size and random weights, its codebooks spread like its latents."""
+    """Write a full-size EnCodec with random weights and codebooks spread like its latents."""
     import jax
     import jax.numpy as jnp
 
@@ -45,9 +45,9 @@ def write_checkpoint(folder: str) -> None:
     encodec_checkpoint.write_encodec(folder, jax.tree.map(np.asarray, params))
 
 
-# the libraries are imported where they are used: each side's process has its own only
+# each side's process imports its own libraries only
 def ours(checkpoint: str) -> Callable[[], np.ndarray]:
-    """A call of ours: codes [CLIPS, T, BOOKS]."""
+    """Build a call of mert_jax: codes [CLIPS, T, BOOKS]."""
     import jax
 
     from mert_jax import teachers
@@ -59,7 +59,7 @@ def ours(checkpoint: str) -> Callable[[], np.ndarray]:
 
 
 def transformers(checkpoint: str) -> Callable[[], np.ndarray]:
-    """A call of transformers': the same."""
+    """Build a call of transformers with the same result."""
     import torch
     from transformers import EncodecModel
 
@@ -75,8 +75,10 @@ def transformers(checkpoint: str) -> Callable[[], np.ndarray]:
 
 
 def rows() -> list[dict[str, Any]]:
-    """The row `rvq_vae`: seconds for the batch; UserError when more than one code in a thousand is
-    another, as a few nearly tied ones are."""
+    """Yield the row `rvq_vae`: seconds for the batch.
+
+    Raises UserError if more than one code in a thousand differs; a few nearly tied ones may.
+    """
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(folder)
         try:

@@ -1,11 +1,11 @@
-"""The whole pretraining step against the same recipe in PyTorch: clips of 5 s, EnCodec's codes and
-the CQT computed on the fly, noise mixture, masks, student, objective, optimiser.
+"""The complete pretraining step against the same recipe in PyTorch.
 
-Rows `step_SIZE` and, with codes that come with the batch, `step_SIZE_stored`: seconds a step, with
-the model's FLOPs a second, and MFU where the device's peak is known. On CPUs in float32, 4 clips;
-on a GPU in bfloat16, 16, and its own memory. The peer (`pytorch_recipe`) is the faster one of
-torch's eager mode and torch.compile; before, loss and gradient norm of both are compared on one
-batch, mask and mixture, without dropout.
+The step on clips of 5 s consists of EnCodec's codes and the CQT computed on the fly, noise mixture,
+masks, student, objective and optimiser. The rows are `step_SIZE` and, with codes that come with the
+batch, `step_SIZE_stored`: seconds per step, the model's FLOPs per second, and MFU if the device's
+peak is known. CPUs run 4 clips in float32; a GPU runs 16 in bfloat16, and the memory is the GPU's.
+The peer (`pytorch_recipe`) is the faster of torch's eager mode and torch.compile. Before timing,
+loss and gradient norm of both sides are compared on one batch, mask and mixture, without dropout.
 
 python -m tests.benchmarks.step [95m | 330m | 95m_stored | 330m_stored ...] [CLIPS]
 """
@@ -30,12 +30,12 @@ SIZES = {"95m": "base", "330m": "large"}
 NAMES = ("95m", "330m", "95m_stored", "330m_stored")
 MODES = ("eager", "compiled")
 DROPOUTS = ("input_dropout", "hidden_dropout", "attention_dropout", "activation_dropout")
-# no random number of layers, which torch.compile would compile again and again
+# without layer drop: torch.compile would recompile for every number of layers
 SAME = {"model.layerdrop": 0.0, "model.unroll": 1, "model.remat": "dots", "accumulation": 1}
 
 
 def config(name: str, clips: int, checkpoint: str, half: bool, dropout: bool) -> ConfigDict:
-    """The recipe of one of `NAMES` for a batch of so many clips; no checkpoint for stored codes."""
+    """Return the recipe of one of `NAMES` for `clips` clips; stored codes need no checkpoint."""
     size, _, stored = name.partition("_")
     found = mert_v1.get_config(SIZES[size])
     found.update_from_flattened_dict(SAME | {"batch_size": clips, "group": clips})
@@ -47,7 +47,7 @@ def config(name: str, clips: int, checkpoint: str, half: bool, dropout: bool) ->
 
 
 def batch(config: ConfigDict) -> dict[str, Any]:
-    """Int16 `audio` [B, context + N] and, where no checkpoint computes them, `codes` [B, T, K]."""
+    """Return int16 `audio` [B, context + N] and, without a checkpoint, `codes` [B, T, K]."""
     teacher, samples = config.teacher.rvq_vae, config.data.num_samples
     stored = not teacher.checkpoint
     audio = rvq_vae.music(config.batch_size, samples + (0 if stored else teacher.context))
@@ -59,9 +59,9 @@ def batch(config: ConfigDict) -> dict[str, Any]:
     return found
 
 
-# the libraries are imported where they are used: each side's process has its own only
+# each side's process imports its own libraries only
 class Ours:
-    """Our step for a config, its state begun."""
+    """The step of mert_jax for a config, with an initial state."""
 
     def __init__(self, config: ConfigDict):
         import jax
@@ -102,7 +102,7 @@ class Ours:
         return run, update
 
     def check(self, params: Any) -> tuple[float, float, np.ndarray, np.ndarray]:
-        """Loss a masked frame, norm of its gradient, and the mask and mixture they are of."""
+        """Return loss per masked frame, norm of its gradient, and the mask and mixture used."""
         import jax
         import jax.numpy as jnp
         import optax
@@ -125,7 +125,7 @@ class Ours:
 
 
 def _weights(peer: Any, student: Any) -> Any:
-    """The peer's weights as our parameters."""
+    """Return the peer's weights as parameters of mert_jax."""
     from mert_jax.checkpoints import tensor_names as names
 
     def array(x):
@@ -143,7 +143,7 @@ def _weights(peer: Any, student: Any) -> Any:
 
 
 def check(name: str, clips: int, checkpoint: str, device: str) -> None:
-    """UserError where loss or gradient norm of the two sides differ by more than 1e-3."""
+    """Raise UserError if loss or gradient norm of the two sides differ by more than 1e-3."""
     import torch
 
     from tests.benchmarks.pytorch_recipe import Recipe
@@ -163,13 +163,13 @@ def check(name: str, clips: int, checkpoint: str, device: str) -> None:
 
 
 def ours(name: str, clips: int, checkpoint: str, device: str) -> Callable[[], Any]:
-    """A call of one step of ours."""
+    """Build a step of mert_jax."""
     settings = config(name, clips, checkpoint, half=device == "cuda", dropout=True)
     return Ours(settings).compiled()[0]
 
 
 def peer(mode: str, name: str, clips: int, checkpoint: str, device: str) -> Callable[[], Any]:
-    """A call of one step of the peer, `eager` or `compiled`."""
+    """Build a step of the peer, `eager` or `compiled`."""
     import torch
 
     from tests.benchmarks.pytorch_recipe import Recipe
@@ -185,7 +185,7 @@ def peer(mode: str, name: str, clips: int, checkpoint: str, device: str) -> Call
 
 
 def row(name: str, clips: int, checkpoint: str, device: str) -> dict[str, Any]:
-    """The row `step_NAME`, with `flops_per_s` and, of a known device, `mfu` of both sides."""
+    """Return the row `step_NAME`, with both sides' `flops_per_s` and, on a known device, `mfu`."""
     import jax
 
     check(name, min(clips, 4), checkpoint, device)
@@ -204,7 +204,7 @@ def row(name: str, clips: int, checkpoint: str, device: str) -> dict[str, Any]:
 
 
 def rows(names: Sequence[str] = ("95m",), clips: int = 0) -> Iterator[dict[str, Any]]:
-    """The rows `step_NAME`; UserError without torch, or where only torch has the GPU."""
+    """Yield the rows `step_NAME`; UserError without torch, or if only torch sees the GPU."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer is on the same GPU
     import jax
 

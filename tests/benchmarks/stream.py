@@ -1,5 +1,6 @@
-"""The input stream: batches of random crops of a prepared dataset, of raw int16 (ours) and of the
-same records in FLAC (the peer), which are decoded from the crop's start on.
+"""The input stream: batches of random crops of a prepared dataset.
+
+The peer reads the same records in FLAC instead of raw int16, decoded from the start of the crop.
 
 python -m tests.benchmarks.stream [FILE ...]    audio files, or else synthetic music
 """
@@ -25,7 +26,7 @@ SAMPLES, BATCH, BATCHES = 120_000, 50, 10
 
 
 def synthetic(seconds: int) -> np.ndarray:
-    """Chords with a little noise, int16 [n]: FLAC makes about half of it, as of music."""
+    """Return chords with noise, int16 [n]; FLAC halves their size, as it does with music."""
     rng = np.random.default_rng(0)
     t = np.arange(seconds * SAMPLE_RATE) / SAMPLE_RATE
     pitches = 110 * 2 ** (rng.integers(0, 36, 6) / 12)
@@ -82,12 +83,12 @@ def _encoded(record: dict[str, Any]) -> bytes:
 
 
 def ours(folder: str) -> Callable[[], Any]:
-    """A call that reads `BATCHES` of the training stream."""
+    """Build a call that reads `BATCHES` batches of the training stream."""
     return _read(records.open_source(os.path.join(folder, "raw"), "train"))
 
 
 def peer(folder: str) -> Callable[[], Any]:
-    """The same from FLAC."""
+    """Build a call that reads the same stream from FLAC."""
     return _read(_FlacSource(os.path.join(folder, "flac")))
 
 

@@ -1,9 +1,9 @@
-"""The student against transformers' Hubert: the same weights and clips of 5 s in float32, forward,
-and forward with backward (of the mean square of the last hidden state).
+"""The student against transformers' Hubert with the same weights and clips of 5 s in float32.
 
-Rows `student_SIZE_forward_bB` and `student_SIZE_backward_bB`, with the model's FLOPs a second; the
-peer is the faster one of torch's eager mode and torch.compile. Without dropout on either side;
-ours with remat "dots", which on CPUs takes no more time and less memory.
+Rows `student_SIZE_forward_bB` and `student_SIZE_backward_bB` (forward and backward of the mean
+square of the last hidden state), with the model's FLOPs per second. The peer is the faster of
+torch's eager mode and torch.compile. Neither side has dropout; mert_jax uses remat "dots", which
+takes less memory and no more time on CPUs.
 
 python -m tests.benchmarks.student [NAME ...]
 """
@@ -38,12 +38,12 @@ def names(size: str) -> list[str]:
     return [case for case, (of, _, _) in CASES.items() if of == size]
 
 
-# the libraries are imported where they are used: each side's process has its own only
+# each side's process imports its own libraries only
 def _config(size: str) -> Any:
     from transformers import HubertConfig
 
     width = SIZES[size]["hidden_size"]
-    # MERT's configs: both sizes norm the first convolution over time
+    # in MERT's configs both sizes normalise the first convolution over time
     options = dict(intermediate_size=4 * width, do_stable_layer_norm=size == "330m")
     return HubertConfig(**SIZES[size], **options)
 
@@ -67,7 +67,7 @@ def _student(case: str) -> Any:
 
 
 def ours(case: str, state: dict[str, np.ndarray] | None = None) -> Callable[[], Any]:
-    """A call of ours: the last hidden state, or the gradients; with the peer's weights or any."""
+    """Build a call of mert_jax: the last hidden state, or the gradients."""
     import jax
     import jax.numpy as jnp
     from flax import linen as nn
@@ -97,7 +97,7 @@ def ours(case: str, state: dict[str, np.ndarray] | None = None) -> Callable[[], 
 
 
 def transformers(case: str, mode: str, model: Any = None) -> Callable[[], Any]:
-    """A call of the peer: the last hidden state, or nothing, with gradients on its parameters."""
+    """Build a call of the peer: the last hidden state, or gradients left on its parameters."""
     import torch
 
     size, backward, clips = CASES[case]
@@ -116,8 +116,7 @@ def transformers(case: str, mode: str, model: Any = None) -> Callable[[], Any]:
 
 
 def _error(case: str, ours: Any, theirs: Any, model: Any) -> float:
-    """How far the two sides' results are apart: the greatest difference, or that of the gradients
-    as a share of their norm."""
+    """Return the largest difference of the results, or that of gradients relative to their norm."""
     if not CASES[case][1]:
         return float(np.abs(np.asarray(ours) - theirs).max())
     import jax
@@ -128,7 +127,7 @@ def _error(case: str, ours: Any, theirs: Any, model: Any) -> float:
     student = huggingface.student(model.config.to_dict())
 
     def zero(p):
-        return p.detach() * 0  # of what no loss reaches: the mask's embedding
+        return p.detach() * 0  # the mask's embedding has no gradient
 
     gradients = {n: (zero(p) if p.grad is None else p.grad) for n, p in model.named_parameters()}
     theirs = params_from_hf({n: x.numpy() for n, x in gradients.items()}, student)
@@ -140,7 +139,7 @@ def _error(case: str, ours: Any, theirs: Any, model: Any) -> float:
 
 
 def _check(case: str) -> None:
-    """UserError where the two sides differ by more than 1e-3."""
+    """Raise UserError if the two sides differ by more than 1e-3."""
     try:
         model = _peer(CASES[case][0])
     except ImportError as e:
@@ -152,7 +151,7 @@ def _check(case: str) -> None:
 
 
 def row(case: str) -> dict[str, Any]:
-    """One row, after a check that both sides compute the same."""
+    """Return one row, after checking that both sides compute the same."""
     _check(case)
     sides = {"ours": (ours, case)} | {mode: (transformers, case, mode) for mode in MODES}
     times = measure.apart(sides)
@@ -164,7 +163,7 @@ def row(case: str) -> dict[str, Any]:
 
 
 def rows(cases: Sequence[str] = tuple(CASES)) -> Iterator[dict[str, Any]]:
-    """The rows of `CASES`, each as soon as it is there."""
+    """Yield the rows of `CASES`."""
     yield from map(row, cases)
 
 

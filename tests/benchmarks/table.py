@@ -1,12 +1,12 @@
-"""The rows of the benchmarks as one Markdown table, each beside its bar."""
+"""The rows of the benchmarks as a Markdown table, each with its bar."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-# What the peer's time over ours must reach on a CPU with two cores. More was aimed at for the
-# student and the step: docs/benchmarks.md says why it is not reached.
+# The ratios (peer time over ours) to reach on a CPU with two cores. docs/benchmarks.md explains why
+# the original targets for the student and the step are out of reach.
 BARS = {
     "cqt_nnaudio": 60.0,
     "rvq_vae": 2.0,
@@ -14,7 +14,7 @@ BARS = {
     "student_95m_backward_b4": 1.0,
     "step_95m": 1.0,
 }
-CLIPS_PER_SECOND = 100.0  # that the stream must reach, of a core
+CLIPS_PER_SECOND = 100.0  # to reach on one core
 HEADER = ("row", "against", "ours", "the peer's", "ratio", "bar", "memory, MiB")
 
 
@@ -25,7 +25,7 @@ def markdown(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def missed(row: dict[str, Any], share: float) -> bool:
-    """Whether a row is below that share of its bar."""
+    """Return whether a row is below a share of its bar."""
     low = row["ratio"] < share * BARS.get(row["name"], 0)
     return low or row.get("clips_per_s", np.inf) < share * CLIPS_PER_SECOND
 

@@ -1,10 +1,10 @@
-"""What the teachers cost: their seconds beside those of a whole training step, on the CPU.
+"""The cost of the teachers, compared with a complete training step, on the CPU.
 
 Rows `teachers_SIZE_NAME` of `tiny` (configs/tiny.py, 16 clips of 1 s) and `95m` (configs/base.py in
-float32, 4 clips of 5 s): ours_s is what the teacher (or the teachers, joined by "+") takes for the
-step's clips, the peer is the training step with just those teachers, so that ratio = step / teacher
-and the teacher's share of the step is 1 / ratio. ours_mib and peer_mib are the temporary memory
-that the compiler plans for each.
+float32, 4 clips of 5 s). ours_s is the time of the teacher, or of the teachers joined by "+", for
+the clips of a step. The peer is the training step with only those teachers, so the teacher's share
+of the step is 1 / ratio. ours_mib and peer_mib are the temporary memory that the compiler plans for
+each.
 
 python -m tests.benchmarks.teachers [tiny | 95m] [NAME ...]
 """
@@ -24,7 +24,7 @@ from mert_jax.pretraining import build, step
 from mert_jax.teachers import fitted_file, kmeans, mel_rvq
 from tests.benchmarks import measure, rvq_vae
 
-# base.py's batch of 1024 clips does not fit; what a clip costs hardly depends on the batch
+# base.py's batch of 1024 clips does not fit; the cost per clip hardly depends on the batch
 SIZES = {
     "tiny": (tiny, dict(batch_size=16, group=8)),
     "95m": (base, {"batch_size": 4, "group": 2, "model.dtype": "float32"}),
@@ -33,7 +33,7 @@ NAMES = ("cqt", "random_projection", "random_projection+cqt", "rvq_vae", "kmeans
 
 
 def write_checkpoints(folder: str) -> dict[str, str]:
-    """Teachers of full size and random content in `folder`; their paths by name."""
+    """Write full-size teachers with random content to `folder`; return their paths by name."""
     rng = np.random.default_rng(0)
     paths = {name: f"{folder}/{name}" for name in ("rvq_vae", "kmeans", "mel_rvq")}
     rvq_vae.write_checkpoint(paths["rvq_vae"])
@@ -45,8 +45,10 @@ def write_checkpoints(folder: str) -> dict[str, str]:
 
 
 def functions(size: str, names: Sequence[str], paths: dict[str, str]) -> dict[str, Any]:
-    """A call of the training step with these teachers, one of the teachers alone, and the
-    temporary MiB of each."""
+    """Build a training step with these teachers and a call of the teachers alone.
+
+    Also returns the temporary memory of each, MiB.
+    """
     module, changes = SIZES[size]
     config = module.get_config()
     config.update_from_flattened_dict(changes)
@@ -59,14 +61,14 @@ def functions(size: str, names: Sequence[str], paths: dict[str, str]) -> dict[st
     objective = build.objective(config, student, made)
     state = jax.jit(lambda: nn.unbox(build.init(config, student, optimizer)))()
     params = jax.device_put({name: teacher.params for name, teacher in made.items()})
-    before = max(objective.context.values(), default=0)  # samples that only teachers hear
+    before = max(objective.context.values(), default=0)  # samples of context for teachers only
     wave = rvq_vae.music(config.batch_size, before + config.data.num_samples)
     batch = jax.device_put({"audio": np.int16(10_000 * wave), "looped": np.zeros(len(wave), bool)})
     sizes = dict(accumulation=config.accumulation, group=config.group)
     train_step = functools.partial(
         step.train_step, objective=objective, optimizer=optimizer, **sizes
     )
-    # as train.py has it: the old state's memory is the new one's
+    # the new state reuses the memory of the old one, as in train.py
     train_step = jax.jit(train_step, donate_argnums=0)
     train_step = train_step.lower(state, params, batch, jax.random.key(0)).compile()
     wave = jax.device_put(wave)
@@ -99,7 +101,7 @@ def _row(size: str, name: str, paths: dict[str, str]) -> dict[str, Any]:
 def rows(
     sizes: Sequence[str] = tuple(SIZES), names: Sequence[str] = NAMES
 ) -> Iterator[dict[str, Any]]:
-    """The rows `teachers_tiny_...` and `teachers_95m_...`, each as soon as it is there."""
+    """Yield the rows `teachers_tiny_...` and `teachers_95m_...`."""
     with tempfile.TemporaryDirectory() as folder:
         paths = write_checkpoints(folder)
         for size in sizes:
