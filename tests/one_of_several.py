@@ -1,7 +1,7 @@
-"""A process of several, without a model: `python -m tests.one_of_several --what=...`.
+"""One process of a distributed run without a model: `python -m tests.one_of_several --what=...`.
 
-It meets the others, makes global batches of a source that notes what is read, says what it saw as a
-line of JSON on standard error, and ends in one of several ways.
+It connects to the others, makes global batches from a source that records what is read, prints its
+observations as a line of JSON on standard error, and ends in one of several ways.
 """
 
 import json
@@ -31,7 +31,7 @@ BATCH, SAMPLES = 24, 640
 
 
 class Source(list):
-    """Records of a number each, which notes who is read."""
+    """Records that hold their own number, with a list of those read."""
 
     def __init__(self, number: int):
         super().__init__({"audio": np.full(SAMPLES, i, np.int16)} for i in range(number))
@@ -72,7 +72,7 @@ def main():
 
 
 def save_and_restore(mesh) -> bool:
-    """Whether a sharded state that all processes save comes back, and is written once."""
+    """Save a sharded state from all processes; return whether it is restored unchanged."""
     kept = manager.Checkpoints(WORKDIR.value, keep=2)
     layout = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
     state = {"step": sharding.placed(np.int32(5), sharding.replicated(mesh))}

@@ -1,5 +1,7 @@
-"""Live peers on the CPU: transformers' HuBERT and EnCodec at full size, and nnAudio (the extra
-[peers])."""
+"""Comparisons on the CPU with full-size HuBERT and EnCodec of transformers, and with nnAudio.
+
+They need the extra [peers].
+"""
 
 import json
 import os
@@ -67,7 +69,7 @@ def test_all_hidden_states_of_a_full_size_model(size, record_property):
 
 
 def hidden_states(student, params, wave, valid) -> tuple[list, np.ndarray]:
-    """The encoder's input and every layer's raw output, and the model's output."""
+    """Return the encoder's input, the raw output of every layer, and the model's output."""
     padding = masking.conv_frame_padding(
         jnp.asarray(valid),
         student.conv_kernels,
@@ -87,8 +89,8 @@ def hidden_states(student, params, wave, valid) -> tuple[list, np.ndarray]:
 
 @pytest.fixture(scope="module", params=["base", pytest.param("large", marks=pytest.mark.slow)])
 def exported(request, tmp_path_factory):
-    """A full-size model of ours as `convert --to=hf` writes it, a batch with a short row, and our
-    hidden states of it."""
+    """A full-size model as `convert --to=hf` writes it, a batch with a short row, and the hidden
+    states that mert_jax computes for it."""
     large = request.param == "large"
     sizes = SIZES[request.param]
     config = huggingface.DEFAULTS | sizes
@@ -111,7 +113,7 @@ def exported(request, tmp_path_factory):
 
 
 def assert_same_states(theirs, last, expected, expected_last, version: str) -> float:
-    """The largest difference of all hidden states; the last is after the final norm in 4.x."""
+    """Return the largest difference of hidden states; the last is after the final norm in 4.x."""
     after_norm = int(version.split(".")[0]) < 5
     ours = [*expected[:-1], expected_last if after_norm else expected[-1]]
     assert len(theirs) == len(ours)
@@ -123,7 +125,7 @@ def assert_same_states(theirs, last, expected, expected_last, version: str) -> f
 
 
 def loaded(model_class, folder, **options):
-    """The model of a directory, which has all that it needs and nothing else."""
+    """Load a model, asserting that no tensor is missing or unexpected."""
     model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
     wrong = {key: found for key, found in info.items() if found}
     assert not wrong
@@ -132,7 +134,7 @@ def loaded(model_class, folder, **options):
 
 @pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.slow)])
 def test_embeddings_of_real_music(exported, seconds):
-    """A recording in the machinery of `extract`: padded to a bucket, normed by its moments."""
+    """`extract` pads a recording to a bucket and normalises it by its own moments."""
     transformers = pytest.importorskip("transformers", reason="pip install mert_jax[peers]")
     folder, *_ = exported
     found = []
@@ -146,7 +148,7 @@ def test_embeddings_of_real_music(exported, seconds):
         wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
     peer = loaded(transformers.HubertModel, folder)
     states, last = their_states(peer, wave[None], np.array([len(wave)]))
-    theirs = [*states[:-1], last]  # the last one after the final norm, which 5.x leaves out
+    theirs = [*states[:-1], last]  # 5.x leaves the final norm out of the last state
     error = max(np.abs(a - b[0]).max() for a, b in zip(ours, theirs, strict=True))
     print(f"{seconds} s: {error:.1e} of at most {np.abs(ours).max():.1f}")
     assert error < 1e-4
@@ -198,8 +200,7 @@ def test_the_processor_treats_waves_as_in_training(exported):
 
 
 def test_a_wrapper_with_a_config_of_its_own_loads_what_we_write(exported, record_property):
-    """As MARBLE's does: MERT's model type, settings that do not come from HuBERT's class, and
-    another prefix."""
+    """Load as MARBLE does: MERT's model type, settings without HuBERT's class, another prefix."""
     transformers = pytest.importorskip("transformers", reason="pip install mert_jax[peers]")
     hubert = transformers.HubertConfig().to_dict()
 
@@ -262,8 +263,8 @@ np.savez(out, last=output.last_hidden_state.numpy(), version=version, **states)
 
 @pytest.fixture(scope="module")
 def old_python(tmp_path_factory) -> str:
-    """A Python with transformers 4.49, the last before the names of weight norm and the meaning of
-    `hidden_states[-1]` changed."""
+    """A Python with transformers 4.49, the last version before the names of weight norm and the
+    meaning of `hidden_states[-1]` changed."""
     if given := os.environ.get("MERT_JAX_TRANSFORMERS_4"):
         return given
     folder = tmp_path_factory.mktemp("transformers_4")
@@ -347,8 +348,8 @@ def test_nnaudio(record_property):
 
 @pytest.fixture(scope="module")
 def encodec_peer():
-    """transformers' EnCodec of random weights, two clips, and their latents, codes and
-    reconstruction."""
+    """transformers' EnCodec with random weights, two clips, and their latents, codes and
+    reconstructions."""
     transformers = pytest.importorskip("transformers", reason="pip install mert_jax[peers]")
     torch.manual_seed(0)
     peer = transformers.EncodecModel(transformers.EncodecConfig()).eval()
@@ -360,9 +361,9 @@ def encodec_peer():
         for name, parameter in peer.named_parameters():
             parameter += 0.02 * torch.randn_like(parameter)  # norms too, so that a mix-up shows
             if name.endswith("weight.original0"):
-                parameter *= 2  # so that a signal keeps its size through all the layers
+                parameter *= 2  # keeps the signal's level through all layers
         latents = peer.encoder(torch.tensor(wave)[:, None])
-        # the first book about the latents' mean, the others about 0, all of half their spread
+        # codebooks around the latents' mean (the first) or 0 (the others), with half their spread
         spread, mean = latents.std((0, 2)), latents.mean((0, 2))
         for k, layer in enumerate(peer.quantizer.layers):
             layer.codebook.embed[:] = 0.5 * spread * torch.randn(1024, 128) + mean * (k == 0)
@@ -370,7 +371,7 @@ def encodec_peer():
 
 
 def encodec_codes(peer, wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [B, T, 8] and reconstruction [B, 320 T] of transformers' EnCodec at 6 kbps."""
+    """Return codes [B, T, 8] and reconstruction [B, 320 T] of transformers' EnCodec at 6 kbps."""
     with torch.no_grad():
         encoded = peer.encode(torch.tensor(wave)[:, None], bandwidth=6.0)
         decoded = peer.decode(encoded.audio_codes, encoded.audio_scales)
@@ -378,8 +379,11 @@ def encodec_codes(peer, wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def clear_codes(latents: np.ndarray, codebooks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [..., K] of `latents` [..., d], and whether at this book and those before it the
-    vector is more than 1e-4 from the boundary to any other code's cell; in float64."""
+    """Return codes [..., K] of `latents` [..., d] in float64, and which of them are certain.
+
+    A code is certain if, at its codebook and all before it, the vector is more than 1e-4 away from
+    the boundary to every other code's cell.
+    """
     residual, codes, clear = latents.astype(np.float64), [], []
     for book in codebooks.astype(np.float64):
         squares = np.square(book).sum(-1)
@@ -395,7 +399,7 @@ def clear_codes(latents: np.ndarray, codebooks: np.ndarray) -> tuple[np.ndarray,
 
 
 def encodec_checkpoint(kind: str, peer, folder: Path) -> str:
-    """The peer as a Hugging Face directory, or under the official names as a .th file."""
+    """Save the peer as a Hugging Face directory, or under the official names as a .th file."""
     if kind == "hugging_face":
         peer.save_pretrained(folder)
         return str(folder)

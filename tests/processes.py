@@ -1,4 +1,4 @@
-"""Real processes of one run, on this machine: jax.distributed with collectives on CPUs."""
+"""The processes of a distributed run on one machine: jax.distributed with collectives on CPUs."""
 
 import contextlib
 import socket
@@ -9,7 +9,7 @@ from tests.runs import ENVIRONMENT
 
 
 def free_port() -> int:
-    """A port that nobody uses, with the one below it free too."""
+    """Return a free port whose next lower port is free too."""
     while True:
         with socket.socket() as upper, socket.socket() as lower:
             upper.bind(("127.0.0.1", 0))
@@ -20,7 +20,7 @@ def free_port() -> int:
 
 
 def environment(devices: int, **more: str) -> dict[str, str]:
-    """Of a process with so many devices of its own."""
+    """Return the environment of a process with `devices` devices."""
     return (
         ENVIRONMENT
         | {
@@ -35,8 +35,7 @@ def environment(devices: int, **more: str) -> dict[str, str]:
 def started(
     command: Sequence[str], number: int, devices: int, starting: Sequence[int] | None = None
 ) -> Iterator[dict[int, subprocess.Popen]]:
-    """`number` processes of `command`, or of them those `starting`; killed at the end, if need
-    be."""
+    """Start `number` processes of `command`, or only those in `starting`; kill them at the end."""
     address = f"127.0.0.1:{free_port()}"
     running = {}
     try:
@@ -61,7 +60,7 @@ def started(
 
 
 def finished(running: dict[int, subprocess.Popen], timeout: float = 240) -> list[tuple]:
-    """For each process its exit code, and what it printed on standard output and error."""
+    """Wait for all processes; return exit code, standard output and standard error of each."""
     found = []
     for process in running.values():
         printed = process.communicate(timeout=timeout)

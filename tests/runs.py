@@ -1,4 +1,4 @@
-"""Runs commands as their user does, with the flags of a small training run."""
+"""Commands run as subprocesses, with the flags of a small training run."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from tests import small
 
 CLOCK = ("audio_seconds_per_second", "mfu")  # the metrics that depend on the clock
-# two devices compile faster than eight, and a program without most optimisations twice as fast
+# two devices compile faster than eight; without most optimisations, compilation takes half the time
 ENVIRONMENT = os.environ | {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -22,14 +22,14 @@ def command(module: str, *flags: str) -> list[str]:
 
 
 def run(module: str, *flags: str) -> subprocess.CompletedProcess:
-    """Run a command to its end on two devices."""
+    """Run a command on two devices and wait for its end."""
     return subprocess.run(
         command(module, *flags), capture_output=True, text=True, timeout=300, env=ENVIRONMENT
     )
 
 
 def flags(dataset, workdir, *extra: str) -> list[str]:
-    """The flags of `train` for six steps of the small student; `extra` ones override."""
+    """Return the flags of `train` for six steps of the small student; `extra` flags override."""
     return [
         *("--config=configs/tiny.py", f"--workdir={workdir}", f"--config.data.dir={dataset}"),
         *(*small.command_line(), *extra),
@@ -37,12 +37,12 @@ def flags(dataset, workdir, *extra: str) -> list[str]:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """All rows of a file."""
+    """Return all rows of a JSONL file."""
     with open(path) as file:
         return [json.loads(line) for line in file]
 
 
 def rows(workdir: Path) -> list[dict]:
-    """The logged metrics that do not depend on the clock."""
+    """Return the logged metrics that do not depend on the clock."""
     logged = read_jsonl(workdir / "metrics.jsonl")
     return [{key: x for key, x in row.items() if key not in CLOCK} for row in logged]

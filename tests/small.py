@@ -32,7 +32,7 @@ SMALL = {
 
 
 def config(**overrides) -> ConfigDict:
-    """tiny.py, shrunk; overrides are dotted keys with "__" for the dot."""
+    """Return a smaller tiny.py; overrides are dotted keys with "__" for the dot."""
     config = tiny.get_config()
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
     config.update_from_flattened_dict(SMALL | dotted)
@@ -40,5 +40,5 @@ def config(**overrides) -> ConfigDict:
 
 
 def command_line() -> list[str]:
-    """The same, as flags after --config=configs/tiny.py."""
+    """Return the same settings as flags to follow --config=configs/tiny.py."""
     return [f"--config.{key}={value}" for key, value in SMALL.items()]

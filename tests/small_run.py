@@ -1,4 +1,4 @@
-"""Music and the parts of a small training run, inside this process."""
+"""Music and the parts of a small training run in the current process."""
 
 import functools
 
@@ -15,7 +15,7 @@ SAMPLES = 16_000
 
 
 def music(clips, seed=0):
-    """Int16 [clips, N]: a few decaying partials each, so that there is something to learn."""
+    """Return int16 [clips, N]: a few decaying partials each, which a student can learn."""
     rng = np.random.default_rng(seed)
     t = np.arange(SAMPLES) / SAMPLE_RATE
     f = rng.uniform(80, 2000, (clips, 4, 1))
@@ -26,7 +26,7 @@ def music(clips, seed=0):
 
 
 class Run:
-    """The parts of a run on one device, and its step."""
+    """The parts of a training run on one device."""
 
     def __init__(self, **overrides):
         self.config = build.check(small.config(**overrides))

@@ -1,4 +1,4 @@
-"""What a machine may do to a run: a disk that takes no more, a read that never comes back."""
+"""Faults of the machine: a full disk, and reads that never return."""
 
 import contextlib
 import os
@@ -16,8 +16,10 @@ from tests.runs import ENVIRONMENT, command, flags, rows, run
 
 
 def test_a_disk_that_takes_no_more(dataset, finished, tmp_path):
-    """No file may grow beyond what the metrics need: the operating system refuses the next
-    checkpoint, as on a full disk. With room again, the run ends as one that had it all along."""
+    """A limit on file sizes makes the system refuse the next checkpoint, as on a full disk.
+
+    Without the limit, the same command ends like an undisturbed run.
+    """
     workdir = tmp_path / "full"
     shutil.copytree(finished[0], workdir)
     shutil.rmtree(workdir / "checkpoints" / "6")
@@ -29,7 +31,7 @@ def test_a_disk_that_takes_no_more(dataset, finished, tmp_path):
         env=ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": ""},
     )
     assert done.returncode == 2
-    (said,) = done.stderr.splitlines()  # without the tracebacks of orbax's threads
+    (said,) = done.stderr.splitlines()  # no tracebacks from Orbax's threads
     assert "a checkpoint could not be written" in said
     assert "step of the last intact one: 3. Make room and run the same command again" in said
     assert manager.checkpoint_steps(str(workdir)) == [0, 3]
@@ -39,7 +41,7 @@ def test_a_disk_that_takes_no_more(dataset, finished, tmp_path):
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
+    """Return the child processes of a process."""
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -49,8 +51,7 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.slow
 def test_a_read_that_never_comes_back(dataset, tmp_path):
-    """The processes that read are stopped: a minute later the watchdog ends the run, and the same
-    command goes on from its last checkpoint."""
+    """The watchdog ends a run a minute after its readers stop; the same command resumes."""
     steps = ("--config.total_steps=100000", "--config.checkpoint.every_steps=2")
     stalls = ("--config.data.workers=1", "--config.watchdog_minutes=1")
     line = command("train", *flags(dataset, tmp_path / "run", *steps, *stalls))

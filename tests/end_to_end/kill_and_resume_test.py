@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends as the one that never was: bit for bit."""
+"""A run that is killed repeatedly ends bit for bit like an undisturbed run."""
 
 import random
 import signal
@@ -15,14 +15,14 @@ from mert_jax.errors import RESTART
 from tests.codec_samples import write_codec
 from tests.runs import ENVIRONMENT, command, flags, read_jsonl, rows, run
 
-# a guard this strict skips, goes back and passes over batches on sound data too
+# a guard this strict skips updates and rolls back on good data too
 OPTIONS = (
-    # those that a stop adds must not push out those to go back to
+    # checkpoints that stops add must not displace those that the guard rolls back to
     *("--config.eval_every=20", "--config.checkpoint.every_steps=4", "--config.checkpoint.keep=9"),
     *("--config.guard.factor=1.0", "--config.guard.window=8", "--config.guard.streak=3"),
     *("--config.guard.rollbacks=1000", "--config.optimizer.peak_learning_rate=1e-4"),
 )
-# kills, steps that are enough for them, and what the guard does in so many
+# kills, enough steps for them, and the guard's action in that many steps
 KILLS = [
     pytest.param(2, 24, "skipped: ", id="2"),
     pytest.param(25, 60, "going back to step", id="25", marks=pytest.mark.slow),
@@ -31,8 +31,8 @@ KILLS = [
 
 @pytest.fixture(scope="module")
 def mixed(music, dataset, tmp_path_factory):
-    """Flags for all that makes a batch: two datasets of unequal shares, of a few steps an epoch,
-    stored codes, and two micro-batches."""
+    """Flags for everything that affects a batch: two datasets with unequal shares and a few steps
+    per epoch, stored codes, and two micro-batches."""
     codec = write_codec(str(tmp_path_factory.mktemp("codec")))
     folders = [tmp_path_factory.mktemp("coded") / name for name in ("all", "two")]
     two = f"{music / '0.wav'},{music / '2.wav'}"
@@ -48,14 +48,14 @@ def mixed(music, dataset, tmp_path_factory):
 
 
 def outcome(workdir):
-    """What a run leaves: its metrics without the clock's, its bad steps, and its last state."""
+    """Return the metrics of a run that do not depend on the clock, its bad steps and last state."""
     bad = read_jsonl(workdir / "bad_steps.jsonl")
     checkpoint = workdirs.read_checkpoint(str(workdir))
     return rows(workdir), bad, checkpoint.step, (checkpoint.params, checkpoint.moments)
 
 
 def run_until(line, process):
-    """Follow `process` until it prints a line that `line` likes; what it printed."""
+    """Read output of `process` up to a line for which `line` is true; return the lines."""
     printed = []
     for text in process.stdout:
         printed.append(text)
@@ -78,7 +78,7 @@ def test_a_run_killed_at_random_moments(dataset, mixed, tmp_path, kills, total, 
         process = subprocess.Popen(
             started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
         )
-        steps = rng.randrange(1, 3 + total // kills)  # between, during and right after saves
+        steps = rng.randrange(1, 3 + total // kills)  # between, during and just after saves
         seen = iter(range(steps))
         run_until(
             lambda text, seen=seen: text.startswith("step ") and next(seen, None) is None, process

@@ -1,4 +1,4 @@
-"""The launch scripts, with stand-ins for the machines they start things on."""
+"""The launch scripts, with stand-ins for gcloud, Slurm and SkyPilot."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def run(script, *arguments, **environment):
 
 
 def command(folder, *codes):
-    """A command that ends with each of `codes` in turn, and says on a line how often it ran."""
+    """Return a command that exits with each of `codes` in turn and counts its runs in a file."""
     counted = f"echo x >> {folder}/ran; n=$(wc -l < {folder}/ran); set -- {' '.join(codes)}"
     return ["bash", "-c", f"{counted}; shift $((n - 1)); exit $1"]
 
@@ -59,16 +59,16 @@ def test_a_signal_is_handed_down_and_nothing_runs_again(tmp_path):
         try:
             _, errors = process.communicate(timeout=60)
         finally:
-            process.kill()  # or leaving the block would wait for what does not end
+            process.kill()  # leaving the block waits for the process
     assert process.returncode == 75, errors
     assert (tmp_path / "saved").exists()
     assert times(tmp_path) == 1
 
 
 def test_a_signal_that_comes_before_the_command_is_known_is_not_lost(tmp_path):
-    """The command's first act is to stop the script that started it."""
+    """The command stops the script that started it before doing anything else."""
     waits = f"echo x >> {tmp_path}/ran; trap 'exit 75' TERM; kill -TERM $PPID; sleep 5; exit 1"
-    # what it is known by comes late
+    # the script learns the process id late
     slow = (LAUNCH / "again.sh").read_text().replace("child=$!", "sleep 1; child=$!")
     (tmp_path / "again.sh").write_text(slow)
     done = subprocess.run(
@@ -81,7 +81,7 @@ def test_a_signal_that_comes_before_the_command_is_known_is_not_lost(tmp_path):
 
 
 def stand_in(folder, name, does="true"):
-    """A program `name` that notes its arguments, and then `does` something."""
+    """Write a program `name` that records its arguments and then runs the commands `does`."""
     path = folder / name
     path.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> {folder}/said\n{does}\n')
     path.chmod(0o755)
@@ -107,11 +107,13 @@ def test_slurm_queues_again_what_asks_for_it(tmp_path, code, queues_again):
 
 @pytest.fixture
 def tpu(tmp_path):
-    """Runs tpu_vm.sh on a TPU that is in each of `states` in turn, and returns what it said to
-    gcloud; it is ended when the states are over."""
+    """Runs tpu_vm.sh on a TPU that is in each of `states` in turn; returns its calls of gcloud.
+
+    The script is ended after the last state.
+    """
 
     def run_on(*arguments, states="ACTIVE", fails="", **environment):
-        # a minute takes no time, and the last one ends the script that counts them
+        # minutes take no time; the look after the last state ends the script
         look = (
             f"n=$(cat {tmp_path}/looks 2>/dev/null || echo 0); echo $((n + 1)) > {tmp_path}/looks"
         )
@@ -155,7 +157,7 @@ def test_a_tpu_is_asked_for_and_given_back(tpu):
 
 
 def test_a_preempted_tpu_is_asked_for_again(tpu):
-    """No TPU ("-"), one that is coming, is there, is taken away, and comes back."""
+    """The TPU is absent ("-"), requested, present, preempted, and present again."""
     done, said = tpu("--keep", "--config=x", states="- WAITING ACTIVE ACTIVE SUSPENDED - ACTIVE")
     verbs = [line.split()[4] for line in said.splitlines() if "queued-resources" in line]
     assert [verb for verb in verbs if verb != "describe"] == ["create", "delete", "create"]

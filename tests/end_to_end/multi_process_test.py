@@ -1,4 +1,4 @@
-"""Training by several processes is the training of one."""
+"""Several processes train like one."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def mesh(*sizes):
 
 
 def assert_close(found, expected, rtol):
-    """Rows of metrics with the same names, steps and counts, and numbers that nearly agree."""
+    """Assert that rows of metrics have the same names and nearly the same numbers."""
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
@@ -32,7 +32,7 @@ def assert_close(found, expected, rtol):
 
 
 def without_the_last(workdir, copy):
-    """A copy of a finished run, as if it had been killed before its last save."""
+    """Copy a finished run, as if it had been killed before its last save."""
     shutil.copytree(workdir, copy)
     shutil.rmtree(copy / "checkpoints" / "6")
     return copy

@@ -1,4 +1,4 @@
-"""The command, end to end on a prepared folder of sound, as its user runs it."""
+"""The train command on a prepared dataset, run as a user runs it."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_resuming_gives_the_run_that_was_never_stopped(dataset, finished, tmp_pa
     workdir, _ = finished
     resumed = tmp_path / "resumed"
     shutil.copytree(workdir, resumed)
-    shutil.rmtree(resumed / "checkpoints" / "6")  # as if killed before its last save
+    shutil.rmtree(resumed / "checkpoints" / "6")  # as if killed before the last save
     done = run("train", *flags(dataset, resumed))
     assert done.returncode == 0, done.stderr
     assert "at step 3 of 6" in done.stdout
@@ -95,7 +95,7 @@ def test_a_run_goes_on_with_other_devices(dataset, finished, tmp_path, mesh):
     )
     assert done.returncode == 0, done.stderr
     for row, other in zip(rows(workdir), rows(resumed), strict=True):
-        # the same clips and masks: codes are counted alike; sums are added in another order
+        # clips, masks and counts of codes are the same; sums are added in another order
         assert other["code_perplexity"] == row["code_perplexity"]
         for name in ("loss", "loss_codes", "loss_cqt", "grad_norm"):
             assert other[name] == pytest.approx(row[name], rel=1e-4)
@@ -120,7 +120,7 @@ def test_control_c_saves_and_the_same_command_goes_on(dataset, tmp_path):
             process.send_signal(signal.SIGINT)
             break
     printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 130  # SIGTERM's is 75, for launchers to start it again: chaos_test
+    assert process.returncode == 130  # SIGTERM gives 75: kill_and_resume_test
     assert "run the same command to go on" in printed
     stopped = rows(workdir)[-1]["step"]
     assert (workdir / "checkpoints" / str(stopped)).is_dir()
@@ -158,17 +158,17 @@ def test_a_run_begins_from_another_runs_weights(dataset, finished, tmp_path):
     assert "body: 26,544 parameters loaded" in done.stdout
     assert "head random_projection: loaded" in done.stdout
     assert "Adam's moments: loaded, of 6 updates" in done.stdout
-    # the first update has learning rate 0: this is the loss that the other run ended with
+    # the learning rate of the first update is 0, so the loss is that of the other run's last step
     before, after = (rows(path)[-1]["validation_loss"] for path in (finished[0], workdir))
     assert after == pytest.approx(before, rel=1e-6)
     with open(workdir / "model.json") as f:
         assert json.load(f)["lineage"] == [f"{finished[0].name} (step 6)"]
-    again = run("train", *flags(dataset, workdir, *more))  # and takes nothing over twice
+    again = run("train", *flags(dataset, workdir, *more))  # nothing is loaded a second time
     assert "is finished" in again.stdout
 
 
 def resident(pid: int) -> int:
-    """Resident memory of a process, kB."""
+    """Return the resident memory of a process, kB."""
     with open(f"/proc/{pid}/status") as f:
         return next(int(line.split()[1]) for line in f if line.startswith("VmRSS"))
 
