@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs a command again for as long as it asks for it: `bash launch/again.sh python -m mert_jax.train ...`.
-# It asks by exit code 75 (preempted, stalled, another host gone), or by being killed (134, 137, 139);
-# whatever else it ends with is passed on. SIGTERM and SIGINT are handed down, and end the repeating.
+# Repeats a command while its exit code asks for it: `bash launch/again.sh python -m mert_jax.train ...`.
+# These codes are 75 (preempted, stalled, or another host stopped) and those of a crash or kill (134,
+# 137, 139); any other code is passed on. SIGTERM and SIGINT are forwarded and end the repetition.
 set -uo pipefail
 
 if [ $# -eq 0 ]; then
@@ -10,7 +10,7 @@ if [ $# -eq 0 ]; then
 fi
 
 child=
-asked= # the signal that came
+asked= # the signal received
 handed=
 hand_down() {
     asked=$1
@@ -19,11 +19,11 @@ hand_down() {
 trap 'hand_down TERM' TERM
 trap 'hand_down INT' INT
 
-pause=${MERT_JAX_PAUSE:-10} # seconds: the other hosts notice too, and come back as well
+pause=${MERT_JAX_PAUSE:-10} # seconds in which the other hosts notice and restart too
 while true; do
     "$@" &
     child=$!
-    # it may have come while there was no child to hand it to; twice would mean: at once
+    # a signal may arrive before there is a child; a second one would make the child exit at once
     [ -z "$asked" ] || [ -n "$handed" ] || hand_down "$asked"
     # a trap interrupts wait: the child is still saving
     while true; do

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: `install EXTRA...` makes .venv in the checkout, with mert_jax and the
+# Sourced by the other scripts: `install EXTRA...` sets up .venv in the checkout, with mert_jax and the
 # given extras in the versions of constraints.txt, and puts it first on the PATH. Needs Python 3.11 or
-# newer; PYTHON=... names one. Nothing is installed again while pyproject.toml and constraints.txt stay.
+# newer; PYTHON=... chooses one. Installs again only if pyproject.toml or constraints.txt has changed.
 
 find_python() {
     local candidate
@@ -19,7 +19,7 @@ install() {
     local python stamp extras
     extras=$(IFS=,; echo "$*")
     python=$(find_python) || return
-    # two extras may share one environment: each leaves a stamp of its own
+    # several sets of extras can share the environment: each leaves its own stamp
     stamp=.venv/installed-${extras//,/-}-$(cat pyproject.toml constraints.txt | cksum | tr ' ' -)
     if [ ! -e "$stamp" ]; then
         echo "setting up .venv with $("$python" --version) and the extras [$extras]: a few minutes"
@@ -29,7 +29,7 @@ install() {
         fi
         .venv/bin/python -m pip install --quiet --disable-pip-version-check \
             --constraint constraints.txt --editable ".[$extras]" || return
-        # it renders the made tasks; what it asks for besides plays sound, and does not build everywhere
+        # it renders the made tasks; its dependencies play sound and do not build everywhere
         case ",$extras," in *,test,*)
             .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
                 --only-binary :all: tinysoundfont==0.3.7 ||

@@ -9,11 +9,11 @@
 #SBATCH --signal=TERM@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Trains on GPU nodes, one process a GPU, from a checkout that all nodes see:
+# Trains on GPU nodes, one process per GPU, from a checkout that all nodes see:
 #     sbatch --nodes=4 launch/slurm.sh --config=configs/large.py --workdir=/shared/runs/large \
 #         --config.data.dir=/shared/prepared
-# Run `source launch/environment.sh && install cuda` there once before. Three minutes before the time is
-# over Slurm sends SIGTERM: the run saves, ends with 75, and the job queues again.
+# Run `source launch/environment.sh && install cuda` there once before. Three minutes before the time
+# limit Slurm sends SIGTERM: the run saves and ends with 75, and the job is queued again.
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}" || exit 2
 
@@ -22,7 +22,7 @@ if [ $# -eq 0 ]; then
     exit 2
 fi
 source .venv/bin/activate
-# the processes find each other by Slurm's own variables; one that fails takes the step down at once
+# processes find each other by Slurm's variables; if one fails, all are stopped at once
 srun --kill-on-bad-exit=1 python -m mert_jax.train "$@"
 code=$?
 case $code in

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs the linter and the tests: `bash launch/test.sh [--with-peers] [PYTEST_ARGS]`.
-# --with-peers adds the comparisons with PyTorch's libraries; `-m hours` runs only
-# those that take more than ten minutes each.
+# --with-peers adds the comparisons with PyTorch's libraries; `-m hours` runs only the tests that take
+# more than ten minutes each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,5 +17,5 @@ install "${extras[@]}"
 
 ruff check .
 ruff format --check .
-# a file a worker: XLA compiles on one core, and fixtures are shared within a file
+# one worker per file: XLA compiles on one core, and fixtures are shared within a file
 exec python -m pytest -n auto --dist loadfile "${selection[@]}" "$@"

@@ -1,22 +1,21 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU, one host or a whole pod slice, from your own machine:
+# Trains on a Cloud TPU, one host or a whole pod slice, controlled from your own machine:
 #     TPU=my-tpu ZONE=us-east5-b bash launch/tpu_vm.sh --config=configs/large.py \
 #         --workdir=/mnt/disk/runs/large --config.data.dir=/mnt/disk/prepared
-# Sends the checkout to every worker, sets up .venv there, and starts the same command on all of them,
-# again whenever it asks for it. The workdir and the dataset must be seen by every worker at the same
-# path (a Filestore share). TPU hosts find each other by their metadata. Log: ~/mert_jax.log of each
-# worker. Instead of the flags:
-#     --create    asks for the TPU, as a queued resource: TYPE=v5litepod-64, and SPOT=1 for a spot one
-#     --keep ...  (and the flags): creates it, starts, and once a minute looks whether it was
-#                 preempted, in which case it begins anew and the run goes on from its last checkpoint
+# Copies the checkout to every worker, sets up .venv there and starts the same command on all of them with
+# launch/again.sh. All workers must see the workdir and the dataset at the same path (a Filestore share).
+# TPU hosts find each other by their metadata. The log of each worker is ~/mert_jax.log. In place of flags:
+#     --create    requests the TPU as a queued resource: TYPE=v5litepod-64, and SPOT=1 for a spot TPU
+#     --keep ...  (followed by the flags) creates the TPU, starts the run and checks once a minute for a
+#                 preemption, after which it starts again and the run resumes from its last checkpoint
 #     --stop      saves and ends the run
-#     --delete    gives the TPU back
+#     --delete    deletes the TPU
 # DRY_RUN=1 prints the commands instead of running them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 : "${TPU:?set TPU to the name of the TPU VM}" "${ZONE:?set ZONE to its zone, such as us-east5-b}"
-minute=${MERT_JAX_PAUSE:-60} # seconds between two looks
+minute=${MERT_JAX_PAUSE:-60} # seconds between checks
 
 cloud() {
     if [ -n "${DRY_RUN:-}" ]; then
@@ -28,7 +27,7 @@ cloud() {
 everywhere() {
     cloud tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="$1"
 }
-state() { # of the queued resource: ACTIVE once the TPU is there, empty where there is none
+state() { # of the queued resource: ACTIVE once the TPU is ready, empty if there is none
     gcloud compute tpus queued-resources describe "$TPU" --zone="$ZONE" \
         --format='value(state.state)' 2>/dev/null || true
 }
@@ -52,7 +51,7 @@ start() {
     local archive train
     archive=$(mktemp -d)/mert_jax.tar.gz
     train=$(printf ' %q' python -m mert_jax.train "$@")
-    # one after the other, also where `keep` asks whether all went well
+    # joined by && because set -e is off when `keep` tests the result
     git archive --prefix=mert_jax/ --output="$archive" HEAD &&
         cloud tpu-vm scp "$archive" "$TPU":mert_jax.tar.gz --zone="$ZONE" --worker=all &&
         everywhere "tar -xzf mert_jax.tar.gz && cd mert_jax &&
