@@ -1,4 +1,4 @@
-"""How well codebooks describe frames: perplexity, error and dead codes, as a table and a picture.
+"""Quality of codebooks on frames: perplexity, error and dead codes, as a table and a picture.
 
 Shapes: n frames, K codebooks, V codes.
 """
