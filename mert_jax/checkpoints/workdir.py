@@ -46,7 +46,7 @@ def read_about(workdir: str) -> About:
 def _locate(path: str) -> tuple[str, int]:
     """Split WORKDIR (at its newest step) or WORKDIR/checkpoints/STEP into workdir and step.
 
-    Raises UserError if there is no checkpoint.
+    Raises UserError without a checkpoint.
     """
     if os.path.exists(os.path.join(path, "_CHECKPOINT_METADATA")):
         step = os.path.basename(os.path.normpath(path))

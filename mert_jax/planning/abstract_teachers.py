@@ -1,4 +1,4 @@
-"""The teachers of a plan: those of the config, or their shapes if there is no checkpoint."""
+"""The teachers of a plan: those of the config, or their shapes without a checkpoint."""
 
 from collections.abc import Callable, Mapping
 from types import ModuleType

@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 
     @property
     def in_hbm(self) -> bool:
-        """Whether the array lies in HBM: S(1) is VMEM, scalars are in registers."""
+        """True if the array is in HBM: S(1) is VMEM, scalars are in registers."""
         return bool(self.dims) and not re.search(r"S\([1-9]", self.layout)
 
 

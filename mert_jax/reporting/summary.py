@@ -24,9 +24,9 @@ PER_CODEBOOK = {
 
 
 def read_run(workdir: str) -> tuple[list[Row], dict[str, Any]]:
-    """Return the rows of WORKDIR/metrics.jsonl and the config, {} if there is no config.json.
+    """Return the rows of WORKDIR/metrics.jsonl and the config, {} without config.json.
 
-    Raises UserError if there are no rows or a file cannot be read.
+    Raises UserError without rows, and for a file that cannot be read.
     """
     if not os.path.isdir(workdir):
         raise UserError(f"--workdir={workdir} is not a directory")

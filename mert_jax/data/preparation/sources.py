@@ -43,7 +43,7 @@ class SourceList(NamedTuple):
 def find_sources(inputs: Sequence[str], exclude: str) -> SourceList:
     """List the audio files in directories (nested) and files, except those under `exclude`.
 
-    Raises UserError for an input that is missing, and if there is no file at all.
+    Raises UserError for a missing input, and if the inputs hold no file.
     """
     exclude = os.path.realpath(exclude)
     sources: dict[str, SourceFile] = {}
