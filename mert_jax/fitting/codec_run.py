@@ -178,10 +178,6 @@ class CodecTraining:
         """Return the request; this training has no guard that rolls it back."""
         return StepDecision(None, self._request)
 
-    def roll_back(self, state: CodecState, streak: Any) -> CodecState:
-        """Never called, because `decide` returns no streaks."""
-        raise NotImplementedError
-
     def may_save(self, result: Any) -> bool:
         """Return True: every state may be saved."""
         return True

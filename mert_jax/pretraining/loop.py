@@ -41,7 +41,7 @@ class Trainer(Protocol):
         """Judge the steps so far, and return the strongest request of any host."""
 
     def roll_back(self, state: Any, streak: BadStreak) -> Any:
-        """Return an earlier state to continue from after a streak of bad steps."""
+        """Return an earlier state to continue from; needed only if `decide` returns streaks."""
 
     def may_save(self, result: Any) -> bool:
         """Return False within a streak of bad steps, whose states must not replace good ones."""
