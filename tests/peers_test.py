@@ -22,9 +22,9 @@ from mert_jax.checkpoints import tensor_names as names
 from mert_jax.data import decoding
 from mert_jax.models import encodec as codec
 from mert_jax.models import quantize
-from mert_jax.pretraining import masking
 from mert_jax.teachers import encodec_checkpoint as encodec
 from mert_jax.teachers import rvq_vae
+from tests import frame_padding
 
 pytestmark = pytest.mark.peers
 MUSIC = Path(__file__).parent.parent / "launch" / "music"
@@ -70,7 +70,7 @@ def test_all_hidden_states_of_a_full_size_model(size, record_property):
 
 def hidden_states(student, params, wave, valid) -> tuple[list, np.ndarray]:
     """Return the encoder's input, the raw output of every layer, and the model's output."""
-    padding = masking.conv_frame_padding(
+    padding = frame_padding.conv_frame_padding(
         jnp.asarray(valid),
         student.conv_kernels,
         student.conv_strides,

@@ -78,23 +78,28 @@ class FeatureProjection(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerConfig:
-    """Sizes and dropout rates of a transformer layer; post-norm at 95M, pre-norm at 330M."""
+class EncoderConfig:
+    """Sizes and dropout rates of the transformer; post-norm at 95M, pre-norm at 330M."""
 
+    num_layers: int
     num_heads: int
     intermediate_size: int
     pre_norm: bool
+    pos_conv_kernel: int
+    pos_conv_groups: int
     hidden_dropout: float
     attention_dropout: float
     activation_dropout: float
     layerdrop: float
+    remat: str
+    unroll: int
     dtype: Any
 
 
 class EncoderLayer(nn.Module):
     """One transformer layer: [B, T, D] -> [B, T, D]."""
 
-    config: LayerConfig
+    config: EncoderConfig
 
     @nn.compact
     def __call__(self, x: Array, padding: Array | None, deterministic: bool) -> tuple[Array, None]:
@@ -134,39 +139,34 @@ class Encoder(nn.Module):
     The layers' parameters are stacked on a leading axis.
     """
 
-    num_layers: int
-    pos_conv_kernel: int
-    pos_conv_groups: int
-    remat: str
-    unroll: int
-    layer: LayerConfig
+    config: EncoderConfig
 
     @nn.compact
     def __call__(self, x: Array, padding: Array | None, deterministic: bool) -> Array:
-        dtype, pre_norm = self.layer.dtype, self.layer.pre_norm
+        config = self.config
         if padding is not None:
             x = jnp.where(padding[..., None], 0, x)
         positions = PosConvEmbed(
-            self.pos_conv_kernel, self.pos_conv_groups, dtype, name="pos_conv_embed"
+            config.pos_conv_kernel, config.pos_conv_groups, config.dtype, name="pos_conv_embed"
         )(x)
         self.sow("intermediates", "pos_conv_out", positions)
-        norm = Norm(dtype, name="layer_norm")
+        norm = Norm(config.dtype, name="layer_norm")
         x = x + positions
-        if not pre_norm:
+        if not config.pre_norm:
             x = norm(x)
-        x = Dropout(self.layer.hidden_dropout)(x, deterministic)
+        x = Dropout(config.hidden_dropout)(x, deterministic)
         self.sow("intermediates", "encoder_input", x)
         layers = nn.scan(
-            rematerialised(EncoderLayer, self.remat),
+            rematerialised(EncoderLayer, config.remat),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast),
-            length=self.num_layers,
-            unroll=self.unroll,
+            length=config.num_layers,
+            unroll=config.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = layers(self.layer, name="layers")(x, padding, deterministic)
-        return norm(x) if pre_norm else x
+        x, _ = layers(config, name="layers")(x, padding, deterministic)
+        return norm(x) if config.pre_norm else x
 
 
 def rematerialised(module: type[nn.Module], policy: str) -> type[nn.Module]:
@@ -279,18 +279,9 @@ class Student(nn.Module):
             x = jnp.where(mask[..., None], embed.astype(self.dtype)[None, None, :], x)
         self.sow("intermediates", "masked_input", x)
 
-        layer = LayerConfig(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(LayerConfig)}
-        )
-        x = Encoder(
-            self.num_layers,
-            self.pos_conv_kernel,
-            self.pos_conv_groups,
-            self.remat,
-            self.unroll,
-            layer,
-            name="encoder",
-        )(x, padding, deterministic)
+        names = (field.name for field in dataclasses.fields(EncoderConfig))
+        config = EncoderConfig(**{name: getattr(self, name) for name in names})
+        x = Encoder(config, name="encoder")(x, padding, deterministic)
         predictions = {head.name: self._predict(head, x.astype(full)) for head in self.heads}
         return Output(x, features_penalty, predictions)
 

@@ -10,8 +10,8 @@ from flax import linen as nn
 
 from mert_jax.checkpoints import fairseq, huggingface
 from mert_jax.checkpoints import tensor_names as official
-from mert_jax.pretraining import masking
 from mert_jax.tensors.state_dict import read_tensors as read_weights
+from tests import frame_padding
 from tests.golden_files import (
     FOLDER,
     check,
@@ -57,7 +57,7 @@ def hf_run(file: str, weights: str) -> dict[str, np.ndarray]:
             if "valid_len" not in stored:
                 continue
             valid = jnp.asarray(stored["valid_len"])
-            padding = masking.conv_frame_padding(
+            padding = frame_padding.conv_frame_padding(
                 valid, student.conv_kernels, student.conv_strides, length
             )
             ours["mask/frame_attention_mask"] = ~np.asarray(padding)

@@ -17,8 +17,8 @@ import pytest
 from mert_jax import teachers
 from mert_jax.checkpoints import fairseq
 from mert_jax.checkpoints import tensor_names as official
-from mert_jax.pretraining import losses, masking, optimizer, step
-from tests import cqt_definition
+from mert_jax.pretraining import losses, optimizer, step
+from tests import cqt_definition, frame_padding
 from tests.golden_files import (
     DTYPE,
     FOLDER,
@@ -95,7 +95,7 @@ def student_run(file: str) -> dict[str, np.ndarray]:
         [student.num_frames(num_samples)]
         + [jax.eval_shape(source, None, audio).shape[1] for source in sources.values()]
     )
-    padding = masking.fairseq_frame_padding(jnp.asarray(valid), num_samples, length)
+    padding = frame_padding.fairseq_frame_padding(jnp.asarray(valid), num_samples, length)
     mask = jnp.asarray(case["mask"] if "mask" in case else case["masked_frames"])
     masked = mask & ~padding
     seen = {}

@@ -106,22 +106,3 @@ def test_trimming_keeps_a_subset_drawn_uniformly():
     assert not (trimmed & ~mask).any()
     kept = trimmed[::2].mean(0)
     assert (np.abs(kept - 0.25) < 5 * (0.25 * 0.75 / 4000) ** 0.5).all()
-
-
-def test_the_two_padding_rules_differ_as_the_official_codes_do():
-    kernels, strides = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
-    valid = jnp.array([24000, 17000])
-    fairseq = masking.fairseq_frame_padding(valid, 24000, 74)
-    hugging_face = masking.conv_frame_padding(valid, kernels, strides, 74)
-    assert (~fairseq).sum(1).tolist() == [74, 53]
-    assert (~hugging_face).sum(1).tolist() == [74, 52]
-
-
-@pytest.mark.parametrize("valid", [0, 1, 323, 324, 325, 8000, 23975, 23976, 24000])
-def test_fairseq_padding_is_all_of_a_chunk(valid):
-    """`forward_padding_mask`: cut to a multiple of T, reshape, all."""
-    samples, frames = 24000, 74
-    padding = np.arange(samples) >= valid
-    expected = padding[: samples - samples % frames].reshape(frames, -1).all(-1)
-    ours = masking.fairseq_frame_padding(jnp.array([valid]), samples, frames)[0]
-    np.testing.assert_array_equal(ours, expected)
