@@ -15,6 +15,7 @@ from mert_jax.errors import RESTART
 from tests.runs import ENVIRONMENT, command, flags, rows, run
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more(dataset, finished, tmp_path):
     """A limit on file sizes makes the system refuse the next checkpoint, as on a full disk.
 

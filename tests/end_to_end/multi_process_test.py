@@ -5,6 +5,7 @@ import shutil
 import signal
 
 import numpy as np
+import pytest
 
 from mert_jax.checkpoints import manager
 from mert_jax.errors import RESTART
@@ -56,6 +57,7 @@ def test_two_processes_train_as_one_does(dataset, finished, tmp_path):
     assert "step 6/6" not in ended[1][1]
 
 
+@pytest.mark.slow
 def test_four_processes_go_on_where_one_was(dataset, finished, tmp_path):
     workdir = without_the_last(finished[0], tmp_path / "four")
     with start(4, 2, dataset, workdir, *mesh(2, 2, 2)) as running:

@@ -306,6 +306,7 @@ def second_process(request, tmp_path_factory):
 IN_FLOAT64 = STUDENT_FILES + names("optimizer.npz") + names("lr_schedule.json")
 if IN_FLOAT64 and not X64:
 
+    @pytest.mark.slow
     def test_in_float64(second_process):
         process, output = second_process
         process.wait()

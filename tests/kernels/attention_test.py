@@ -20,8 +20,13 @@ def inputs(dtype=jnp.float32):
 
 def value_and_gradients(function, dtype, *options):
     arrays, gradient = inputs(dtype)
-    value, pull = jax.vjp(lambda *arrays: function(*arrays, *options), *arrays)
-    return [np.asarray(x, np.float32) for x in (value, *pull(gradient))]
+
+    @jax.jit
+    def both(arrays, gradient):
+        value, pull = jax.vjp(lambda *arrays: function(*arrays, *options), *arrays)
+        return value, *pull(gradient)
+
+    return [np.asarray(x, np.float32) for x in both(arrays, gradient)]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

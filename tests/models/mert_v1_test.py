@@ -23,14 +23,6 @@ OFFICIAL_CONVOLUTIONS = ((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2))
 FLAVOURS = pytest.mark.parametrize("pre_norm", [False, True], ids=["post_norm", "pre_norm"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    """These programs run once; compiling them is most of the work."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def student(**options) -> mert_v1.Student:
     sizes = dict(
         conv_dim=16,
@@ -278,7 +270,7 @@ def precision_case(pre_norm, dtype):
     return init(small)["params"], hidden, loss
 
 
-@FLAVOURS
+@pytest.mark.parametrize("pre_norm", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_bfloat16_stays_near_float32(pre_norm, record_property):
     params, hidden, loss = precision_case(pre_norm, jnp.float32)
     _, hidden16, loss16 = precision_case(pre_norm, jnp.bfloat16)

@@ -1,5 +1,7 @@
 """The in-batch noise mixture against plain loops, and what its numbers mean."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,16 @@ from mert_jax.pretraining import mixture
 
 
 def draws(rows, samples, group, prob=0.5, count=(1, 3), length=(40, 90), seed=0):
-    keys = jax.random.split(jax.random.key(seed), rows)
-    return mixture.draw(keys, samples, group, prob=prob, count=count, length=length)
+    def draw(key):
+        keys = jax.random.split(key, rows)
+        return mixture.draw(keys, samples, group, prob=prob, count=count, length=length)
+
+    return jax.jit(draw)(jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnames=("group", "volume"))
+def mix(wave, drawn, group, volume):
+    return mixture.mix(wave, drawn, group=group, max_length=90, volume=volume)
 
 
 def plainly(wave, drawn, group, volume):
@@ -34,7 +44,7 @@ def plainly(wave, drawn, group, volume):
 def test_it_is_what_plain_slices_give(group):
     wave = np.random.default_rng(0).normal(size=(24, 200)).astype(np.float32)
     drawn = draws(24, 200, group)
-    ours = mixture.mix(jnp.asarray(wave), drawn, group=group, max_length=90, volume=0.7)
+    ours = mix(wave, drawn, group, 0.7)
     np.testing.assert_allclose(ours, plainly(wave, drawn, group, 0.7), atol=1e-6)
     changed = (np.asarray(ours) != wave).any(1)
     np.testing.assert_array_equal(changed, drawn.mixed)
@@ -67,9 +77,6 @@ def test_a_row_depends_on_its_key_alone():
     few, many = draws(4, 200, 2), draws(4, 200, 2)
     jax.tree.map(np.testing.assert_array_equal, few, many)
     wave = np.random.default_rng(0).normal(size=(4, 200)).astype(np.float32)
-    options = dict(group=2, max_length=90, volume=1.0)
-    whole = mixture.mix(jnp.asarray(wave), draws(4, 200, 2, prob=1.0), **options)
+    whole = mix(wave, draws(4, 200, 2, prob=1.0), 2, 1.0)
     half = jax.tree.map(lambda x: x[2:], draws(4, 200, 2, prob=1.0))
-    np.testing.assert_allclose(
-        mixture.mix(jnp.asarray(wave[2:]), half, **options), whole[2:], atol=1e-6
-    )
+    np.testing.assert_allclose(mix(wave[2:], half, 2, 1.0), whole[2:], atol=1e-6)

@@ -18,11 +18,11 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 @pytest.fixture(scope="module")
 def run():
-    return Run()
+    return Run(total_steps=60)
 
 
-def test_the_loss_falls_on_one_batch():
-    _, rows = Run(total_steps=60).train(40, music(8))
+def test_the_loss_falls_on_one_batch(run):
+    _, rows = run.train(40, music(8))
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert rows[-1]["loss_cqt"] < rows[0]["loss_cqt"]
 
@@ -57,9 +57,10 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_run_goes_on(run, value)
     )
 
 
-def test_loss_is_the_weighted_sum_of_its_parts():
-    weights = {"teacher__cqt__weight": 3.0, "teacher__random_projection__weight": 0.5}
-    _, (row,) = Run(**weights).train(1, music(8))
+def test_loss_is_the_weighted_sum_of_its_parts(run):
+    other = Run(teacher__cqt__weight=3.0, teacher__random_projection__weight=0.5)
+    given = (run.init().params, run.teacher_params, {"audio": music(8)}, run.key)
+    row = metrics.reduce(other.evaluate(*given))
     parts = 0.5 * row["loss_codes"] + 3 * row["loss_cqt"] + 10 * row["features_penalty"]
     assert row["loss"] == pytest.approx(parts, rel=1e-5)
 
