@@ -27,7 +27,8 @@ install() {
             echo "error: python -m venv failed; on Debian and Ubuntu, apt-get install python3-venv" >&2
             return 2
         fi
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        # modules are compiled when first imported: compiling all of them takes as long as the rest
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
             --constraint constraints.txt --editable ".[$extras]" || return
         # it renders the made tasks; its dependencies play sound and do not build everywhere
         case ",$extras," in *,test,*)
