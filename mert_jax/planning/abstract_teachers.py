@@ -1,6 +1,6 @@
 """The teachers of a plan: those of the config, or their shapes without a checkpoint."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +18,8 @@ from mert_jax.teachers.teacher import Teacher
 
 STORED = "rvq_vae"  # the only teacher whose codes `prepare --codes` stores
 NUM_CODEBOOKS, CODEBOOK_SIZE = 8, 1024  # of EnCodec at 24 kHz, as MERT uses it
+# fitted teachers, and the settings that give their number of classes, the largest of them
+FITTED = {"kmeans": (kmeans, ("mel_size", "chroma_size")), "mel_rvq": (mel_rvq, ("size",))}
 
 
 def stored_codes(config: ConfigDict, choice: str) -> dict[str, CodesInfo]:
@@ -32,10 +34,8 @@ def stored_codes(config: ConfigDict, choice: str) -> dict[str, CodesInfo]:
     if choice != "stored" or stored:
         return stored
     if STORED not in config.teachers:
-        raise UserError(
-            f"--codes=stored: of the teachers {tuple(config.teachers)} none is {STORED}, whose "
-            "codes are the only ones that a dataset stores; leave --codes out"
-        )
+        reason = f"of the teachers {tuple(config.teachers)} none is {STORED}, the only one stored"
+        raise UserError(f"--codes=stored: {reason} in a dataset; leave --codes out")
     books = config.teacher[STORED].get("books") or NUM_CODEBOOKS
     return {STORED: CodesInfo(STORED, books, CODEBOOK_SIZE, HOP_LENGTH, "", "", {}, {})}
 
@@ -46,10 +46,13 @@ def make(config: ConfigDict, stored: Mapping[str, CodesInfo]) -> dict[str, Teach
     names, abstract = config.teachers, {}
     for name in names:
         options = config.teacher.get(name, {})
-        if name in stored and not stored[name].fingerprint:  # codes of no real dataset
-            options.checkpoint = ""
-        elif name not in stored and name in SHAPES and not options.get("checkpoint"):
-            abstract[name] = SHAPES[name](options)
+        if name in stored:
+            if not stored[name].fingerprint:  # codes of no real dataset
+                options.checkpoint = ""
+        elif name == STORED and not options.get("checkpoint"):
+            abstract[name] = _rvq_vae(options)
+        elif name in FITTED and not options.get("checkpoint"):
+            abstract[name] = _fitted(options, *FITTED[name])
     config.teachers = tuple(name for name in names if name not in abstract)
     teachers = abstract | build.make_teachers(config, stored)
     return {name: teachers[name] for name in names}
@@ -64,26 +67,14 @@ def _rvq_vae(options: Mapping[str, Any]) -> Teacher:
     return Teacher(rvq_vae.apply, params, CODEBOOK_SIZE, options.get("context", rvq_vae.CONTEXT))
 
 
-def _fitted(module: ModuleType, *sizes: str) -> Callable[[Mapping[str, Any]], Teacher]:
-    """Return the abstract form of a fitted teacher; its size is the largest of some settings."""
+def _fitted(options: Mapping[str, Any], module: ModuleType, sizes: tuple[str, ...]) -> Teacher:
+    given = {key: value for key, value in options.items() if key in module.SETTINGS and value}
+    settings = module.SETTINGS | given
+    params = jax.eval_shape(lambda: module.filters(settings))
+    for name, shape in module.shapes(settings).items():
+        params[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    def make(options: Mapping[str, Any]) -> Teacher:
-        given = {key: value for key, value in options.items() if key in module.SETTINGS and value}
-        settings = module.SETTINGS | given
-        params = jax.eval_shape(lambda: module.filters(settings))
-        for name, shape in module.shapes(settings).items():
-            params[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    def apply(params: Any, wave: jax.Array) -> jax.Array:
+        return module.apply(params, wave, hop=settings["hop"])
 
-        def apply(params: Any, wave: jax.Array) -> jax.Array:
-            return module.apply(params, wave, hop=settings["hop"])
-
-        return Teacher(apply, params, max(settings[name] for name in sizes))
-
-    return make
-
-
-SHAPES = {
-    "rvq_vae": _rvq_vae,
-    "kmeans": _fitted(kmeans, "mel_size", "chroma_size"),
-    "mel_rvq": _fitted(mel_rvq, "size"),
-}
+    return Teacher(apply, params, max(settings[name] for name in sizes))

@@ -1,7 +1,6 @@
 """The training step of a config, compiled for devices that need not be present."""
 
 import functools
-import glob
 import importlib.util
 import math
 import os
@@ -54,10 +53,8 @@ def make_topology(name: str) -> Topology:
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+){0,2})", name)
     if not match or match[1] not in (*TPUS, "cpu"):
-        raise UserError(
-            f"--topology={name!r} is unknown; it is {', '.join(TPUS)} and a shape, such as v5e:4x4 "
-            "or v4:2x2x4, or cpu:8"
-        )
+        needed = f"{', '.join(TPUS)} and a shape, such as v5e:4x4 or v4:2x2x4, or cpu:8"
+        raise UserError(f"--topology={name!r} is unknown; it is {needed}")
     number = math.prod(int(n) for n in match[2].split("x"))
     jax.config.update("jax_platforms", "cpu")  # leave a TPU of this machine alone
     if match[1] != "cpu":
@@ -73,10 +70,8 @@ def make_topology(name: str) -> Topology:
 
 def _tpu_devices(name: str, chip: Chip, number: int) -> Sequence[Any]:
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f"--topology={name} needs the TPU compiler: pip install -e .[plan] (libtpu, 137 MB; no "
-            "TPU is needed)"
-        )
+        how = "pip install -e .[plan] (libtpu, 137 MB; no TPU is needed)"
+        raise UserError(f"--topology={name} needs the TPU compiler: {how}")
     os.environ.update(
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # no TPU is taken, so other programs may plan too
         # without these, libtpu asks Cloud's metadata server which machine this is
@@ -94,11 +89,9 @@ def _tpu_devices(name: str, chip: Chip, number: int) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(name, "tpu", **options).devices
     except (RuntimeError, ValueError, NotImplementedError) as e:
-        reason = str(e).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"--topology={name!r} is not a slice that libtpu knows ({reason}); shapes of "
-            f"{name.partition(':')[0]} are in Cloud TPU's documentation, such as v5e:4x4, v4:2x2x4"
-        ) from e
+        reason = f"is not a slice that libtpu knows ({str(e).splitlines()[0].rstrip('.')})"
+        shapes = "Cloud TPU's documentation lists the shapes, such as v5e:4x4, v4:2x2x4"
+        raise UserError(f"--topology={name!r} {reason}; {shapes}") from e
 
 
 def compile_step(config: ConfigDict, devices: Sequence[Any], codes: str = "") -> Compiled:
@@ -107,36 +100,32 @@ def compile_step(config: ConfigDict, devices: Sequence[Any], codes: str = "") ->
     codes: "stored", "computed", or "" to follow the dataset (computed without one). Raises
     UserError for settings that contradict each other or the number of devices.
     """
-    build.check(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     sharding.check_batch(config.batch_size // config.accumulation, mesh)
     stored = abstract_teachers.stored_codes(config, codes)
     teachers = abstract_teachers.make(config, stored)
     student = build.student(config, teachers, stored)
     experiment = build.make_experiment(config, student, teachers, mesh)
-    state = jax.tree.map(_placed, experiment.abstract, experiment.shardings)
-    replicate = functools.partial(_placed, sharding=sharding.replicated(mesh))
-    teacher_params = jax.tree.map(replicate, {name: t.params for name, t in teachers.items()})
-    batch = abstract_batch(config, experiment.context, stored, mesh)
+    state = jax.tree.map(_array, experiment.abstract, experiment.shardings)
+    everywhere = functools.partial(_array, sharding=sharding.replicated(mesh))
+    params = jax.tree.map(everywhere, {name: teacher.params for name, teacher in teachers.items()})
+    batch = _abstract_batch(config, experiment.context, stored, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     start = time.monotonic()
     text, memory, used = "", None, 0.0
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
-        lowered = experiment.train_step.lower(state, teacher_params, batch, key)
+        lowered = experiment.train_step.lower(state, params, batch, key)
         try:
             program = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-            text, memory = _dumped_text(folder) or program.as_text(), program.memory_analysis()
+            # `as_text` cannot read parts on the sparse cores of v5p and v6e (jax 0.11)
+            dumps = sorted(Path(folder).glob("*.after_codegen.txt"), key=os.path.getsize)
+            text = dumps[-1].read_text() if dumps else program.as_text()
+            memory = program.memory_analysis()
         except jax.errors.JaxRuntimeError as e:
             used = _used_hbm(str(e))
             if not used:
                 raise
     return Compiled(text, memory, used, time.monotonic() - start, mesh, student, batch)
-
-
-def _dumped_text(folder: str) -> str:
-    # `as_text` cannot read programs with parts on the sparse cores of v5p and v6e (jax 0.11)
-    dumps = glob.glob(os.path.join(glob.escape(folder), "*.after_codegen.txt"))
-    return Path(max(dumps, key=os.path.getsize)).read_text() if dumps else ""
 
 
 def _used_hbm(error: str) -> float:
@@ -145,11 +134,11 @@ def _used_hbm(error: str) -> float:
     return float(match[1]) * 1024.0 ** " KMGT".index(match[2] or " ") if match else 0.0
 
 
-def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def _array(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def abstract_batch(
+def _abstract_batch(
     config: ConfigDict, context: int, stored: Mapping[str, CodesInfo], mesh: Mesh
 ) -> dict[str, Any]:
     """Return the shapes of a global batch, as `train` makes it, and its layout on the mesh."""
@@ -159,13 +148,12 @@ def abstract_batch(
     def array(shape: tuple[int, ...], dtype: Any, axes: PartitionSpec = sharding.BATCH):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, axes))
 
+    codes = {name: array((rows, frames, x.books), jnp.uint16) for name, x in stored.items()}
     return {
         "audio": array((rows, context + samples), jnp.int16),
         "looped": array((rows,), jnp.bool_),
         "record": array((rows,), jnp.int32),
         "faulty": array((rows,), jnp.int32),
         "requests": array((mesh.size,), jnp.int32, PartitionSpec(sharding.AXES)),
-        "codes": {
-            name: array((rows, frames, info.books), jnp.uint16) for name, info in stored.items()
-        },
+        "codes": codes,
     }

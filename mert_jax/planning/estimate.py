@@ -26,6 +26,7 @@ COSTS = (
     *("memory_bound_s", "collective_bound_s", "step_time_lower_bound_s", "days_lower_bound"),
     *("estimated_step_time_s", "estimated_days", "estimated_mfu"),
 )
+PROGRAM = ("costliest_ops", "square_fp32_tensors", "loops", "big_copies", "pallas_kernels")
 
 
 def make_plan(config: ConfigDict, topology: Topology, compiled: Compiled) -> dict[str, Any]:
@@ -38,11 +39,19 @@ def make_plan(config: ConfigDict, topology: Topology, compiled: Compiled) -> dic
     clips = batch_size / (mesh.shape["data"] * mesh.shape["fsdp"])
     num_samples = config.data.num_samples
     model_flops = 3 * batch_size * compiled.student.flops(num_samples)
-    summary = None
+    program, costs = dict.fromkeys(PROGRAM), dict.fromkeys(COSTS)
     if compiled.text:
         frames = compiled.student.num_frames(num_samples)
         summary = hlo_cost.summary(compiled.text, frames, inside=CHECKOUT)
-    costs = estimate_costs(config, summary, chip, mesh.size, model_flops)
+        costs = estimate_costs(config, summary, chip, mesh.size, model_flops)
+        for op in summary["costliest_ops"]:
+            op["ms"] = chip and round(1e3 * op["cycles"] / chip.clock, 3)
+        program = {name: summary[name] for name in PROGRAM}
+    sizes, peak, capacity = compiled.memory, compiled.used, chip and chip.capacity
+    if sizes:
+        peak = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+        peak += sizes.generated_code_size_in_bytes
+        peak += sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     num_hosts = len({device.process_index for device in topology.devices})
     arrays = jax.tree.leaves(compiled.batch)
     input_mb = sum(x.size * x.dtype.itemsize for x in arrays) / num_hosts / 1e6
@@ -60,30 +69,18 @@ def make_plan(config: ConfigDict, topology: Topology, compiled: Compiled) -> dic
         "remat": config.model.remat,
         "unroll": config.model.unroll,
         "codes": "stored" if compiled.batch["codes"] else "computed",
-        **_memory(compiled, chip),
+        "hbm_arguments_gib": sizes and sizes.argument_size_in_bytes / GIB,
+        "hbm_temporaries_gib": sizes and sizes.temp_size_in_bytes / GIB,
+        "hbm_peak_gib": peak / GIB,
+        "hbm_capacity_gib": capacity and capacity / GIB,
+        "fits": bool(sizes) and (capacity is None or peak <= capacity),
         "model_flops_per_step": model_flops,
         **costs,
         "input_mb_per_host": input_mb,
         "input_mb_per_s_per_host": seconds and input_mb / seconds,
-        **_program(summary, chip),
+        **program,
         "compile_s": round(compiled.seconds, 1),
         "note": NOTE,
-    }
-
-
-def _memory(compiled: Compiled, chip: Chip | None) -> dict[str, Any]:
-    sizes, peak, arguments, temporaries = compiled.memory, compiled.used, None, None
-    capacity = chip and chip.capacity
-    if sizes:
-        arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
-        results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-        peak = arguments + temporaries + sizes.generated_code_size_in_bytes + results
-    return {
-        "hbm_arguments_gib": arguments and arguments / GIB,
-        "hbm_temporaries_gib": temporaries and temporaries / GIB,
-        "hbm_peak_gib": peak / GIB,
-        "hbm_capacity_gib": capacity and capacity / GIB,
-        "fits": bool(sizes) and (capacity is None or peak <= capacity),
     }
 
 
@@ -97,45 +94,29 @@ def bytes_sent(kind: str, size: float, group: int) -> float:
 
 
 def estimate_costs(
-    config: ConfigDict,
-    summary: dict[str, Any] | None,
-    chip: Chip | None,
-    devices: int,
-    model_flops: float,
+    config: ConfigDict, summary: dict[str, Any], chip: Chip | None, devices: int, model_flops: float
 ) -> dict[str, Any]:
-    """Return COSTS from an `hlo_cost.summary`, None for those that cannot be known."""
-    costs = dict.fromkeys(COSTS)
-    if not summary:
-        return costs
+    """Return COSTS from an `hlo_cost.summary`, None for those that a CPU lacks."""
     moved, over_links = Counter(), 0.0
     for c in summary["collectives"]:
         moved[c["kind"]] += c["bytes"] * c["times"]
         over_links += c["times"] * bytes_sent(c["kind"], c["bytes"], c["group"] or devices)
-    costs |= {"flops_per_device": summary["flops"], "collective_bytes": dict(moved)}
-    if not chip:
-        return costs
-    bounds = {
-        "compute_bound_s": summary["flops"] / chip.flops,
-        "memory_bound_s": summary["hbm_bytes"] / chip.bandwidth,
-        "collective_bound_s": over_links / chip.links,
-    }
-    lower = max(bounds.values())  # computing, memory traffic and collectives may overlap
-    estimated = max(summary["cycles"] / chip.clock, bounds["memory_bound_s"])
-    figures = {
-        "hbm_traffic_gb_per_clip": summary["hbm_bytes"] / (config.batch_size / devices) / 1e9,
-        "step_time_lower_bound_s": lower,
-        "days_lower_bound": lower * config.total_steps / DAY,
-        "estimated_step_time_s": estimated,
-        "estimated_days": estimated * config.total_steps / DAY,
-        "estimated_mfu": model_flops / (devices * chip.flops * estimated),
-    }
-    return costs | bounds | figures
-
-
-def _program(summary: dict[str, Any] | None, chip: Chip | None) -> dict[str, Any]:
-    names = ("costliest_ops", "square_fp32_tensors", "loops", "big_copies", "pallas_kernels")
-    if not summary:
-        return dict.fromkeys(names)
-    for op in summary["costliest_ops"]:
-        op["ms"] = chip and round(1e3 * op["cycles"] / chip.clock, 3)
-    return {name: summary[name] for name in names}
+    known = {"flops_per_device": summary["flops"], "collective_bytes": dict(moved)}
+    if chip:
+        known |= {
+            "hbm_traffic_gb_per_clip": summary["hbm_bytes"] / (config.batch_size / devices) / 1e9,
+            "compute_bound_s": summary["flops"] / chip.flops,
+            "memory_bound_s": summary["hbm_bytes"] / chip.bandwidth,
+            "collective_bound_s": over_links / chip.links,
+        }
+        # computing, memory traffic and collectives may overlap
+        lower = max(value for name, value in known.items() if name.endswith("_bound_s"))
+        estimated = max(summary["cycles"] / chip.clock, known["memory_bound_s"])
+        known |= {
+            "step_time_lower_bound_s": lower,
+            "days_lower_bound": lower * config.total_steps / DAY,
+            "estimated_step_time_s": estimated,
+            "estimated_days": estimated * config.total_steps / DAY,
+            "estimated_mfu": model_flops / (devices * chip.flops * estimated),
+        }
+    return dict.fromkeys(COSTS) | known

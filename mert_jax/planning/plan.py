@@ -1,10 +1,11 @@
 """Plans a config for devices that need not be present: one setting, or the best of several."""
 
 import datetime
+import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ class Setting(NamedTuple):
         return config
 
 
-Stage = Callable[[Setting], Iterator[Setting]]
+Stage = Callable[[Setting], list[Setting]]
 
 
 def make_plan(
@@ -61,11 +62,11 @@ def make_plan(
     build.check(config)
     if not topology:
         raise UserError("--topology=NAME is needed, such as --topology=v5e:4x4 or cpu:8")
-    if hlo_file:
-        try:
+    try:
+        if hlo_file:
             Path(hlo_file).write_text("")  # fail now instead of after minutes of compiling
-        except OSError as e:
-            raise UserError(f"--hlo={hlo_file} cannot be written: {e.strerror}") from e
+    except OSError as e:
+        raise UserError(f"--hlo={hlo_file} cannot be written: {e.strerror}") from e
     target = compilation.make_topology(topology)
 
     def plan_one(config: ConfigDict) -> Plan:
@@ -88,14 +89,10 @@ def make_plan(
 
 def make_stages(config: ConfigDict, devices: int) -> list[Stage]:
     """Return the stages of a search, each from a setting to those that differ in one respect."""
-    splits = (1, 2, 4, 8, 16)
+    layers = config.model.num_layers
 
-    def meshes(s: Setting) -> Iterator[Setting]:
-        for fsdp, tensor in ((1, 1), (devices, 1), (8, 1), (1, 2), (1, 4)):
-            if devices % (fsdp * tensor) == 0:
-                yield s._replace(data=devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
-
-    def accumulations(s: Setting) -> Iterator[Setting]:
+    def accumulations(s: Setting) -> list[Setting]:
+        splits = (1, 2, 4, 8, 16)
         possible = []
         for accumulation in {*splits, *(s.accumulation * n for n in splits)}:
             micro_batch, rest = divmod(config.batch_size, accumulation)
@@ -103,16 +100,22 @@ def make_stages(config: ConfigDict, devices: int) -> list[Stage]:
                 possible.append(accumulation)
         # the four next to the config's own, since each takes minutes to compile
         possible.sort(key=lambda n: abs(math.log(n / s.accumulation)))
-        return (s._replace(accumulation=n) for n in possible[:4])
+        return [s._replace(accumulation=n) for n in possible[:4]]
 
-    def remats(s: Setting) -> Iterator[Setting]:
-        return (s._replace(remat=remat) for remat in ("none", "dots", "full"))
+    def meshes(s: Setting) -> list[Setting]:
+        sizes = (1, 1), (devices, 1), (8, 1), (1, 2), (1, 4)  # of fsdp and tensor
+        return [
+            s._replace(data=devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
+            for fsdp, tensor in sizes
+            if devices % (fsdp * tensor) == 0
+        ]
 
-    def unrolls(s: Setting) -> Iterator[Setting]:
-        return (s._replace(unroll=unroll) for unroll in (1, config.model.num_layers))
-
-    # first what decides whether a step fits: the times of one that does not are unknown
-    return [accumulations, meshes, remats, unrolls]
+    return [  # first what decides whether a step fits: the times of one that does not are unknown
+        accumulations,
+        meshes,
+        lambda s: [s._replace(remat=remat) for remat in ("none", "dots", "full")],
+        lambda s: [s._replace(unroll=unroll) for unroll in (1, layers)],
+    ]
 
 
 def search(
@@ -130,10 +133,10 @@ def search(
     def best() -> Setting:
         return min(plans, key=lambda setting: rank(plans[setting]), default=start)
 
-    for i, stage in enumerate([lambda setting: iter([setting]), *stages]):
+    for i, stage in enumerate([lambda setting: [setting], *stages]):
         settings = [s for s in dict.fromkeys(stage(best())) if s not in plans and s not in errors]
         for j, setting in enumerate(settings):
-            left = len(settings) - j + sum(len(list(rest(best()))) - 1 for rest in stages[i:])
+            left = len(settings) - j + sum(len(rest(best())) - 1 for rest in stages[i:])
             seconds = round(left * (time.monotonic() - begin) / max(len(plans), 1))
             eta = datetime.timedelta(seconds=seconds) if plans else "?"
             print(f"{len(plans)} plans, about {left} left, eta {eta}: {setting}", file=sys.stderr)
@@ -154,10 +157,6 @@ def rank(plan: Plan) -> tuple[bool, float]:
     return False, plan["estimated_step_time_s"] + plan["collective_bound_s"]
 
 
-def rounded(value: Any) -> Any:
-    """Round every float in `value`, in dicts and lists too, to six digits."""
-    if isinstance(value, dict):
-        return {key: rounded(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(x) for x in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def rounded(plan: Plan) -> Plan:
+    """Round every float of a plan to six digits."""
+    return json.loads(json.dumps(plan), parse_float=lambda text: float(f"{float(text):.6g}"))

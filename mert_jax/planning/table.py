@@ -2,7 +2,7 @@
 
 import glob
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,49 +13,45 @@ from mert_jax.files import atomic_write
 from mert_jax.hardware import GIB
 
 Plan = dict[str, Any]
+PANELS = (
+    "Memory of a chip, GiB",
+    "Collectives a micro-batch and chip, GiB",
+    "Computing for each second of collectives, s",
+)
 
 
 def print_table(patterns: Sequence[str], picture: str | None = None) -> None:
     """Print the table of the plans that the patterns match, and draw them into `picture`."""
-    plans = [read_plan(path) for path in expand(patterns)]
+    plans = read_plans(patterns)
     print("\n".join(table(plans)), flush=True)
     if picture:
         with atomic_write(picture, replace=True) as path:
             draw([plan for _, plan in plans]).savefig(path, format="png", dpi=130)
 
 
-def expand(patterns: Iterable[str]) -> list[str]:
-    """Return the files that the patterns match. Raises UserError for a pattern without a match."""
-    paths = []
+def read_plans(patterns: Sequence[str]) -> list[tuple[str, Plan]]:
+    """Return the names and plans of files. Raises UserError for what is not a plan of a TPU."""
+    plans = []
     for pattern in patterns:
-        matches = sorted(glob.glob(pattern))
-        if not matches:
+        paths = sorted(glob.glob(pattern))
+        if not paths:
             raise UserError(f"--plans={pattern} matches no file; give the output of mert_jax.plan")
-        paths += matches
-    return paths
-
-
-def read_plan(path: str) -> tuple[str, Plan]:
-    """Return the name and the plan of a file. Raises UserError if it is not a plan of a TPU."""
-    try:
-        plan = json.loads(Path(path).read_text())
-        busy_shares(plan)
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        raise UserError(
-            f"{path} is not a plan of a TPU ({e!r}); write one by python -m mert_jax.plan "
-            f"--topology=v5e:2x4 ... > {path}"
-        ) from e
-    return Path(path).name.removesuffix(".json"), plan
+        for path in map(Path, paths):
+            try:
+                plan = json.loads(path.read_text())
+                busy_shares(plan)
+            except (OSError, ValueError, TypeError, KeyError) as e:
+                how = "python -m mert_jax.plan --topology=v5e:2x4 ... > FILE"
+                raise UserError(f"{path} is not a plan of a TPU ({e!r}); make one: {how}") from e
+            plans.append((path.name.removesuffix(".json"), plan))
+    return plans
 
 
 def busy_shares(plan: Plan) -> dict[str, float]:
     """Return the least share of the estimated step for which each part of a chip is busy."""
+    parts = {"matrix units": "compute", "memory traffic": "memory", "links": "collective"}
     step = plan["estimated_step_time_s"]
-    return {
-        "matrix units": plan["compute_bound_s"] / step,
-        "memory traffic": plan["memory_bound_s"] / step,
-        "links": plan["collective_bound_s"] / step,
-    }
+    return {part: plan[f"{bound}_bound_s"] / step for part, bound in parts.items()}
 
 
 def limit(plan: Plan) -> str:
@@ -71,7 +67,7 @@ def limit(plan: Plan) -> str:
     return busiest if shares[busiest] > 0.5 else "vector units"
 
 
-def table(plans: Iterable[tuple[str, Plan]]) -> list[str]:
+def table(plans: Sequence[tuple[str, Plan]]) -> list[str]:
     """Return the lines of a Markdown table, one row a plan."""
     rows = [table_row(name, plan) for name, plan in plans]
     lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
@@ -99,38 +95,28 @@ def table_row(name: str, plan: Plan) -> dict[str, str]:
     }
 
 
-# titles of the picture's panels, and the value of a plan in each
-PANELS: dict[str, Callable[[Plan], float]] = {
-    "Memory of a chip, GiB": lambda plan: plan["hbm_peak_gib"],
-    "Collectives a micro-batch and chip, GiB": lambda plan: (
-        sum(plan["collective_bytes"].values()) / plan["accumulation"] / GIB
-    ),
-    "Computing for each second of collectives, s": lambda plan: (
-        plan["estimated_step_time_s"] / plan["collective_bound_s"]
-    ),
-}
-
-
 def draw(plans: Sequence[Plan]) -> figure.Figure:
     """Draw memory, collectives and computing time for each second of them, against chips.
 
     Plans of one kind of chip, model and micro-batch make a line. Kinds with a single number of
     chips are drawn, as points, only if no kind has several.
     """
-    lines: dict[str, list[Plan]] = {}
+    lines: dict[str, list[tuple[float, ...]]] = {}
     for plan in sorted(plans, key=lambda plan: plan["num_devices"]):
         kind = plan["topology"].partition(":")[0]
         flops = round(plan["model_flops_per_step"] / plan["batch_size"] / 1e9)
         clips = f"{plan['micro_batch_per_device']:g} clips"
         label = f"{kind}, {flops} GFLOP a clip, {clips}, codes {plan['codes']}"
-        lines.setdefault(label, []).append(plan)
-    sizes = {label: [plan["num_devices"] for plan in line] for label, line in lines.items()}
-    lines = {label: lines[label] for label in lines if len(set(sizes[label])) > 1} or lines
-    chips = sorted({n for label in lines for n in sizes[label]})
+        collectives = sum(plan["collective_bytes"].values()) / plan["accumulation"] / GIB
+        computing = plan["estimated_step_time_s"] / plan["collective_bound_s"]
+        point = plan["num_devices"], plan["hbm_peak_gib"], collectives, computing
+        lines.setdefault(label, []).append(point)
+    lines = {key: line for key, line in lines.items() if line[0][0] < line[-1][0]} or lines
+    chips = sorted({point[0] for line in lines.values() for point in line})
     picture = figure.Figure((17, 4.2), layout="constrained")
-    for axes, (title, value) in zip(picture.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+    for i, (axes, title) in enumerate(zip(picture.subplots(1, 3), PANELS, strict=True), 1):
         for label, line in lines.items():
-            axes.plot(sizes[label], [value(plan) for plan in line], marker="o", label=label)
+            axes.plot([p[0] for p in line], [p[i] for p in line], marker="o", label=label)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set(xlabel="chips", xscale="log", ylim=(0, None))
         axes.xaxis.set_major_locator(ticker.FixedLocator(chips))

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,10 +26,9 @@ class NotInstalled(UserError):
 
 
 class Clip(NamedTuple):
-    """One example: its split, label, origin, and a function that computes its audio.
+    """One example: its split, label, origin, and a function that computes f32[N] at SAMPLE_RATE.
 
-    label: a class, a list of tags, or {"beat": seconds}, as in MARBLE's lists. made_of: font,
-    instrument, tune, kit... wave: returns f32[N] at SAMPLE_RATE.
+    label: a class, a list of tags, or {"beat": seconds}, as in MARBLE's lists.
     """
 
     split: str
@@ -49,9 +49,9 @@ def rng(*names: object) -> np.random.Generator:
     return np.random.default_rng([SEED, *"/".join(map(str, names)).encode()])
 
 
-def numbered(counts: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """Yield (split, i) for each i below that split's count."""
-    return ((split, i) for split, count in counts.items() for i in range(count))
+def numbered(*counts: int) -> Iterator[tuple[str, int]]:
+    """Yield (split, i) for each i below the count of train, val and test."""
+    return ((split, i) for split, n in zip(SPLITS, counts, strict=True) for i in range(n))
 
 
 def vary_level(
@@ -74,42 +74,25 @@ def write_dataset(
 
     The lists have the keys of MARBLE's (https://github.com/a43992899/MARBLE), and made_of.
     """
-    name = os.path.basename(os.path.abspath(folder))
-    with atomic_write(folder) as path:
-        os.makedirs(os.path.join(path, "audio"))
-        rows = {split: [] for split in SPLITS}
+    name, rows = os.path.basename(os.path.abspath(folder)), {split: [] for split in SPLITS}
+    with atomic_write(folder) as temporary:
+        path = Path(temporary)
+        (path / "audio").mkdir(parents=True)
         for clip in recipe.clips:
-            file = f"audio/{clip.split}-{len(rows[clip.split]):05d}.flac"
-            rows[clip.split].append(_write_clip(path, file, clip))
+            row = {"audio_path": f"audio/{clip.split}-{len(rows[clip.split]):05d}.flac"}
+            samples = np.round(np.clip(clip.wave(), -1, 1) * PEAK).astype(np.int16)
+            soundfile.write(path / row["audio_path"], samples, SAMPLE_RATE, f"PCM_{BITS}")
+            row |= dict(label=clip.label, duration=len(samples) / SAMPLE_RATE)
+            row |= dict(sample_rate=SAMPLE_RATE, num_samples=len(samples), bit_depth=BITS)
+            rows[clip.split].append(row | dict(channels=1, made_of=clip.made_of))
             on_clip()
         for split in SPLITS:
-            with open(os.path.join(path, f"{name}.{split}.jsonl"), "w") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows[split])
-        about = {
-            "name": name,
-            **recipe.about,
-            "settings": settings,
-            "seed": SEED,
-            "counts": {split: _counts(rows[split]) for split in SPLITS},
-            "versions": {x: version(x) for x in ("mert_jax", "numpy", "soundfile", "soxr")},
-        }
-        with open(os.path.join(path, "about.json"), "w") as f:
-            f.write(json.dumps(about, indent=1) + "\n")
-
-
-def _write_clip(path: str, file: str, clip: Clip) -> dict[str, Any]:
-    samples = np.round(np.clip(clip.wave(), -1, 1) * PEAK).astype(np.int16)
-    soundfile.write(os.path.join(path, file), samples, SAMPLE_RATE, subtype=f"PCM_{BITS}")
-    return {
-        "audio_path": file,
-        "label": clip.label,
-        "duration": len(samples) / SAMPLE_RATE,
-        "sample_rate": SAMPLE_RATE,
-        "num_samples": len(samples),
-        "bit_depth": BITS,
-        "channels": 1,
-        "made_of": clip.made_of,
-    }
+            lines = [json.dumps(row) + "\n" for row in rows[split]]
+            (path / f"{name}.{split}.jsonl").write_text("".join(lines))
+        about = {"name": name, **recipe.about, "settings": settings, "seed": SEED}
+        about["counts"] = {split: _counts(rows[split]) for split in SPLITS}
+        about["versions"] = {x: version(x) for x in ("mert_jax", "numpy", "soundfile", "soxr")}
+        (path / "about.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def _counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -120,23 +103,17 @@ def _counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             labels["beat"] += len(label["beat"])
         else:
             labels.update([label] if isinstance(label, str) else label)
-    return {
-        "clips": len(rows),
-        "minutes": round(sum(row["duration"] for row in rows) / 60, 2),
-        "labels": dict(sorted(labels.items())),
-    }
+    minutes = round(sum(row["duration"] for row in rows) / 60, 2)
+    return {"clips": len(rows), "minutes": minutes, "labels": dict(sorted(labels.items()))}
 
 
 def check_settings(folder: str, settings: dict[str, Any]) -> None:
     """Raise UserError unless `folder` holds a dataset that was written with `settings`."""
     try:
-        with open(os.path.join(folder, "about.json")) as f:
-            before = json.load(f)["settings"]
+        before = json.loads(Path(folder, "about.json").read_text())["settings"]
     except (OSError, ValueError, KeyError) as e:
-        raise UserError(
-            f"{folder} is not a dataset of make_tasks ({e}); remove it or change --output"
-        ) from e
+        message = f"{folder} is not a dataset of make_tasks ({e}); remove it or change --output"
+        raise UserError(message) from e
     if before != settings:
-        raise UserError(
-            f"{folder} was made with {before}, now {settings}; remove it, or give another --output"
-        )
+        change = "remove it, or give another --output"
+        raise UserError(f"{folder} was made with {before}, now {settings}; {change}")

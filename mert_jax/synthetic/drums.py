@@ -2,9 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -31,28 +29,19 @@ PATTERNS = (
     ("hand drum", r"bongo|conga|djembe"),
 )
 LABELS = tuple(sorted(label for label, _ in PATTERNS if label))
-KITS_BY_LICENCE = {  # from Debian's package hydrogen-drumkits
-    "CC0": ["Audiophob"],
-    "CC-BY-3.0": ["rumpf_kit_z01_h2"],
-    "CC-BY-SA-3.0": ["circAfrique v4"],
-    "CC-BY-SA-3.0-US": ["BJA_Pacific"],
-    "GPL-2": ["Gimme A Hand 1.0", "Millo-Drums_v.1", "Millo_MultiLayered2", "Millo_MultiLayered3"],
-    "GPL-2+": ["ElectricEmpireKit", "HardElectro1", "VariBreaks"],
-    "GPL-2+ with composition exception": ["ColomboAcousticDrumkit"],
+LICENCES = {  # of the kits of Debian's package hydrogen-drumkits
+    "Audiophob": "CC0",
+    "rumpf_kit_z01_h2": "CC-BY-3.0",
+    "circAfrique v4": "CC-BY-SA-3.0",
+    "BJA_Pacific": "CC-BY-SA-3.0-US",
+    **dict.fromkeys(("Gimme A Hand 1.0", "Millo-Drums_v.1"), "GPL-2"),
+    **dict.fromkeys(("Millo_MultiLayered2", "Millo_MultiLayered3"), "GPL-2"),
+    **dict.fromkeys(("ElectricEmpireKit", "HardElectro1", "VariBreaks"), "GPL-2+"),
+    "ColomboAcousticDrumkit": "GPL-2+ with composition exception",
 }
-LICENCES = {kit: licence for licence, kits in KITS_BY_LICENCE.items() for kit in kits}
 TEST_KITS = ("Audiophob", "BJA_Pacific", "Gimme A Hand 1.0")
 VAL_KITS = ("ColomboAcousticDrumkit", "VariBreaks")
 UNUSED_KITS = ("ForzeeStereo", "The Black Pearl 1.0")
-
-
-class Stroke(NamedTuple):
-    """A recording: its label, its kit, the kit's name for the instrument, and the file."""
-
-    label: str
-    kit: str
-    name: str
-    path: Path
 
 
 def drums(folder: str = "", small: bool = False) -> Recipe:
@@ -60,18 +49,34 @@ def drums(folder: str = "", small: bool = False) -> Recipe:
 
     Raises NotInstalled without Debian's kits, UserError for a given `folder` without them.
     """
-    # the kits of Debian name a file that the package lacks
-    named = _strokes(folder)
-    strokes = [stroke for stroke in named if stroke.path.exists()]
-    clips = [_clip(stroke) for stroke in strokes]
+    kits = [x.parent for x in sorted(Path(folder or FOLDER).glob("*/drumkit.xml"))]
+    kits = [kit for kit in kits if kit.name not in UNUSED_KITS]
+    if not folder and not kits:
+        how = "apt-get install hydrogen-drumkits, or give --drumkits=DIR"
+        raise NotInstalled(f"no drum kits in {FOLDER}: {how}")
+    clips, missing = {}, {}
+    for kit in kits:
+        for instrument in ElementTree.parse(kit / "drumkit.xml").iterfind(".//{*}instrument"):
+            name = instrument.findtext("{*}name", "")
+            files = [kit / x.text for x in instrument.iterfind(".//{*}filename") if x.text]
+            for file in files if label_of(name) else ():
+                if file.exists():
+                    clips[file] = _clip(kit.name, name, file)
+                else:  # Debian's kits name such a file
+                    missing[f"{kit.name}/{file.name}"] = "no such file"
+    by_split = {split: {} for split in SPLITS}
+    for kit in sorted({clip.made_of["kit"] for clip in clips.values()}):
+        by_split[_split_of(kit)][kit] = LICENCES.get(kit, "not known")
+    if lacking := {*TEST_KITS, *VAL_KITS}.difference(*by_split.values()):
+        names, need = ", ".join(sorted(lacking)), "give --drumkits Debian's hydrogen-drumkits"
+        raise UserError(
+            f"{folder or FOLDER} lacks the drum kits {names}, which are held out; {need}"
+        )
     if small:
-        clips = list({(clip.split, clip.label): clip for clip in clips}.values())
-    kits = {split: {} for split in SPLITS}
-    for kit in sorted({stroke.kit for stroke in strokes}):
-        kits[_split_of(kit)][kit] = LICENCES.get(kit, "not known")
-    missing = {f"{x.kit}/{x.path.name}": "no such file" for x in named if x not in strokes}
+        clips = {(clip.split, clip.label): clip for clip in clips.values()}
     source = "one-shots of Hydrogen's drum kits (Debian: hydrogen-drumkits)"
-    return Recipe(clips, dict(source=source, split="by kit", kits=kits, left_out=missing))
+    about = dict(source=source, split="by kit", kits=by_split, left_out=missing)
+    return Recipe(list(clips.values()), about)
 
 
 def label_of(name: str) -> str | None:
@@ -83,37 +88,10 @@ def _split_of(kit: str) -> str:
     return "test" if kit in TEST_KITS else "val" if kit in VAL_KITS else "train"
 
 
-def _strokes(folder: str) -> list[Stroke]:
-    """Return each recording that the kits in `folder` (FOLDER if empty) name, if it has a class."""
-    kits = [x.parent for x in sorted(Path(folder or FOLDER).glob("*/drumkit.xml"))]
-    kits = [kit for kit in kits if kit.name not in UNUSED_KITS]
-    if not folder and not kits:
-        raise NotInstalled(
-            f"no drum kits in {FOLDER}: apt-get install hydrogen-drumkits, or give --drumkits=DIR"
-        )
-    strokes = {stroke.path: stroke for kit in kits for stroke in _strokes_of(kit)}
-    missing = sorted(set(TEST_KITS + VAL_KITS) - {stroke.kit for stroke in strokes.values()})
-    if missing:
-        raise UserError(
-            f"{folder or FOLDER} lacks the drum kits {', '.join(missing)}, which are held out; "
-            "give --drumkits the folder of Debian's hydrogen-drumkits"
-        )
-    return list(strokes.values())
-
-
-def _strokes_of(kit: Path) -> Iterator[Stroke]:
-    for instrument in ElementTree.parse(kit / "drumkit.xml").iterfind(".//{*}instrument"):
-        name = instrument.findtext("{*}name", "")
-        if label := label_of(name):
-            for file in instrument.iterfind(".//{*}filename"):
-                if file.text:
-                    yield Stroke(label, kit.name, name, kit / file.text)
-
-
-def _clip(stroke: Stroke) -> Clip:
+def _clip(kit: str, name: str, file: Path) -> Clip:
     def wave() -> np.ndarray:
-        draw = rng("made_drums", stroke.kit, stroke.path.name)
-        audio, sample_rate = soundfile.read(stroke.path, dtype="float32", always_2d=True)
+        draw = rng("made_drums", kit, file.name)
+        audio, sample_rate = soundfile.read(file, dtype="float32", always_2d=True)
         mono = soxr.resample(audio.mean(axis=1), sample_rate, SAMPLE_RATE)
         loud = np.abs(mono) > 0.02 * np.abs(mono).max()
         mono = mono[max(0, int(loud.argmax()) - SAMPLE_RATE // 200) :]
@@ -125,5 +103,4 @@ def _clip(stroke: Stroke) -> Clip:
         padded[start : start + len(mono)] = mono
         return vary_level(padded, draw)
 
-    made_of = {"kit": stroke.kit, "name": stroke.name, "file": stroke.path.name}
-    return Clip(_split_of(stroke.kit), stroke.label, made_of, wave)
+    return Clip(_split_of(kit), label_of(name), dict(kit=kit, name=name, file=file.name), wave)

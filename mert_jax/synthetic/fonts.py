@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import soxr
 
 from mert_jax.constants import SAMPLE_RATE
 from mert_jax.errors import UserError
-from mert_jax.synthetic.dataset import Clip, NotInstalled, Recipe
+from mert_jax.synthetic.dataset import Clip, NotInstalled, Recipe, vary_level
 
 DRUMS = 128  # program number of a font's drum kit
 KICK, SNARE, HAT = 36, 38, 42  # its MIDI pitches
@@ -53,14 +54,29 @@ class Fonts(NamedTuple):
     train: Font
     test: Font
 
-    def of(self, split: str) -> Font:
-        return self.test if split == "test" else self.train
+    def clip(
+        self,
+        split: str,
+        label: Any,
+        made_of: dict[str, Any],
+        notes: Sequence[Note],
+        seconds: float,
+        draw: np.random.Generator,
+        tuning: float = 0.0,
+        noise_db: tuple[float, float] = (40, 70),
+    ) -> Clip:
+        """Return a clip of `notes` in the font of `split`, its noise and level from `draw`."""
+        font = self.test if split == "test" else self.train
+
+        def wave() -> np.ndarray:
+            return vary_level(font.play(notes, seconds, tuning), draw, noise_db)
+
+        return Clip(split, label, {"font": font.name, **made_of}, wave)
 
     def recipe(self, clips: Sequence[Clip], source: str, split: str) -> Recipe:
         """Return a recipe; split: how train and val differ."""
-        fonts = {"train": self.train.about, "test": self.test.about}
-        about = {"source": source, "split": f"{split}; test: another font", "fonts": fonts}
-        return Recipe(clips, about)
+        fonts = {role: font.about for role, font in self._asdict().items()}
+        return Recipe(clips, dict(source=source, split=f"{split}; test: another font", fonts=fonts))
 
 
 def load_fonts(train: str, test: str) -> Fonts:
@@ -68,8 +84,16 @@ def load_fonts(train: str, test: str) -> Fonts:
 
     Raises NotInstalled for a font missing from its usual place, UserError for a wrong path.
     """
-    paths = ("train", train, TRAIN_FONT), ("test", test, bundled_font() or "TimGM6mb")
-    return Fonts(*(load_font(_path(*each)) for each in paths))
+    fonts = []
+    usual = {"train": TRAIN_FONT, "test": bundled_font() or "TimGM6mb"}
+    for (role, path), given in zip(usual.items(), (train, test), strict=True):
+        option = f"--{role}_font"
+        if given and not os.path.isfile(given):
+            raise UserError(f"{option}={given} is not a file; a soundfont (.sf2) is needed")
+        if not given and not os.path.isfile(path):
+            raise NotInstalled(f"no soundfont {path}: {INSTALL[role]}, or give {option}=FILE.sf2")
+        fonts.append(load_font(given or path))
+    return Fonts(*fonts)
 
 
 def bundled_font() -> str | None:
@@ -77,14 +101,6 @@ def bundled_font() -> str | None:
     spec = importlib.util.find_spec("pretty_midi")
     path = os.path.join(os.path.dirname(spec.origin), "TimGM6mb.sf2") if spec else ""
     return path if os.path.exists(path) else None
-
-
-def _path(role: str, given: str, usual: str) -> str:
-    if given and not os.path.isfile(given):
-        raise UserError(f"--{role}_font={given} is not a file; a soundfont (.sf2) is needed")
-    if not given and not os.path.isfile(usual):
-        raise NotInstalled(f"no soundfont {usual}: {INSTALL[role]}, or give --{role}_font=FILE.sf2")
-    return given or usual
 
 
 @functools.cache
@@ -96,43 +112,41 @@ def load_font(path: str) -> Font:
         raise NotInstalled(f"no renderer of soundfonts: {INSTALL['renderer']}") from None
     synth = tinysoundfont.Synth(samplerate=RENDER_RATE)
     try:
-        font = synth.sfload(path)
+        number = synth.sfload(path)
     except Exception as e:  # the binding raises plain exceptions of several kinds
         raise UserError(f"{path} cannot be read as a soundfont: {e}") from e
-    name = os.path.splitext(os.path.basename(path))[0]
-    with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    about = {
-        "name": name,
-        "sha256": digest,
-        "licence": LICENCES.get(name, "not known"),
-        "renderer": f"tinysoundfont {importlib.metadata.version('tinysoundfont')}",
-    }
-    return Font(name, functools.partial(_play, synth, font, name), about)
+    name, digest = Path(path).stem, hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    about = dict(name=name, sha256=digest, licence=LICENCES.get(name, "not known"))
+    about["renderer"] = f"tinysoundfont {importlib.metadata.version('tinysoundfont')}"
+    return Font(name, functools.partial(_play, synth, number, name), about)
 
 
 def _play(
     synth: Any, font: int, name: str, notes: Sequence[Note], seconds: float, tuning: float = 0.0
 ) -> np.ndarray:
+    def generate(samples: int) -> np.ndarray:
+        stereo = np.frombuffer(bytes(synth.generate(samples)), np.float32)
+        return stereo.reshape(-1, 2).mean(axis=1)
+
     synth.sounds_off()
-    synth.generate(RENDER_RATE // 10)  # voices of the previous clip fade out here
+    generate(RENDER_RATE // 10)  # voices of the previous clip fade out here
     channels = _select_programs(synth, font, name, {note.program for note in notes}, tuning)
     events = []  # (sample, is a start, ...): notes end before others start at the same sample
     for note in notes:
-        channel, start, stop = channels[note.program], _sample(note.start), _sample(note.stop)
-        events.append((start, True, channel, note.pitch, note.velocity))
-        events.append((max(stop, start + 1), False, channel, note.pitch, 0))
-    parts, now, end = [], 0, _sample(seconds)
+        start, stop = (round(x * RENDER_RATE) for x in (note.start, note.stop))
+        key = channels[note.program], note.pitch
+        events += [(start, True, *key, note.velocity), (max(stop, start + 1), False, *key, 0)]
+    parts, now, end = [], 0, round(seconds * RENDER_RATE)
     for at, starts, channel, pitch, velocity in sorted(x for x in events if x[0] < end):
         if at > now:
-            parts.append(_generate(synth, at - now))
+            parts.append(generate(at - now))
             now = at
         if starts:
             synth.noteon(channel, pitch, velocity)
         else:
             synth.noteoff(channel, pitch)
-    parts.append(_generate(synth, end - now))
-    wave = soxr.resample(np.concatenate(parts), RENDER_RATE, SAMPLE_RATE)
+    wave = np.concatenate([*parts, generate(end - now)])
+    wave = soxr.resample(wave, RENDER_RATE, SAMPLE_RATE)
     if np.abs(wave).max() < 1e-5:
         raise UserError(f"soundfont {name} is silent where it should play {notes[0]}")
     return wave
@@ -142,8 +156,7 @@ def _select_programs(
     synth: Any, font: int, name: str, programs: set[int], tuning: float
 ) -> dict[int, int]:
     """Give each program a MIDI channel; return {program: channel}."""
-    free = (channel for channel in range(16) if channel != DRUM_CHANNEL)
-    channels = dict(zip(sorted(programs - {DRUMS}), free, strict=False))
+    channels = {program: i for i, program in enumerate(sorted(programs - {DRUMS}))}  # at most 4
     for program, channel in channels.items():
         if synth.sfpreset_name(font, 0, program) is None:
             raise UserError(f"soundfont {name} has no program {program}; give a General MIDI font")
@@ -152,12 +165,3 @@ def _select_programs(
     synth.program_select(DRUM_CHANNEL, font, 128, 0, True)
     synth.set_tuning(DRUM_CHANNEL, 0.0)
     return channels | {DRUMS: DRUM_CHANNEL}
-
-
-def _sample(seconds: float) -> int:
-    return round(seconds * RENDER_RATE)
-
-
-def _generate(synth: Any, samples: int) -> np.ndarray:
-    stereo = np.frombuffer(bytes(synth.generate(samples)), np.float32).reshape(-1, 2)
-    return stereo.mean(axis=1)

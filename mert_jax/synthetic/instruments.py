@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mert_jax.synthetic.dataset import Clip, Recipe, numbered, rng, vary_level
+from mert_jax.synthetic.dataset import SPLITS, Clip, Recipe, numbered, rng
 from mert_jax.synthetic.fonts import DRUMS, HAT, KICK, SNARE, Fonts, Note
 
 
@@ -16,51 +16,40 @@ class Instrument(NamedTuple):
     name: str
     programs: list[int]
     pitches: range
-
-
-def _items(text: str) -> list[str]:
-    return re.split(r";\s+", text.strip())
+    marks: str
 
 
 def _instruments(table: str) -> tuple[Instrument, ...]:
-    """Parse "NAME PROGRAM[,PROGRAM] LOWEST-HIGHEST; ..."."""
+    """Parse "NAME PROGRAM[,PROGRAM] LOWEST-HIGHEST[MARKS]; ..."."""
     instruments = []
-    for item in _items(table):
-        name, programs, pitches = item.rsplit(" ", 2)
-        low, high = map(int, pitches.split("-"))
-        programs = [int(program) for program in programs.split(",")]
-        instruments.append(Instrument(name, programs, range(low, high + 1)))
+    for item in re.split(r";\s+", table.strip()):
+        name, programs, low, high, marks = re.match(r"(.+) (\S+) (\d+)-(\d+)(.*)", item).groups()
+        programs, pitches = [int(x) for x in programs.split(",")], range(int(low), int(high) + 1)
+        instruments.append(Instrument(name, programs, pitches, marks))
     return tuple(instruments)
 
 
+# * can be told apart by a single note; ~ may not sound at its MIDI pitch (bells, organ stops).
 # Programs that differ only in flavour, or from font to font (synth effects), are left out, as is
 # the alto sax, whose pitch 64 is silent in TimGM6mb.
 INSTRUMENTS = _instruments("""
-acoustic grand piano 0 30-96; electric piano 4 36-91; harpsichord 6 36-86; clavinet 7 36-91;
-celesta 8 60-96; glockenspiel 9 72-101; vibraphone 11 53-89; marimba 12 45-91; xylophone 13 65-96;
-tubular bells 14 55-79; drawbar organ 16 36-91; church organ 19 36-91; accordion 21 48-89;
-harmonica 22 55-89; acoustic guitar (nylon) 24 40-84; acoustic guitar (steel) 25 40-84;
-electric guitar (clean) 27 40-84; electric guitar (muted) 28 40-79; overdriven guitar 29 40-84;
-distortion guitar 30 40-84; acoustic bass 32 28-55; electric bass (finger) 33 28-57;
-fretless bass 35 28-57; slap bass 36 28-57; synth bass 38 28-57; violin 40 55-93; viola 41 48-81;
-cello 42 36-72; contrabass 43 28-55; tremolo strings 44 40-86; pizzicato strings 45 40-86;
-orchestral harp 46 30-91; timpani 47 36-60; string ensemble 48 40-88; choir aahs 52 48-79;
-trumpet 56 55-84; trombone 57 40-70; tuba 58 28-57; muted trumpet 59 55-84; french horn 60 40-76;
-brass section 61 40-82; soprano sax 64 56-86; tenor sax 66 44-75; baritone sax 67 36-69;
-oboe 68 58-89; english horn 69 52-81; bassoon 70 34-70; clarinet 71 50-88; piccolo 72 74-100;
-flute 73 60-96; recorder 74 60-91; pan flute 75 60-93; ocarina 79 60-88; banjo 105 48-84;
-kalimba 108 55-84""")
-# instruments whose notes may not sound at their MIDI pitch: bells and organ stops
-_UNPITCHED = """celesta; glockenspiel; tubular bells; timpani; xylophone; kalimba; drawbar organ;
-church organ; accordion; tremolo strings; brass section"""
-# instruments that a listener can tell apart by a single note
-_DISTINCT = """acoustic grand piano; electric piano; harpsichord; glockenspiel; vibraphone; marimba;
-tubular bells; church organ; accordion; harmonica; acoustic guitar (nylon);
-electric guitar (muted); distortion guitar; electric bass (finger); violin; cello;
-pizzicato strings; orchestral harp; timpani; string ensemble; choir aahs; trumpet; trombone; tuba;
-french horn; tenor sax; oboe; bassoon; clarinet; flute; recorder; banjo"""
-PITCHED = tuple(x for x in INSTRUMENTS if x.name not in _items(_UNPITCHED))
-DISTINCT = tuple(x for x in INSTRUMENTS if x.name in _items(_DISTINCT))
+acoustic grand piano 0 30-96*; electric piano 4 36-91*; harpsichord 6 36-86*; clavinet 7 36-91;
+celesta 8 60-96~; glockenspiel 9 72-101*~; vibraphone 11 53-89*; marimba 12 45-91*;
+xylophone 13 65-96~; tubular bells 14 55-79*~; drawbar organ 16 36-91~; church organ 19 36-91*~;
+accordion 21 48-89*~; harmonica 22 55-89*; acoustic guitar (nylon) 24 40-84*;
+acoustic guitar (steel) 25 40-84; electric guitar (clean) 27 40-84;
+electric guitar (muted) 28 40-79*; overdriven guitar 29 40-84; distortion guitar 30 40-84*;
+acoustic bass 32 28-55; electric bass (finger) 33 28-57*; fretless bass 35 28-57;
+slap bass 36 28-57; synth bass 38 28-57; violin 40 55-93*; viola 41 48-81; cello 42 36-72*;
+contrabass 43 28-55; tremolo strings 44 40-86~; pizzicato strings 45 40-86*;
+orchestral harp 46 30-91*; timpani 47 36-60*~; string ensemble 48 40-88*; choir aahs 52 48-79*;
+trumpet 56 55-84*; trombone 57 40-70*; tuba 58 28-57*; muted trumpet 59 55-84;
+french horn 60 40-76*; brass section 61 40-82~; soprano sax 64 56-86; tenor sax 66 44-75*;
+baritone sax 67 36-69; oboe 68 58-89*; english horn 69 52-81; bassoon 70 34-70*; clarinet 71 50-88*;
+piccolo 72 74-100; flute 73 60-96*; recorder 74 60-91*; pan flute 75 60-93; ocarina 79 60-88;
+banjo 105 48-84*; kalimba 108 55-84~""")
+PITCHED = tuple(x for x in INSTRUMENTS if "~" not in x.marks)
+DISTINCT = tuple(x for x in INSTRUMENTS if "*" in x.marks)
 TECHNIQUES = _instruments("""
 guitar: clean 27 43-71; guitar: muted 28 43-71; guitar: overdriven 29 43-71;
 guitar: distorted 30 43-71; guitar: harmonics 31 43-71; bass: acoustic 32 28-52;
@@ -81,69 +70,54 @@ PITCH_LABELS = tuple(map(str, PITCHES))
 INSTRUMENT_LABELS, TECHNIQUE_LABELS, MIX_LABELS = (
     tuple(instrument.name for instrument in table) for table in (DISTINCT, TECHNIQUES, MIXED)
 )
-PITCH_CLIPS = {"train": 10, "val": 4, "test": 6}  # of each pitch
-INSTRUMENT_CLIPS = {"train": 32, "val": 6, "test": 8}  # of each instrument
-TECHNIQUE_CLIPS = {"train": 50, "val": 12, "test": 16}  # of each technique
-SMALL = {"train": 2, "val": 1, "test": 1}
-MIX_CLIPS = {"train": 700, "val": 150, "test": 250}
-MIX_SMALL = {"train": 8, "val": 4, "test": 4}
+# clips of train, val and test: of each pitch, instrument and technique, and of all mixes
+PITCH_CLIPS, INSTRUMENT_CLIPS, TECHNIQUE_CLIPS = (10, 4, 6), (32, 6, 8), (50, 12, 16)
+MIX_CLIPS = (700, 150, 250)
+SMALL, MIX_SMALL = (2, 1, 1), (8, 4, 4)
 
 
 def pitch(fonts: Fonts, small: bool = False) -> Recipe:
     """Single notes with 56 MIDI pitches as classes; val has other instruments than train."""
-    rows = []
-    for number in PITCHES[:: 8 if small else 1]:
-        players = [x for x in PITCHED if number in x.pitches]
-        players = _by_split(players, rng("made_pitch", number))
-        for split, i in numbered(SMALL if small else PITCH_CLIPS):
-            rows.append((split, i, str(number), players[split][i % len(players[split])], number))
+    numbers = PITCHES[:: 8 if small else 1]
+    notes = {str(n): [(player, n) for player in PITCHED if n in player.pitches] for n in numbers}
+    counts = SMALL if small else PITCH_CLIPS
     # long notes in tune would be too easy: a linear head on a CQT has an accuracy of 0.99
-    return _notes(fonts, rows, "made_pitch", length=(0.08, 0.5), tuning=0.4, noise_db=(6, 30))
+    return _notes(fonts, "made_pitch", notes, counts, (0.08, 0.5), 0.4, noise_db=(6, 30))
 
 
 def instrument(fonts: Fonts, small: bool = False) -> Recipe:
     """Single notes with 32 instruments as classes; val has other pitches of each than train."""
-    rows = []
-    for player in DISTINCT[:: 8 if small else 1]:
-        pitches = _by_split(player.pitches, rng("made_instrument", player.name))
-        for split, i in numbered(SMALL if small else INSTRUMENT_CLIPS):
-            rows.append((split, i, player.name, player, pitches[split][i % len(pitches[split])]))
-    return _notes(fonts, rows, "made_instrument", length=(0.4, 1.6), tuning=0.2, noise_db=(40, 70))
-
-
-def _by_split(values: Sequence, draw: np.random.Generator) -> dict[str, list]:
-    """Shuffle `values`: a fifth for val, the others for train, all for the test."""
-    order = [values[i] for i in draw.permutation(len(values))]
-    fifth = len(values) // 5
-    return {"train": order[fifth:], "val": order[:fifth], "test": order}
+    players = DISTINCT[:: 8 if small else 1]
+    notes = {player.name: [(player, pitch) for pitch in player.pitches] for player in players}
+    counts = SMALL if small else INSTRUMENT_CLIPS
+    return _notes(fonts, "made_instrument", notes, counts, (0.4, 1.6), 0.2, noise_db=(40, 70))
 
 
 def _notes(
     fonts: Fonts,
-    rows: Sequence[tuple[str, int, str, Instrument, int]],
     task: str,
+    notes: dict[str, list[tuple[Instrument, int]]],
+    counts: Sequence[int],
     length: tuple[float, float],
     tuning: float,
     noise_db: tuple[float, float],
 ) -> Recipe:
-    """Return a recipe of single notes; rows: (split, i, label, instrument, pitch)."""
-
-    def clip(split: str, i: int, label: str, player: Instrument, pitch: int) -> Clip:
-        font = fonts.of(split)
-
-        def wave() -> np.ndarray:
+    """Return single `notes` of each label: a fifth for val, the others for train, all for test."""
+    clips = []
+    for label, pairs in notes.items():
+        order = [pairs[i] for i in rng(task, label).permutation(len(pairs))]
+        fifth = len(pairs) // 5
+        by_split = {"train": order[fifth:], "val": order[:fifth], "test": order}
+        for split, i in numbered(*counts):
+            player, pitch = by_split[split][i % len(by_split[split])]
             draw = rng(task, label, split, i)
             start = draw.uniform(0, 0.3)
             stop = start + draw.uniform(*length)
             note = Note(start, stop, pitch, int(draw.integers(50, 120)), player.programs[0])
-            wave = font.play([note], NOTE_SECONDS, tuning=draw.uniform(-tuning, tuning))
-            return vary_level(wave, draw, noise_db)
-
-        made_of = {"font": font.name, "instrument": player.name, "pitch": pitch}
-        return Clip(split, label, made_of, wave)
-
+            made_of = {"instrument": player.name, "pitch": pitch}
+            arguments = [note], NOTE_SECONDS, draw, draw.uniform(-tuning, tuning), noise_db
+            clips.append(fonts.clip(split, label, made_of, *arguments))
     source = "single notes of General MIDI instruments, rendered"
-    clips = [clip(*row) for row in rows]
     return fonts.recipe(clips, source, "train and val: other notes of one font")
 
 
@@ -153,13 +127,13 @@ def technique(fonts: Fonts, small: bool = False) -> Recipe:
     All techniques of an instrument draw from the same pitches, so that pitch does not predict them.
     """
     counts = SMALL if small else TECHNIQUE_CLIPS
-    clips = [_phrase(fonts, *each, player) for player in TECHNIQUES for each in numbered(counts)]
+    clips = [_phrase(fonts, *each, player) for player in TECHNIQUES for each in numbered(*counts)]
     source = "short phrases in General MIDI articulations, rendered"
     return fonts.recipe(clips, source, "train and val: other phrases of one font")
 
 
 def _phrase(fonts: Fonts, split: str, i: int, player: Instrument) -> Clip:
-    font, draw = fonts.of(split), rng("made_technique", player.name, split, i)
+    draw = rng("made_technique", player.name, split, i)
     low, high = player.pitches[0], player.pitches[-1]
     program = player.programs[i % len(player.programs)]
     count = int(draw.integers(1, 5))
@@ -172,13 +146,8 @@ def _phrase(fonts: Fonts, split: str, i: int, player: Instrument) -> Clip:
         stop = starts[k + 1] if k + 1 < count else start + draw.uniform(0.4, 1.2)
         stop = float(start + legato * (stop - start))
         notes.append(Note(float(start), stop, pitches[k], int(draw.integers(60, 120)), program))
-    tuning = draw.uniform(-0.2, 0.2)
-
-    def wave() -> np.ndarray:
-        return vary_level(font.play(notes, TECHNIQUE_SECONDS, tuning=tuning), draw)
-
-    made_of = {"font": font.name, "program": program, "pitches": pitches}
-    return Clip(split, player.name, made_of, wave)
+    made_of, tuning = {"program": program, "pitches": pitches}, draw.uniform(-0.2, 0.2)
+    return fonts.clip(split, player.name, made_of, notes, TECHNIQUE_SECONDS, draw, tuning)
 
 
 def mix(fonts: Fonts, small: bool = False) -> Recipe:
@@ -187,27 +156,20 @@ def mix(fonts: Fonts, small: bool = False) -> Recipe:
     All instruments of a mix play the same random chords: block chords, broken chords or a line.
     """
     clips = []
-    for split, count in (MIX_SMALL if small else MIX_CLIPS).items():
-        sets = _balanced(count, rng("made_mix", split))
-        clips += [_mix_clip(fonts, split, i, players) for i, players in enumerate(sets)]
+    for split, count in zip(SPLITS, MIX_SMALL if small else MIX_CLIPS, strict=True):
+        draw, used = rng("made_mix", split), np.zeros(len(MIXED))
+        for i in range(count):
+            size = draw.integers(2, 5)
+            # prefer rare instruments; the noise avoids fixed pairs
+            chosen = np.argsort(used + draw.uniform(0, 6, len(MIXED)))[:size]
+            used[chosen] += 1
+            clips.append(_mix_clip(fonts, split, i, sorted(MIXED[k] for k in chosen)))
     source = "drawn parts over drawn chords, General MIDI instruments, rendered"
     return fonts.recipe(clips, source, "train and val: other mixes of one font")
 
 
-def _balanced(count: int, draw: np.random.Generator) -> list[list[Instrument]]:
-    """Return sets of two to four instruments, each instrument about equally often."""
-    used, sets = np.zeros(len(MIXED)), []
-    for _ in range(count):
-        size = draw.integers(2, 5)
-        # prefer rare instruments; the noise avoids fixed pairs
-        chosen = np.argsort(used + draw.uniform(0, 6, len(MIXED)))[:size]
-        used[chosen] += 1
-        sets.append(sorted(MIXED[k] for k in chosen))
-    return sets
-
-
 def _mix_clip(fonts: Fonts, split: str, i: int, players: Sequence[Instrument]) -> Clip:
-    font, draw = fonts.of(split), rng("made_mix", split, i)
+    draw = rng("made_mix", split, i)
     beat = 60 / draw.uniform(80, 150)
     key = int(draw.integers(12))
     chords = draw.integers(len(TRIADS), size=int(MIX_SECONDS / beat / 2) + 1)
@@ -224,12 +186,8 @@ def _mix_clip(fonts: Fonts, split: str, i: int, players: Sequence[Instrument]) -
         for start, length, pitch in _part(style, player.pitches, chords, beat, draw):
             velocity = int(np.clip(loudness + draw.integers(-10, 11), 1, 127))
             notes.append(Note(start, start + 0.95 * length, pitch, velocity, program))
-
-    def wave() -> np.ndarray:
-        return vary_level(font.play(notes, MIX_SECONDS), draw)
-
-    made_of = {"font": font.name, "programs": programs}
-    return Clip(split, [player.name for player in players], made_of, wave)
+    names, made_of = [player.name for player in players], {"programs": programs}
+    return fonts.clip(split, names, made_of, notes, MIX_SECONDS, draw)
 
 
 def _part(
@@ -239,8 +197,7 @@ def _part(
     at = int(draw.integers(pitches.start, pitches.stop))
     for k, chord in enumerate(chords):
         start = 2 * k * beat
-        near = sorted(pitches, key=lambda p: (abs(p - at), p))
-        near = [p for p in near if p % 12 in chord]
+        near = sorted((p for p in pitches if p % 12 in chord), key=lambda p: (abs(p - at), p))
         if style == "block":
             yield from ((start, 2 * beat, p) for p in near[:3])
         elif style == "broken":

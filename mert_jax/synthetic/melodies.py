@@ -2,12 +2,11 @@
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from mert_jax.synthetic.dataset import SPLITS, Clip, Recipe, numbered, rng, vary_level
-from mert_jax.synthetic.fonts import DRUMS, HAT, KICK, SNARE, Font, Fonts, Note
+from mert_jax.synthetic.dataset import SPLITS, Clip, Recipe, numbered, rng
+from mert_jax.synthetic.fonts import DRUMS, HAT, KICK, SNARE, Fonts, Note
 from mert_jax.synthetic.tunes import Tune, agrees_with_key, harmony, headers, shuffled_tunes
 
 LICENCE = (
@@ -19,17 +18,12 @@ LEADS = (0, 21, 22, 24, 40, 56, 64, 68, 71, 73, 74)  # programs of the melody
 BACKINGS = (0, 4, 6, 16, 21, 24, 25, 46, 48)  # programs of the chords
 STYLES = ("alone", "block", "bass and chord", "broken")
 BASS, MIDDLE = 36, 55  # lowest pitch of the bass and of the chords
-
-KEY_SECONDS = 6.0
 # spelt as in MARBLE's GiantSteps list (marble/tasks/GS)
 KEY_LABELS = tuple(f"{tonic} {mode}" for mode in ("major", "minor") for tonic in TONICS)
 KEY_TUNES = 200  # of each mode, at most
-KEY_CLIPS = {"train": 30, "val": 7, "test": 10}  # of each key
-
-BEAT_SECONDS = 8.0
+KEY_SECONDS, KEY_CLIPS = 6.0, (30, 7, 10)  # of each key, in train, val and test
+BEAT_SECONDS, BEAT_CLIPS, BEAT_SMALL = 8.0, (275, 75, 150), (4, 2, 3)
 BEAT_TEMPI = (65, 165)  # beats a minute
-BEAT_CLIPS = {"train": 275, "val": 75, "test": 150}
-BEAT_SMALL = {"train": 4, "val": 2, "test": 3}
 
 
 def key(fonts: Fonts, small: bool = False) -> Recipe:
@@ -40,11 +34,11 @@ def key(fonts: Fonts, small: bool = False) -> Recipe:
         certain = filter(agrees_with_key, shuffled_tunes(in_mode, rng("tunes", mode)))
         tunes = list(itertools.islice(certain, 7 if small else KEY_TUNES))
         ends = 0, round(0.55 * len(tunes)), round(0.7 * len(tunes)), len(tunes)
-        for (begin, end), split in zip(itertools.pairwise(ends), SPLITS, strict=True):
-            for i in range(12 * (1 if small else KEY_CLIPS[split])):
-                # the clips of one tune are in keys far from each other
-                tune = tunes[begin + i % (end - begin)]
-                clips.append(_key_clip(fonts, split, i, tune, i % 12))
+        parts = [tunes[begin:end] for begin, end in itertools.pairwise(ends)]
+        counts = (1, 1, 1) if small else KEY_CLIPS
+        for split, part, count in zip(SPLITS, parts, counts, strict=True):
+            # the clips of one tune are in keys far from each other
+            clips += [_key_clip(fonts, split, i, part[i % len(part)]) for i in range(12 * count)]
     return _recipe(fonts, clips)
 
 
@@ -52,7 +46,7 @@ def beat(fonts: Fonts, small: bool = False) -> Recipe:
     """Tunes with the times of their beats: crotchets, in 6/8 and 9/8 dotted ones. A clip a tune."""
     # the beat of C| may be felt as minims or as crotchets
     tunes = shuffled_tunes([x for x in headers() if x.metre != "C|"], rng("made_beat"))
-    counts = numbered(BEAT_SMALL if small else BEAT_CLIPS)
+    counts = numbered(*(BEAT_SMALL if small else BEAT_CLIPS))
     return _recipe(fonts, [_beat_clip(fonts, *each, next(tunes)) for each in counts])
 
 
@@ -61,45 +55,41 @@ def _recipe(fonts: Fonts, clips: list[Clip]) -> Recipe:
     return fonts.recipe(clips, source, "by tune; train and val: one font")
 
 
-def _made_of(font: Font, tune: Tune) -> dict[str, Any]:
-    return {"font": font.name, "tune": tune.header.title, "of": tune.header.collection}
+def _made_of(tune: Tune) -> dict[str, str]:
+    return {"tune": tune.header.title, "of": tune.header.collection}
 
 
-def _key_clip(fonts: Fonts, split: str, i: int, tune: Tune, tonic: int) -> Clip:
-    font, label = fonts.of(split), f"{TONICS[tonic]} {tune.header.mode}"
+def _draw_sound(draw: np.random.Generator) -> tuple[str, int, int]:
+    """Return a style, and programs of the melody and of the chords."""
+    return tuple(x[draw.integers(len(x))] for x in (STYLES, LEADS, BACKINGS))
 
-    def wave() -> np.ndarray:
-        draw = rng("made_key", label, split, i)
-        tempo = draw.uniform(90, 150)  # crotchets a minute
-        style, lead, backing = (x[draw.integers(len(x))] for x in (STYLES, LEADS, BACKINGS))
-        until = KEY_SECONDS * tempo / 60
 
-        def clock(at: float) -> float:
-            return 0.1 + at * 60 / tempo
+def _key_clip(fonts: Fonts, split: str, i: int, tune: Tune) -> Clip:
+    tonic = i % 12
+    label = f"{TONICS[tonic]} {tune.header.mode}"
+    draw = rng("made_key", label, split, i)
+    tempo = draw.uniform(90, 150)  # crotchets a minute
 
-        notes = play(transpose(tune, tonic), style, lead, backing, until, clock, draw)
-        return vary_level(font.play(notes, KEY_SECONDS, tuning=draw.uniform(-0.2, 0.2)), draw)
+    def clock(at: float) -> float:
+        return 0.1 + at * 60 / tempo
 
-    return Clip(split, label, _made_of(font, tune), wave)
+    until = KEY_SECONDS * tempo / 60
+    notes = play(transpose(tune, tonic), *_draw_sound(draw), until, clock, draw)
+    tuning = draw.uniform(-0.2, 0.2)
+    return fonts.clip(split, label, _made_of(tune), notes, KEY_SECONDS, draw, tuning)
 
 
 def _beat_clip(fonts: Fonts, split: str, i: int, tune: Tune) -> Clip:
-    font, draw = fonts.of(split), rng("made_beat", split, i)
+    draw = rng("made_beat", split, i)
     times = beat_times(int(BEAT_SECONDS * BEAT_TEMPI[1] / 60 * 1.3) + 2, draw)
-    inside = [round(float(t), 4) for t in times if t < BEAT_SECONDS]
+    label = {"beat": [round(float(t), 4) for t in times if t < BEAT_SECONDS]}
 
     def clock(at: float) -> float:
         return float(np.interp(at / tune.beat, np.arange(len(times)), times))
 
-    def wave() -> np.ndarray:
-        style = STYLES[draw.integers(len(STYLES))]
-        lead, backing = int(draw.choice(LEADS)), int(draw.choice(BACKINGS))
-        drums = bool(draw.uniform() < 0.5)
-        until = len(inside) * tune.beat
-        notes = play(tune, style, lead, backing, until, clock, draw, drums)
-        return vary_level(font.play(notes, BEAT_SECONDS), draw)
-
-    return Clip(split, {"beat": inside}, _made_of(font, tune), wave)
+    sound, drums = _draw_sound(draw), bool(draw.uniform() < 0.5)
+    notes = play(tune, *sound, len(label["beat"]) * tune.beat, clock, draw, drums)
+    return fonts.clip(split, label, _made_of(tune), notes, BEAT_SECONDS, draw)
 
 
 def transpose(tune: Tune, tonic: int) -> Tune:
@@ -146,8 +136,8 @@ def play(
             notes.append(Note(max(start, 0.0), max(stop, start + 0.03), pitch, velocity, program))
 
     chords = harmony(tune)
-    for repeat in range(int(until / (tune.bars * bar_length)) + 1):
-        begin = repeat * tune.bars * bar_length
+    for begin in range(int(until / (tune.bars * bar_length)) + 1):
+        begin *= tune.bars * bar_length
         for at, duration, pitch in tune.notes:
             add(begin + at, duration, pitch, 0, lead)
         for bar, chord in enumerate(chords):

@@ -78,8 +78,7 @@ def parse_headers(collection: str, text: str) -> Iterator[Header]:
             tonic = SCALES["major"]["CDEFGAB".index(key[1].upper())]
             tonic = (tonic + {"#": 1, "b": -1, "": 0}[key[2]]) % 12
             # "m" is minor, "M" major
-            minor = key[3] and (key[3] == "m" or key[3].lower().startswith("mi"))
-            mode = "minor" if minor else "major"
+            mode = "minor" if re.match(r"m$|(?i:mi)", key[3] or "") else "major"
             yield Header(collection, fields["T"], tonic, mode, fields.get("M", ""), part)
 
 
@@ -104,19 +103,19 @@ def parse_tune(header: Header) -> Tune | None:
         return None
     runs = [[]]
     for measure in score.recurse().getElementsByClass("Measure"):
-        notes = [
-            (float(x.offset), float(x.quarterLength), x.pitches[-1].midi)
-            for x in measure.flatten().notes
-            if x.quarterLength > 0
-        ]
-        if abs(float(measure.duration.quarterLength) - length) < 1e-6 and notes:
-            runs[-1].append(notes)
+        sounding = [x for x in measure.flatten().notes if x.quarterLength > 0]
+        if abs(float(measure.duration.quarterLength) - length) < 1e-6 and sounding:
+            runs[-1].append(sounding)
         else:
             runs.append([])
     bars = max(runs, key=len)
     if len(bars) < 4:
         return None
-    notes = tuple((i * length + at, n, pitch) for i, bar in enumerate(bars) for at, n, pitch in bar)
+    notes = tuple(
+        (i * length + float(x.offset), float(x.quarterLength), x.pitches[-1].midi)
+        for i, bar in enumerate(bars)
+        for x in bar
+    )
     return Tune(header, notes, beats, beat, len(bars))
 
 
@@ -143,16 +142,15 @@ def agrees_with_key(tune: Tune) -> bool:
 
 def harmony(tune: Tune) -> list[tuple[int, ...]]:
     """Return the triad (pitch classes, root first) of each bar that most of the bar lies in."""
-    length, chords = tune.beats * tune.beat, []
+    length, mode, tonic = tune.beats * tune.beat, tune.header.mode, tune.header.tonic
+    triads, chords = [tuple((tonic + x) % 12 for x in triad) for triad in TRIADS[mode]], []
     for bar in range(tune.bars):
-        scores = {}
-        for rank, triad in enumerate(TRIADS[tune.header.mode]):
-            chord = tuple((tune.header.tonic + x) % 12 for x in triad)
-            inside = sum(
-                n * (1.5 if at % length < 1e-6 else 1.0)
-                for at, n, pitch in tune.notes
-                if bar * length <= at < (bar + 1) * length and pitch % 12 in chord
-            )
-            scores[chord] = inside - 0.1 * rank
-        chords.append(max(scores, key=scores.get))
+        weights = [
+            (n * (1.5 if at % length < 1e-6 else 1.0), pitch % 12)
+            for at, n, pitch in tune.notes
+            if bar * length <= at < (bar + 1) * length
+        ]
+        scores = [sum(n for n, x in weights if x in triad) for triad in triads]
+        best = max(range(len(triads)), key=lambda rank: scores[rank] - 0.1 * rank)
+        chords.append(triads[best])
     return chords

@@ -12,10 +12,9 @@ SLICE = 16 * 12 * 376 * 384 * 4
 WEIGHTS = 2 * 512 * 512 * 2
 
 
-def run_of(text: str, name: str):
-    module = hlo_parser.parse(text)
-    runs = hlo_parser.executed(module)
-    return module, next(run for run in runs if run.instruction.name == name)
+def run_of(text: str, name: str) -> hlo_parser.Run:
+    runs = hlo_parser.executed(hlo_parser.parse(text))
+    return next(run for run in runs if run.instruction.name == name)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +32,8 @@ def run_of(text: str, name: str):
     ],
 )
 def test_traffic_is_that_of_arrays_in_hbm_with_their_tiles(name, size):
-    assert hlo_cost.hbm_bytes(*run_of(STEP, name)) == size
+    instruction, times = run_of(STEP, name)
+    assert times * hlo_cost.hbm_bytes(instruction) == size
 
 
 def test_the_summary_counts_loop_bodies_as_often_as_they_run():
@@ -153,7 +153,8 @@ def conv(window: str, rest: str) -> str:
     ids="forward kernel attention grouped batch_groups matrix dot".split(),
 )  # fmt: skip
 def test_flops_of_products(out, left, right, rest, flops):
-    assert hlo_cost.flops(*run_of(program(out, left, right, rest), "product")) == flops
+    product, _ = run_of(program(out, left, right, rest), "product")
+    assert hlo_cost.flops(product) == flops
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_flops_of_products(out, left, right, rest, flops):
 )  # fmt: skip
 def test_shapes(shape, size, padded, in_hbm):
     text = f"HloModule one\n\nENTRY %main () -> {shape} {{\n  ROOT %x = {shape} custom-call()\n}}\n"
-    (parsed,) = hlo_parser.parse(text).computations["main"].instructions["x"].shapes
+    (parsed,) = hlo_parser.parse(text).root.shapes
     assert (parsed.size, parsed.padded, parsed.in_hbm) == (size, padded, in_hbm)
 
 
