@@ -1,7 +1,5 @@
 """Costs of a step, read from its optimised HLO: cycles, products, memory traffic, collectives.
 
-    summary(compiled.as_text(), frames=374)
-
 Nothing here is measured. Cycles are the TPU compiler's static estimates, which leave out
 collectives, loop overhead and Pallas kernels. Bytes are those of the operands and results in HBM
 of every executed instruction, padded to tiles.
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mert_jax.planning import hlo_parser
-from mert_jax.planning.hlo_parser import Instruction, Run, Shape
+from mert_jax.planning.hlo_parser import Instruction, Shape
 
 TOP = 10  # entries of the lists of the costliest
 # instructions without work of their own: names for what exists, or what `executed` walks into
@@ -30,50 +28,40 @@ COLLECTIVES = tuple(
 )
 
 
-def summary(text: str, frames: int | None = None, inside: str = "") -> dict[str, Any]:
+def summary(text: str, inside: str = "") -> dict[str, Any]:
     """Return the costs of one step on one device, from the text of its optimised HLO.
 
-    flops: of matrix products and convolutions only. costliest_ops,
-    big_copies (HBM to HBM): the first TOP. square_fp32_tensors: float32 arrays in HBM of `frames` x
-    `frames`, or rounded up. pallas_kernels: how many run. Source lines are the innermost in files
-    that begin with `inside`. Raises ValueError for a text that is not HLO.
+    flops: of matrix products and convolutions only. costliest_ops, big_copies (HBM to HBM): the
+    first TOP. Source lines are the innermost in files that begin with `inside`.
     """
-    runs = hlo_parser.executed(hlo_parser.parse(text))
+    runs = list(hlo_parser.executed(hlo_parser.parse(text)))
 
-    def row(run: Run, **figures: Any) -> dict[str, Any]:
-        x, place = run.instruction, run.instruction.attribute(r'op_name="([^"]*)"')
-        return dict(op=x.name, **figures, times=run.times, source=x.source(inside), what=place)
+    def row(x: Instruction, times: int, **figures: Any) -> dict[str, Any]:
+        place = x.attribute(r'op_name="([^"]*)"')
+        return dict(op=x.name, **figures, times=times, source=x.source(inside), what=place)
 
-    def top(costs: Iterable[tuple[int, Run]]) -> list[tuple[int, Run]]:
+    def top(costs: Iterable[tuple[int, Any]]) -> list[tuple[int, Any]]:
         return sorted(costs, key=lambda pair: -pair[0])[:TOP]
 
-    cycles = [(run.times * run.instruction.cycles, run) for run in runs]
-    traffic = [(run.times * hbm_bytes(run.instruction), run) for run in runs]
-    copies = [(n, run) for n, run in traffic if n >= 2**20 and _is_copy(run.instruction)]
-    busy = [run for run in runs if not _is_free(run.instruction)]
+    cycles = [(times * x.cycles, (x, times)) for x, times in runs]
+    traffic = [(times * hbm_bytes(x), (x, times)) for x, times in runs]
+    copies = [(n, run) for n, run in traffic if n >= 2**20 and _is_copy(run[0])]
+    loops = [run for run in runs if run[0].opcode == "while"]
+    kernels = [times for x, times in runs if '_target="tpu_custom_call"' in x.rest]
     total, exchanges = sum(n for n, _ in cycles), collectives(runs, inside)
     # a collective may be done in pieces inside fusions, whose own traffic is counted without it
     fused = sum(x["bytes"] * x["times"] for x in exchanges if x["fused"])
-    loops = [run for run in runs if run.instruction.opcode == "while"]
     return {
         "cycles": total,
-        "flops": sum(run.times * flops(run.instruction) for run in runs),
+        "flops": sum(times * flops(x) for x, times in runs),
         "hbm_bytes": sum(n for n, _ in traffic) + fused,
         "collectives": exchanges,
-        "loops": [row(run, trips=hlo_parser.trip_count(run.instruction)) for run in loops],
+        "loops": [row(*run, trips=hlo_parser.trip_count(run[0])) for run in loops],
         "costliest_ops": [
-            row(run, cycles=n, share=round(n / total, 4)) for n, run in top(cycles) if n
+            row(*run, cycles=n, share=round(n / total, 4)) for n, run in top(cycles) if n
         ],
-        "big_copies": [row(run, bytes=n) for n, run in top(copies)],
-        "square_fp32_tensors": [
-            row(run, shape=f"{shape.dtype}{list(shape.dims)}", bytes=shape.padded)
-            for run in busy
-            for shape in run.instruction.shapes
-            if frames and _is_square_fp32(shape, frames)
-        ],
-        "pallas_kernels": sum(
-            run.times for run in runs if '_target="tpu_custom_call"' in run.instruction.rest
-        ),
+        "big_copies": [row(*run, bytes=n) for n, run in top(copies)],
+        "pallas_kernels": sum(kernels),
     }
 
 
@@ -82,15 +70,8 @@ def _is_copy(x: Instruction) -> bool:
     itself, *inside = x.unfused()
     opcodes = {part.opcode for part in inside or [itself]}
     copies = {"copy", "transpose"}
-    if not opcodes & copies or opcodes - copies - {"bitcast", "reshape", "parameter"}:
-        return False
-    return all(shape.in_hbm for each in (x, *x.operands) for shape in each.shapes)
-
-
-def _is_square_fp32(shape: Shape, frames: int) -> bool:
-    lengths = {-(-frames // tile) * tile for tile in (1, 8, 16, 128)}  # rounded up to whole tiles
-    is_square = len(shape.dims) > 2 and any(shape.dims.count(length) >= 2 for length in lengths)
-    return is_square and shape.dtype == "f32" and shape.in_hbm
+    moves = opcodes & copies and opcodes <= copies | {"bitcast", "reshape", "parameter"}
+    return moves and all(shape.in_hbm for each in (x, *x.operands) for shape in each.shapes)
 
 
 def _is_free(x: Instruction) -> bool:
@@ -176,9 +157,8 @@ def _read(user: Instruction, number: int, full: int) -> int:
     """
     if user.opcode in ("dynamic-slice", "slice", "gather") and number == 0:
         return user.shapes[0].padded
-    if user.opcode in ("dynamic-update-slice", "scatter") and number == 0:
-        return 0
-    if user.opcode in ("tuple", *COLLECTIVES):
+    in_place = user.opcode in ("dynamic-update-slice", "scatter") and number == 0
+    if in_place or user.opcode in ("tuple", *COLLECTIVES):
         return 0
     if user.opcode != "fusion":
         return full
@@ -209,26 +189,25 @@ def _updates(x: Instruction) -> list[float]:
     return [0 if x.opcode in ("parameter", *COLLECTIVES) else math.inf]
 
 
-def collectives(runs: Iterable[Run], inside: str) -> list[dict[str, Any]]:
-    """Return the executed collectives, each with its kind, bytes, group, times, source and fused.
+def collectives(runs: Iterable[tuple[Instruction, int]], inside: str) -> list[dict[str, Any]]:
+    """Return the executed collectives.
 
     bytes: the whole array, the larger of input and output. group: devices, None for all. fused:
     done in pieces inside other fusions, all of which name its channel.
     """
     rows, channels = [], set()
-    for run in runs:
-        for x in run.instruction.unfused():
-            kind = x.opcode.removesuffix("-start")
-            fused, channel = x is not run.instruction, x.attribute(r"channel_id=(\d+)")
-            if kind not in COLLECTIVES or (fused and channel in channels):
+    for run, times in runs:
+        for x in run.unfused():
+            kind, channel = x.opcode.removesuffix("-start"), x.attribute(r"channel_id=(\d+)")
+            if kind not in COLLECTIVES or (x is not run and channel in channels):
                 continue
-            if fused and channel:
+            if x is not run and channel:
                 channels.add(channel)
             group = group_size(x.rest)
             size = sum(shape.size for operand in x.operands for shape in operand.shapes)
             size *= (group or 1) if kind == "all-gather" else 1
-            row = dict(kind=kind, bytes=size, group=group, times=run.times)
-            rows.append(row | dict(source=x.source(inside), fused=fused))
+            row = dict(kind=kind, bytes=size, group=group, times=times)
+            rows.append(row | dict(source=x.source(inside), fused=x is not run))
     return rows
 
 

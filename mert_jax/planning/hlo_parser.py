@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 _SHAPE = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*-> .*\{\n((?:[^}].*\n)*)\}", re.M)
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$", re.M)
 _OPCODE = re.compile(r"(?<=[)\]}]) ([a-z][\w\-]*)\(")
 # operations that return the integers of their operand
 _COPIES = ("copy", "bitcast", "convert", "reshape", "copy-done", "copy-start")
-# the computation that an instruction runs
-_RUNS = {"while": "body", "call": "to_apply", "async-start": "calls"}
 
 
 class Shape(NamedTuple):
@@ -30,17 +28,16 @@ class Shape(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of the elements."""
-        if self.dtype in ("token", "opaque"):
-            return 0
-        bits = 8 if self.dtype == "pred" else int(re.search(r"\d+", self.dtype)[0])  # f8e4m3, u4
+        digits = re.search(r"\d+", self.dtype)  # f8e4m3, u4; a token has none
+        bits = 8 if self.dtype == "pred" else int(digits[0]) if digits else 0
         return -(-math.prod(self.dims) * bits // 8)
 
     @property
     def padded(self) -> int:
         """Bytes in memory, padded to whole tiles."""
         dims, (order, _, tiles) = list(self.dims), self.layout.partition(":")
-        fastest_first = [int(axis) for axis in order.split(",") if axis]
         lengths = (re.match(r"T\(([\d,]+)\)", tiles) or [0, "1"])[1].split(",")
+        fastest_first = [int(axis) for axis in order.split(",") if axis]
         for length, axis in zip(map(int, reversed(lengths)), fastest_first, strict=False):
             dims[axis] = -(-dims[axis] // length) * length
         return self._replace(dims=tuple(dims)).size
@@ -112,41 +109,21 @@ class Computation(NamedTuple):
     root: Instruction
 
 
-class Run(NamedTuple):
-    """An executed instruction, and how many times it runs in a step."""
-
-    instruction: Instruction
-    times: int
-
-
 def parse(text: str) -> Computation:
     """Return the entry computation of an HLO text. Raises ValueError if it has none."""
-    program, entry, name, names, root = Program({}, _stack_frames(text)), None, None, {}, ""
-    for line in text.splitlines():
-        if name is None:
-            if (head := _COMPUTATION.match(line)) and not line.startswith("HloModule"):
-                name, names, root = head[2], {}, ""
-                entry = name if head[1] else entry
-        elif line.startswith("}"):
-            for x in names.values():
-                x.operands = [names[operand] for operand in x.operands if operand in names]
-            program.computations[name] = Computation([*names.values()], names.get(root))
-            name = None
-        elif match := _INSTRUCTION.match(line):
-            names[match[2]] = _parse_instruction(match[2], match[3], program)
-            root = match[2] if match[1] else root
+    program, entry = Program({}, _stack_frames(text)), None
+    for is_entry, name, body in _COMPUTATION.findall(text):
+        names, root = {}, None
+        for is_root, each, rest in _INSTRUCTION.findall(body):
+            names[each] = _parse_instruction(each, rest, program)
+            root = names[each] if is_root else root
+        for x in names.values():
+            x.operands = [names[operand] for operand in x.operands if operand in names]
+        program.computations[name] = Computation([*names.values()], root)
+        entry = program.computations[name] if is_entry else entry
     if entry is None:
         raise ValueError("no ENTRY computation: this is not the text of an HLO module")
-    return program.computations[entry]
-
-
-def _stack_frames(text: str) -> dict[int, tuple[int, str]]:
-    files = dict(re.findall(r'^(\d+) "(.*)"$', text.partition("\nFunctionNames\n")[0], re.M))
-    lines = re.findall(r"^(\d+) \{file_name_id=(\d+).*? line=(\d+)", text, re.M)
-    places = {location: f"{files[file]}:{line}" for location, file, line in lines}
-    frames = re.findall(r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?", text, re.M)
-    # the text counts callers from 1, with 1 for none
-    return {int(frame): (int(caller or 1) - 1, places[at]) for frame, at, caller in frames}
+    return entry
 
 
 def _parse_instruction(name: str, text: str, program: Program) -> Instruction:
@@ -160,33 +137,39 @@ def _parse_instruction(name: str, text: str, program: Program) -> Instruction:
         Shape(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n), layout)
         for dtype, dims, layout in _SHAPE.findall(text[: opcode.start()])
     )
-    operands = re.findall(r"%([\w.\-]+)", arguments)
+    operands = re.findall(r"%([\w.\-]+)", arguments)  # linked when all names are known
     literal = "" if operands else arguments
     return Instruction(name, opcode[1], shapes, operands, text[end:], literal, program)
 
 
-def executed(entry: Computation) -> list[Run]:
-    """Return what a step executes, loop bodies as often as they run.
+def _stack_frames(text: str) -> dict[int, tuple[int, str]]:
+    files = dict(re.findall(r'^(\d+) "(.*)"$', text.partition("\nFunctionNames\n")[0], re.M))
+    lines = re.findall(r"^(\d+) \{file_name_id=(\d+).*? line=(\d+)", text, re.M)
+    places = {location: f"{files[file]}:{line}" for location, file, line in lines}
+    frames = re.findall(r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?", text, re.M)
+    # the text counts callers from 1, with 1 for none
+    return {int(frame): (int(caller or 1) - 1, places[at]) for frame, at, caller in frames}
+
+
+def executed(computation: Computation, times: int = 1) -> Iterator[tuple[Instruction, int]]:
+    """Yield what a step executes and how often, loop bodies as often as they run.
 
     A fusion is one instruction. Of a conditional's branches, the one with the most cycles counts; a
     loop whose number of trips is unknown counts once.
     """
-    runs = []
-
-    def walk(computation: Computation, times: int) -> None:
-        for x in computation.instructions:
-            runs.append(Run(x, times))
-            if x.opcode in _RUNS:
-                trips = trip_count(x) if x.opcode == "while" else 1
-                walk(x.called(_RUNS[x.opcode]), times * (1 if trips is None else trips))
-            elif x.opcode == "conditional":
-                names = re.findall(r"[\w.\-]+", x.attribute(r"branch_computations=\{([^}]*)\}"))
-                branches = [x.program.computations[name] for name in names]
-                branches = branches or [x.called(f"{k}_computation") for k in ("true", "false")]
-                walk(max(branches, key=lambda b: sum(y.cycles for y in b.instructions)), times)
-
-    walk(entry, 1)
-    return runs
+    for x in computation.instructions:
+        yield x, times
+        if x.opcode == "while":
+            trips = trip_count(x)
+            yield from executed(x.called("body"), times * (1 if trips is None else trips))
+        elif x.opcode in ("call", "async-start"):
+            yield from executed(x.called("to_apply" if x.opcode == "call" else "calls"), times)
+        elif x.opcode == "conditional":
+            names = re.findall(r"[\w.\-]+", x.attribute(r"branch_computations=\{([^}]*)\}"))
+            branches = [x.program.computations[name] for name in names]
+            branches = branches or [x.called(f"{k}_computation") for k in ("true", "false")]
+            most = max(branches, key=lambda branch: sum(y.cycles for y in branch.instructions))
+            yield from executed(most, times)
 
 
 def trip_count(loop: Instruction) -> int | None:
@@ -197,29 +180,26 @@ def trip_count(loop: Instruction) -> int | None:
     """
     if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
         return int(known)
-    test, (start,) = loop.called("condition").root, loop.operands
+    test, (start,), root = loop.called("condition").root, loop.operands, loop.called("body").root
     initial = start.operands if start.opcode == "tuple" else []
+
+    def first_value(x: Instruction) -> int | None:
+        index = _tuple_index(x)
+        return _integer(x if index is None or index >= len(initial) else initial[index])
+
     if test.opcode != "compare" or "direction=LT" not in test.rest:
         return None
-    # of the counter and the limit: an initial element of the loop, or a constant
-    indices = [_tuple_index(x) for x in test.operands]
-    begin, end = (
-        _integer(x if i is None or i >= len(initial) else initial[i])
-        for x, i in zip(test.operands, indices, strict=True)
-    )
-    if indices[0] is None or begin is None or end is None:
+    counter, (begin, end) = _tuple_index(test.operands[0]), map(first_value, test.operands)
+    if None in (counter, begin, end):
         return None
-    root = loop.called("body").root
-    added = root.operands[indices[0]] if root.opcode == "tuple" else root
+    added = root.operands[counter] if root.opcode == "tuple" else root
     # a counter fused with other sums: all loops of that kind seen so far count by one
     steps = map(_integer, added.operands) if added.opcode == "add" else ()
     return max(-(-(end - begin) // next(filter(None, steps), 1)), 0)
 
 
 def _origin(x: Instruction) -> Instruction:
-    while x.opcode in _COPIES:
-        x = x.operands[0]
-    return x
+    return _origin(x.operands[0]) if x.opcode in _COPIES else x
 
 
 def _integer(x: Instruction) -> int | None:

@@ -1,17 +1,14 @@
 """Plans a config for devices that need not be present: one setting, or the best of several."""
 
-import datetime
 import json
 import math
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from mert_jax import sharding
+from mert_jax import progress, sharding
 from mert_jax.errors import UserError
 from mert_jax.planning import compilation, estimate
 from mert_jax.pretraining import build
@@ -79,8 +76,9 @@ def make_plan(
     if not search_settings:
         return plan_one(config)
     mesh = sharding.make_mesh(**config.mesh, devices=target.devices)
-    remat, unroll = config.model.remat, config.model.unroll
-    own = Setting(**mesh.shape, remat=remat, accumulation=config.accumulation, unroll=unroll)
+    own = Setting(
+        *mesh.shape.values(), config.model.remat, config.accumulation, config.model.unroll
+    )
     stages = make_stages(config, mesh.size)
     ranked = search(own, stages, lambda setting: plan_one(setting.apply(config)))
     rows = [setting._asdict() | {key: plan[key] for key in SEARCH_KEYS} for setting, plan in ranked]
@@ -89,33 +87,28 @@ def make_plan(
 
 def make_stages(config: ConfigDict, devices: int) -> list[Stage]:
     """Return the stages of a search, each from a setting to those that differ in one respect."""
-    layers = config.model.num_layers
 
     def accumulations(s: Setting) -> list[Setting]:
-        splits = (1, 2, 4, 8, 16)
-        possible = []
-        for accumulation in {*splits, *(s.accumulation * n for n in splits)}:
-            micro_batch, rest = divmod(config.batch_size, accumulation)
-            if not rest and not micro_batch % config.group and not micro_batch % (s.data * s.fsdp):
-                possible.append(accumulation)
+        splits, clips = (1, 2, 4, 8, 16), math.lcm(config.group, s.data * s.fsdp)
+        numbers = {*splits, *(s.accumulation * n for n in splits)}
+        possible = [n for n in numbers if config.batch_size % (n * clips) == 0]
         # the four next to the config's own, since each takes minutes to compile
         possible.sort(key=lambda n: abs(math.log(n / s.accumulation)))
         return [s._replace(accumulation=n) for n in possible[:4]]
 
     def meshes(s: Setting) -> list[Setting]:
         sizes = (1, 1), (devices, 1), (8, 1), (1, 2), (1, 4)  # of fsdp and tensor
-        return [
-            s._replace(data=devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
-            for fsdp, tensor in sizes
-            if devices % (fsdp * tensor) == 0
-        ]
+        shapes = [(devices // (f * t), f, t) for f, t in sizes if devices % (f * t) == 0]
+        return [s._replace(data=d, fsdp=f, tensor=t) for d, f, t in shapes]
 
-    return [  # first what decides whether a step fits: the times of one that does not are unknown
-        accumulations,
-        meshes,
-        lambda s: [s._replace(remat=remat) for remat in ("none", "dots", "full")],
-        lambda s: [s._replace(unroll=unroll) for unroll in (1, layers)],
-    ]
+    def remats(s: Setting) -> list[Setting]:
+        return [s._replace(remat=remat) for remat in ("none", "dots", "full")]
+
+    def unrolls(s: Setting) -> list[Setting]:
+        return [s._replace(unroll=unroll) for unroll in (1, config.model.num_layers)]
+
+    # first what decides whether a step fits: the times of one that does not are unknown
+    return [accumulations, meshes, remats, unrolls]
 
 
 def search(
@@ -128,23 +121,17 @@ def search(
     """
     plans: dict[Setting, Plan] = {}
     errors: dict[Setting, UserError] = {}
-    begin = time.monotonic()
-
-    def best() -> Setting:
-        return min(plans, key=lambda setting: rank(plans[setting]), default=start)
-
     for i, stage in enumerate([lambda setting: [setting], *stages]):
-        settings = [s for s in dict.fromkeys(stage(best())) if s not in plans and s not in errors]
-        for j, setting in enumerate(settings):
-            left = len(settings) - j + sum(len(rest(best())) - 1 for rest in stages[i:])
-            seconds = round(left * (time.monotonic() - begin) / max(len(plans), 1))
-            eta = datetime.timedelta(seconds=seconds) if plans else "?"
-            print(f"{len(plans)} plans, about {left} left, eta {eta}: {setting}", file=sys.stderr)
-            try:
-                plans[setting] = make(setting)
-            except UserError as e:
-                errors[setting] = e
-                print(f"  left out: {e}", file=sys.stderr)
+        best = min(plans, key=lambda setting: rank(plans[setting]), default=start)
+        settings = [s for s in dict.fromkeys(stage(best)) if s not in plans and s not in errors]
+        with progress.bar(f"stage {i} of {len(stages)}", len(settings), "plan") as bar:
+            for setting in settings:
+                try:
+                    plans[setting] = make(setting)
+                except UserError as e:
+                    errors[setting] = e
+                    progress.note(f"left out {setting}: {e}")
+                bar.update()
     if not plans:
         raise errors[start]
     return sorted(plans.items(), key=lambda pair: rank(pair[1]))

@@ -44,6 +44,10 @@ class Panel(NamedTuple):
     axis: str = ""
     codebooks: tuple[Line, ...] = ()
 
+    @property
+    def all_lines(self) -> list[Line]:
+        return [*self.codebooks, *self.lines]
+
 
 def series(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return steps [R] and values [R, K] of the rows that have `name`, K = 1 for a plain number.
@@ -76,7 +80,7 @@ def panels(rows: list[dict[str, Any]]) -> list[Panel]:
     """Return the panels of a run in reading order, without those that have no number."""
     names = list(dict.fromkeys(name for row in rows for name in row))
 
-    def mean(name: str, *style) -> list[Line]:
+    def mean(name: str, *style, rows: list[dict[str, Any]] = rows) -> list[Line]:
         steps, values = series(rows, name)
         return [curve(steps, values.mean(-1), *style)] if values.size else []
 
@@ -91,34 +95,28 @@ def panels(rows: list[dict[str, Any]]) -> list[Panel]:
         lines = tuple(curve(steps, v, "_", shade, 1.1) for v, shade in pairs)
         return Panel(title, unit, list(extra), axis, lines)
 
-    def datasets() -> list[Line]:
-        name = "validation_losses"
-        validated = [row for row in rows if name in row]
+    def datasets(name: str = "validation_losses") -> list[Line]:
+        validated, lines = [row for row in rows if name in row], []
         most = max((len(row[name]) for row in validated), default=0)  # one may have come later
-        padded = [row | {name: row[name] + [None] * (most - len(row[name]))} for row in validated]
-        steps, values = series(padded, name)
-        return [
-            curve(steps, v, f"dataset {k + 1}", OTHERS[k % len(OTHERS)], 1.8)
-            for k, v in enumerate(values.T[:most])
-        ]
+        for k in range(most):
+            losses = [row | {name: (row[name] + [None] * most)[k]} for row in validated]
+            lines += mean(name, f"dataset {k + 1}", OTHERS[k % len(OTHERS)], 1.8, rows=losses)
+        return lines
 
-    code_losses = both("loss_codes")
+    codes = both("loss_codes")
     for i, name in enumerate(name for name in names if name.startswith("loss_codes_")):
-        code_losses += mean(name, name.removeprefix("loss_codes_"), OTHERS[i % len(OTHERS)])
+        codes += mean(name, name.removeprefix("loss_codes_"), OTHERS[i % len(OTHERS)])
+    features = [x for x in names if x.startswith("loss_") and not x.startswith("loss_codes")]
     prefix = "validation_" if "validation_masked_accuracy" in names else ""
-    kind = "validation" if prefix else "training"
-    accuracy = mean(f"{prefix}masked_accuracy", f"mean, {kind}", VALIDATION, 2.6)
-    guess = mean(f"{prefix}majority_accuracy", "most frequent code", BASELINE, 1.8, "--")
+    kind = "mean, validation" if prefix else "mean, training"
+    accuracy = mean(f"{prefix}masked_accuracy", kind, VALIDATION, 2.6)
+    accuracy += mean(f"{prefix}majority_accuracy", "most frequent code", BASELINE, 1.8, "--")
     candidates = [
         Panel("Loss", "a masked frame", both("loss")),
         Panel("Validation loss of each dataset", "in the order of data.dir", datasets()),
-        Panel("Loss of the codes", "nats, all codebooks", code_losses),
-        *(
-            Panel(f"Loss of {name.removeprefix('loss_')}", "squared error", both(name))
-            for name in names
-            if name.startswith("loss_") and not name.startswith("loss_codes")
-        ),
-        books("Masked accuracy", "share of frames", "masked_accuracy", "zero", *accuracy, *guess),
+        Panel("Loss of the codes", "nats, all codebooks", codes),
+        *(Panel(f"Loss of {x.removeprefix('loss_')}", "squared error", both(x)) for x in features),
+        books("Masked accuracy", "share of frames", "masked_accuracy", "zero", *accuracy),
         books("Perplexity of the targets", "codes in use", "code_perplexity", "codes"),
         books("Perplexity of the predictions", "codes in use", "prediction_perplexity", "codes"),
         Panel("Features penalty", "mean square", both("features_penalty")),
@@ -127,30 +125,25 @@ def panels(rows: list[dict[str, Any]]) -> list[Panel]:
         Panel("Model FLOPs utilisation", "share of peak", mean("mfu", "", TRAIN), "zero"),
         Panel("Speed", "seconds of audio a second", mean(SPEED, "", TRAIN), "zero"),
     ]
-    return [
-        panel
-        for panel in candidates
-        if any(np.isfinite(line.values).any() for line in (*panel.codebooks, *panel.lines))
-    ]
+    return [x for x in candidates if any(np.isfinite(line.values).any() for line in x.all_lines)]
 
 
 def draw(axes: Any, panel: Panel, last_step: int) -> None:
     """Draw a panel on matplotlib axes, steps from 0 to `last_step`."""
-    lines = [*panel.codebooks, *panel.lines]
-    for i, line in enumerate(lines):
+    for i, line in enumerate(panel.all_lines):
         # a single point has no line
         marker = dict(marker="o", ms=2 + line.width) if len(line.steps) <= 40 else {}
         style = dict(color=line.color, lw=line.width, ls=line.dash, label=line.label, **marker)
         axes.plot(line.steps, line.values, zorder=3 + (i >= len(panel.codebooks)), **style)
         if line.low is not None and not panel.codebooks:
             axes.fill_between(line.steps, line.low, line.high, color=line.color, alpha=0.2, lw=0)
-    values = np.concatenate([line.values for line in lines])
+    values = np.concatenate([line.values for line in panel.all_lines])
     low, high = np.nanmin(values), np.nanmax(values)
     # a logarithmic axis has hardly a tick in a narrow range
     narrow = {"log": 3, "": 30}.get(panel.axis, math.inf)
     if panel.axis == "codes" or (low > 0 and high > narrow * low):
-        axes.set_yscale("log")
         subs = (1, 2, 5) if high < 30 * low and panel.axis != "codes" else (1,)
+        axes.set_yscale("log")
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs))
         axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
@@ -171,12 +164,11 @@ def draw(axes: Any, panel: Panel, last_step: int) -> None:
     if len(panel.lines) > (0 if panel.codebooks else 1):
         axes.legend(fontsize=8, framealpha=0.7, edgecolor="none")
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
-    axes.set(xlim=(0, last_step * 1.02), xlabel="step", ylabel=panel.unit)
+    axes.set(xlim=(0, last_step * 1.02), xlabel="step", ylabel=panel.unit, axisbelow=True)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     axes.tick_params(which="both", labelsize=8.5, color="#bbbbbb")
     axes.grid(color="#e8e8e8", lw=0.7)
-    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#bbbbbb")
 
@@ -185,13 +177,12 @@ def png(
     panels: list[Panel], last_step: int, title: str = "", columns: int = 3, width: float = 5.2
 ) -> bytes:
     """Return a picture of panels, each `width` inches wide; the last one fills its row."""
-    count = -(-len(panels) // columns)
-    heights = [1.0] * count
+    heights = [1.0] * -(-len(panels) // columns)
     if len(panels) % columns == 1 < columns:
         heights[-1] = 0.6  # one wide panel needs no more
     size = (width * columns, 0.66 * width * sum(heights) + 0.5 * bool(title))
     picture = figure.Figure(size, layout="constrained")
-    grid = picture.add_gridspec(count, columns, height_ratios=heights)
+    grid = picture.add_gridspec(len(heights), columns, height_ratios=heights)
     for i, panel in enumerate(panels):
         row, column = divmod(i, columns)
         right = columns if panel is panels[-1] else column + 1

@@ -2,7 +2,7 @@
 
 import json
 import math
-import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,16 +28,14 @@ def read_run(workdir: str) -> tuple[list[Row], dict[str, Any]]:
 
     Raises UserError without rows, and for a file that cannot be read.
     """
-    if not os.path.isdir(workdir):
+    path, config_path = Path(workdir, "metrics.jsonl"), Path(workdir, CONFIG_FILE)
+    if not path.parent.is_dir():
         raise UserError(f"--workdir={workdir} is not a directory")
-    path, config_path = (os.path.join(workdir, name) for name in ("metrics.jsonl", CONFIG_FILE))
-    if not os.path.exists(path):
+    if not path.exists():
         raise UserError(f"{path} is not there: has mert_jax.train run in this workdir?")
     try:
-        rows, config = read_jsonl(path), {}
-        if os.path.exists(config_path):
-            with open(config_path) as f:
-                config = json.load(f)
+        rows = read_jsonl(str(path))
+        config = json.loads(config_path.read_text()) if config_path.exists() else {}
     except (OSError, ValueError) as e:
         raise UserError(f"--workdir={workdir} cannot be read: {e}") from e
     if not rows:
@@ -59,22 +57,21 @@ def summarize(rows: list[Row], config: dict[str, Any]) -> dict[str, Any]:
     steps, losses = (x.ravel().tolist() for x in series(rows, "validation_loss"))
     points = list(zip(steps, losses, strict=True))
     finite = [point for point in points if not math.isnan(point[1])]
-    prefix = "validation_" if points else ""
+    kind, prefix = ("validation", "validation_") if points else ("training", "")
     row = next(row for row in reversed(rows) if f"{prefix}loss" in row or not prefix)
     speeds = series(rows, SPEED)[1]
-    step, batch_size = rows[-1]["step"], config.get("batch_size")
-    num_samples = config.get("data", {}).get("num_samples")
-    clip_hours = batch_size and num_samples and batch_size * num_samples / SAMPLE_RATE / 3600
+    clip_seconds = config.get("data", {}).get("num_samples", 0) / SAMPLE_RATE
+    update_hours = config.get("batch_size", 0) * clip_seconds / 3600
     return {
-        "step": step,
+        "step": rows[-1]["step"],
         "total_steps": config.get("total_steps"),
-        "hours": step * clip_hours if clip_hours else None,
+        "hours": rows[-1]["step"] * update_hours or None,
         "speed": float(np.nanmedian(speeds)) if np.isfinite(speeds).any() else None,
         "loss": rows[-1].get("loss"),
         "first": finite[0] if finite else None,
         "best": min(finite, key=lambda point: point[1], default=None),
         "last": points[-1] if points else None,
-        "kind": "validation" if prefix else "training",
+        "kind": kind,
         "kind_step": row["step"],
         **{name: series([row], prefix + name)[1].ravel().tolist() for name in PER_CODEBOOK},
     }
@@ -82,25 +79,21 @@ def summarize(rows: list[Row], config: dict[str, Any]) -> dict[str, Any]:
 
 def list_warnings(rows: list[Row], figures: dict[str, Any]) -> list[str]:
     """Return one sentence for each problem of the run."""
-
-    def codebooks(flags) -> str:
-        return ", ".join(str(k) for k, flag in enumerate(flags) if flag)
-
-    warnings = []
     used, predicted = figures["code_perplexity"], figures["prediction_perplexity"]
-    if k := codebooks(x < 2 for x in used):
-        warnings.append(f"Collapsed teacher: fewer than 2 codes are in use in codebook {k}.")
-    # relative to the targets: with more codes in use, a student must predict more of them
-    if k := codebooks(p < max(1.5, 0.02 * x) for p, x in zip(predicted, used, strict=False)):
-        warnings.append(
-            f"Collapsed student: it predicts hardly more than one code in codebook {k}."
-        )
-    pairs = zip(figures["masked_accuracy"], figures["majority_accuracy"], strict=False)
-    if k := codebooks(x <= guess for x, guess in pairs):
-        warnings.append(
-            f"The {figures['kind']} accuracy is no better than always guessing the most frequent "
-            f"code in codebook {k}."
-        )
+    accuracies = zip(figures["masked_accuracy"], figures["majority_accuracy"], strict=False)
+    student = "Collapsed student: it predicts hardly more than one code"
+    guess = "accuracy is no better than always guessing the most frequent code"
+    problems = {
+        "Collapsed teacher: fewer than 2 codes are in use": [x < 2 for x in used],
+        # relative to the targets: with more codes in use, a student must predict more of them
+        student: [p < max(1.5, 0.02 * x) for p, x in zip(predicted, used, strict=False)],
+        f"The {figures['kind']} {guess}": [x <= y for x, y in accuracies],
+    }
+    warnings = []
+    for problem, flags in problems.items():
+        if any(flags):
+            books = ", ".join(str(k) for k, flag in enumerate(flags) if flag)
+            warnings.append(f"{problem} in codebook {books}.")
     for name in ("loss", "grad_norm", "validation_loss"):
         steps, values = series(rows, name)
         if missing := np.isnan(values).any(-1).sum():
@@ -111,20 +104,18 @@ def list_warnings(rows: list[Row], figures: dict[str, Any]) -> list[str]:
 def headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the headline figures as pairs of a label and a formatted value."""
 
-    def loss_at(point: tuple[int, float] | None) -> str:
-        return f"{point[1]:.4g} at step {point[0]:,}" if point else "none"
-
     def number(x: Any, form: str) -> str:
         return format(x, form) if isinstance(x, int | float) else "unknown"
+
+    def loss_at(point: tuple[int, float] | None) -> str:
+        return f"{point[1]:.4g} at step {point[0]:,}" if point else "none"
 
     return [
         ("steps", f"{figures['step']:,} of {number(figures['total_steps'], ',')}"),
         ("audio seen", f"{number(figures['hours'], ',.1f')} h"),
         ("median speed", f"{number(figures['speed'], ',.0f')} s of audio a second"),
         ("last training loss", number(figures["loss"], ".4g")),
-        ("first validation loss", loss_at(figures["first"])),
-        ("best validation loss", loss_at(figures["best"])),
-        ("last validation loss", loss_at(figures["last"])),
+        *((f"{x} validation loss", loss_at(figures[x])) for x in ("first", "best", "last")),
         (f"{figures['kind']} masked accuracy", f"{metrics.mean(figures['masked_accuracy']):.4f}"),
         ("always the most frequent code", f"{metrics.mean(figures['majority_accuracy']):.4f}"),
     ]

@@ -12,9 +12,9 @@ SLICE = 16 * 12 * 376 * 384 * 4
 WEIGHTS = 2 * 512 * 512 * 2
 
 
-def run_of(text: str, name: str) -> hlo_parser.Run:
+def run_of(text: str, name: str) -> tuple[hlo_parser.Instruction, int]:
     runs = hlo_parser.executed(hlo_parser.parse(text))
-    return next(run for run in runs if run.instruction.name == name)
+    return next((x, times) for x, times in runs if x.name == name)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_traffic_is_that_of_arrays_in_hbm_with_their_tiles(name, size):
 
 
 def test_the_summary_counts_loop_bodies_as_often_as_they_run():
-    costs = hlo_cost.summary(STEP, frames=374, inside="/checkout/")
+    costs = hlo_cost.summary(STEP, inside="/checkout/")
     assert costs["cycles"] == 2 * 395_787 + 100_000
     # of each output's two taps, one meets a sample and one a hole: 374 pairs for each tap
     assert costs["flops"] == 2 * 16 * (2 * 374) * 512 * 512
@@ -53,9 +53,6 @@ def test_the_summary_counts_loop_bodies_as_often_as_they_run():
     assert first["share"] == pytest.approx(0.8878, abs=1e-4)
     # the caller's line in the checkout, not the library's
     assert second["source"] == "mert_jax/model.py:126"
-    (square,) = costs["square_fp32_tensors"]
-    assert (square["shape"], square["bytes"]) == ("f32[2, 16, 12, 374, 374]", 2 * SLICE)
-    assert hlo_cost.summary(STEP, frames=375)["square_fp32_tensors"] == []
 
 
 START = "%copy.1093 = s32[]{:T(128)S(6)} copy(%constant.4547.clone)"
