@@ -37,31 +37,30 @@ def summary(text: str, inside: str = "") -> dict[str, Any]:
     runs = list(hlo_parser.executed(hlo_parser.parse(text)))
 
     def row(x: Instruction, times: int, **figures: Any) -> dict[str, Any]:
-        place = x.attribute(r'op_name="([^"]*)"')
-        return dict(op=x.name, **figures, times=times, source=x.source(inside), what=place)
+        own = [place.removeprefix(inside) for place in x.stack if place.startswith(inside)]
+        source, what = next(iter(own or x.stack), ""), x.attribute(r'op_name="([^"]*)"')
+        return dict(op=x.name, **figures, times=times, source=source, what=what)
 
-    def top(costs: Iterable[tuple[int, Any]]) -> list[tuple[int, Any]]:
-        return sorted(costs, key=lambda pair: -pair[0])[:TOP]
+    def costliest(costs: Iterable[int]) -> list[tuple[int, tuple[Instruction, int]]]:
+        return sorted(zip(costs, runs, strict=True), key=lambda pair: -pair[0])[:TOP]
 
-    cycles = [(times * x.cycles, (x, times)) for x, times in runs]
-    traffic = [(times * hbm_bytes(x), (x, times)) for x, times in runs]
-    copies = [(n, run) for n, run in traffic if n >= 2**20 and _is_copy(run[0])]
+    cycles = [times * x.cycles for x, times in runs]
+    traffic = [times * hbm_bytes(x) for x, times in runs]
+    copied = [n * (n >= 2**20 and _is_copy(x)) for n, (x, _) in zip(traffic, runs, strict=True)]
     loops = [run for run in runs if run[0].opcode == "while"]
-    kernels = [times for x, times in runs if '_target="tpu_custom_call"' in x.rest]
-    total, exchanges = sum(n for n, _ in cycles), collectives(runs, inside)
-    # a collective may be done in pieces inside fusions, whose own traffic is counted without it
-    fused = sum(x["bytes"] * x["times"] for x in exchanges if x["fused"])
+    exchanges, total = collectives(runs), sum(cycles)
     return {
         "cycles": total,
         "flops": sum(times * flops(x) for x, times in runs),
-        "hbm_bytes": sum(n for n, _ in traffic) + fused,
+        # a collective may be done in pieces inside fusions, whose own traffic is counted without it
+        "hbm_bytes": sum(traffic) + sum(x["bytes"] * x["times"] for x in exchanges if x["fused"]),
         "collectives": exchanges,
         "loops": [row(*run, trips=hlo_parser.trip_count(run[0])) for run in loops],
         "costliest_ops": [
-            row(*run, cycles=n, share=round(n / total, 4)) for n, run in top(cycles) if n
+            row(*run, cycles=n, share=round(n / total, 4)) for n, run in costliest(cycles) if n
         ],
-        "big_copies": [row(*run, bytes=n) for n, run in top(copies)],
-        "pallas_kernels": sum(kernels),
+        "big_copies": [row(*run, bytes=n) for n, run in costliest(copied) if n],
+        "pallas_kernels": sum(n for x, n in runs if '_target="tpu_custom_call"' in x.rest),
     }
 
 
@@ -71,7 +70,7 @@ def _is_copy(x: Instruction) -> bool:
     opcodes = {part.opcode for part in inside or [itself]}
     copies = {"copy", "transpose"}
     moves = opcodes & copies and opcodes <= copies | {"bitcast", "reshape", "parameter"}
-    return moves and all(shape.in_hbm for each in (x, *x.operands) for shape in each.shapes)
+    return bool(moves) and all(shape.in_hbm for each in (x, *x.operands) for shape in each.shapes)
 
 
 def _is_free(x: Instruction) -> bool:
@@ -89,14 +88,14 @@ def flops(x: Instruction) -> float:
 
 
 def _dot_multiply_adds(x: Instruction) -> int:
-    axes = x.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
-    contracted = [x.operands[0].shapes[0].dims[int(axis)] for axis in axes.split(",") if axis]
-    return math.prod(x.shapes[0].dims) * math.prod(contracted)
+    axes = re.findall(r"\d+", x.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
+    left = x.operands[0].shapes[0].dims
+    return math.prod(x.shapes[0].dims) * math.prod(left[int(axis)] for axis in axes)
 
 
 def _convolution_multiply_adds(x: Instruction) -> int:
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.rest).groups()
-    shapes = [x.operands[0].shapes[0], x.operands[1].shapes[0], x.shapes[0]]
+    shapes = [each.shapes[0] for each in (*x.operands[:2], x)]
     left, right, result = (
         dict(zip(names, shape.dims, strict=True))
         for names, shape in zip(labels, shapes, strict=True)
@@ -105,7 +104,7 @@ def _convolution_multiply_adds(x: Instruction) -> int:
     options = {key: text.split("x") for key, text in (part.split("=") for part in window)}
     groups = int(x.attribute(r"batch_group_count=(\d+)") or 1)
     total = left["b"] // groups * right["i"] * right["o"]
-    for i, axis in enumerate(sorted(filter(str.isdigit, labels[0]), key=int)):
+    for i, axis in enumerate(sorted(filter(str.isdigit, labels[0]))):
         stride, pad, holes, spread = (
             int(options[key][i].split("_")[0]) if key in options else default
             for key, default in (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
@@ -189,7 +188,7 @@ def _updates(x: Instruction) -> list[float]:
     return [0 if x.opcode in ("parameter", *COLLECTIVES) else math.inf]
 
 
-def collectives(runs: Iterable[tuple[Instruction, int]], inside: str) -> list[dict[str, Any]]:
+def collectives(runs: Iterable[tuple[Instruction, int]]) -> list[dict[str, Any]]:
     """Return the executed collectives.
 
     bytes: the whole array, the larger of input and output. group: devices, None for all. fused:
@@ -198,16 +197,14 @@ def collectives(runs: Iterable[tuple[Instruction, int]], inside: str) -> list[di
     rows, channels = [], set()
     for run, times in runs:
         for x in run.unfused():
-            kind, channel = x.opcode.removesuffix("-start"), x.attribute(r"channel_id=(\d+)")
-            if kind not in COLLECTIVES or (x is not run and channel in channels):
-                continue
-            if x is not run and channel:
+            kind, fused = x.opcode.removesuffix("-start"), x is not run
+            channel = x.attribute(r"channel_id=(\d+)") if fused else ""
+            if kind in COLLECTIVES and (not channel or channel not in channels):
                 channels.add(channel)
-            group = group_size(x.rest)
-            size = sum(shape.size for operand in x.operands for shape in operand.shapes)
-            size *= (group or 1) if kind == "all-gather" else 1
-            row = dict(kind=kind, bytes=size, group=group, times=times)
-            rows.append(row | dict(source=x.source(inside), fused=x is not run))
+                group = group_size(x.rest)
+                size = sum(shape.size for operand in x.operands for shape in operand.shapes)
+                size *= (group or 1) if kind == "all-gather" else 1
+                rows.append(dict(kind=kind, bytes=size, group=group, times=times, fused=fused))
     return rows
 
 

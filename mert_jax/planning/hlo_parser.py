@@ -48,19 +48,12 @@ class Shape(NamedTuple):
         return bool(self.dims) and not re.search(r"S\([1-9]", self.layout)
 
 
-class Program(NamedTuple):
-    """Computations by name; `frames` maps a stack frame to its caller's and its "file:line"."""
-
-    computations: dict[str, "Computation"]
-    frames: dict[int, tuple[int, str]]
-
-
 @dataclass(eq=False, slots=True)
 class Instruction:
     """One line of the text, linked to its operands.
 
     shapes: arrays of the result, those of a tuple flattened. rest: the text after the operands.
-    literal: the value of a constant, the number of a parameter.
+    literal: the value of a constant, the number of a parameter. stack: "file:line", inner first.
     """
 
     name: str
@@ -69,7 +62,8 @@ class Instruction:
     operands: list["Instruction"]
     rest: str
     literal: str
-    program: Program
+    stack: list[str]
+    computations: dict[str, "Computation"]
 
     def attribute(self, pattern: str) -> str:
         """Return the first group of a regular expression in `rest`, "" without a match."""
@@ -78,21 +72,12 @@ class Instruction:
 
     def called(self, name: str) -> "Computation":
         """Return the computation that an attribute such as "body" names."""
-        return self.program.computations[self.attribute(rf"\b{name}=%?([\w.\-]+)")]
+        return self.computations[self.attribute(rf"\b{name}=%?([\w.\-]+)")]
 
     @property
     def cycles(self) -> int:
         """The TPU compiler's estimate, 0 without one."""
         return int(self.attribute(r'"estimated_cycles":"(\d+)"') or 0)
-
-    def source(self, inside: str) -> str:
-        """Return the innermost "file:line" in a file that begins with `inside`, else of all."""
-        frame, places = int(self.attribute(r"stack_frame_id=(\d+)") or 0), []
-        while frame in self.program.frames:
-            frame, place = self.program.frames[frame]
-            places.append(place)
-        own = [place.removeprefix(inside) for place in places if place.startswith(inside)]
-        return next(iter(own or places), "")
 
     def unfused(self) -> Iterator["Instruction"]:
         """Yield this instruction and, if it is a fusion, those inside it."""
@@ -111,22 +96,23 @@ class Computation(NamedTuple):
 
 def parse(text: str) -> Computation:
     """Return the entry computation of an HLO text. Raises ValueError if it has none."""
-    program, entry = Program({}, _stack_frames(text)), None
+    stacks, computations, entry = _parse_stacks(text), {}, None
     for is_entry, name, body in _COMPUTATION.findall(text):
-        names, root = {}, None
-        for is_root, each, rest in _INSTRUCTION.findall(body):
-            names[each] = _parse_instruction(each, rest, program)
-            root = names[each] if is_root else root
-        for x in names.values():
-            x.operands = [names[operand] for operand in x.operands if operand in names]
-        program.computations[name] = Computation([*names.values()], root)
-        entry = program.computations[name] if is_entry else entry
+        instructions, root = {}, None
+        for is_root, each, line in _INSTRUCTION.findall(body):
+            instructions[each] = x = _parse_instruction(each, line)
+            x.computations, root = computations, x if is_root else root
+            x.stack = stacks.get(x.attribute(r"stack_frame_id=(\d+)"), [])
+        for x in instructions.values():
+            x.operands = [instructions[name] for name in x.operands if name in instructions]
+        computations[name] = Computation([*instructions.values()], root)
+        entry = computations[name] if is_entry else entry
     if entry is None:
         raise ValueError("no ENTRY computation: this is not the text of an HLO module")
     return entry
 
 
-def _parse_instruction(name: str, text: str, program: Program) -> Instruction:
+def _parse_instruction(name: str, text: str) -> Instruction:
     opcode = _OPCODE.search(text)
     depth, end = 1, opcode.end()
     while depth:
@@ -137,18 +123,21 @@ def _parse_instruction(name: str, text: str, program: Program) -> Instruction:
         Shape(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n), layout)
         for dtype, dims, layout in _SHAPE.findall(text[: opcode.start()])
     )
-    operands = re.findall(r"%([\w.\-]+)", arguments)  # linked when all names are known
+    operands = re.findall(r"%([\w.\-]+)", arguments)  # `parse` links them
     literal = "" if operands else arguments
-    return Instruction(name, opcode[1], shapes, operands, text[end:], literal, program)
+    return Instruction(name, opcode[1], shapes, operands, text[end:], literal, [], {})
 
 
-def _stack_frames(text: str) -> dict[int, tuple[int, str]]:
+def _parse_stacks(text: str) -> dict[str, list[str]]:
     files = dict(re.findall(r'^(\d+) "(.*)"$', text.partition("\nFunctionNames\n")[0], re.M))
     lines = re.findall(r"^(\d+) \{file_name_id=(\d+).*? line=(\d+)", text, re.M)
     places = {location: f"{files[file]}:{line}" for location, file, line in lines}
-    frames = re.findall(r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?", text, re.M)
-    # the text counts callers from 1, with 1 for none
-    return {int(frame): (int(caller or 1) - 1, places[at]) for frame, at, caller in frames}
+    stacks = {}
+    frames = r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?"
+    for frame, location, caller in re.findall(frames, text, re.M):
+        # the text counts callers from 1, with 1 for none
+        stacks[frame] = [places[location], *stacks.get(str(int(caller or 1) - 1), [])]
+    return stacks
 
 
 def executed(computation: Computation, times: int = 1) -> Iterator[tuple[Instruction, int]]:
@@ -181,18 +170,19 @@ def trip_count(loop: Instruction) -> int | None:
     if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
         return int(known)
     test, (start,), root = loop.called("condition").root, loop.operands, loop.called("body").root
-    initial = start.operands if start.opcode == "tuple" else []
+    counter = _origin(test.operands[0])
+    if "direction=LT" not in test.rest or counter.opcode != "get-tuple-element":
+        return None
 
     def first_value(x: Instruction) -> int | None:
-        index = _tuple_index(x)
-        return _integer(x if index is None or index >= len(initial) else initial[index])
+        x = _origin(x)
+        carried = x.opcode == "get-tuple-element" and start.opcode == "tuple"
+        return _integer(start.operands[_index(x)] if carried else x)
 
-    if test.opcode != "compare" or "direction=LT" not in test.rest:
+    begin, end = map(first_value, test.operands)
+    if begin is None or end is None:
         return None
-    counter, (begin, end) = _tuple_index(test.operands[0]), map(first_value, test.operands)
-    if None in (counter, begin, end):
-        return None
-    added = root.operands[counter] if root.opcode == "tuple" else root
+    added = root.operands[_index(counter)] if root.opcode == "tuple" else root
     # a counter fused with other sums: all loops of that kind seen so far count by one
     steps = map(_integer, added.operands) if added.opcode == "add" else ()
     return max(-(-(end - begin) // next(filter(None, steps), 1)), 0)
@@ -202,11 +192,10 @@ def _origin(x: Instruction) -> Instruction:
     return _origin(x.operands[0]) if x.opcode in _COPIES else x
 
 
+def _index(x: Instruction) -> int:
+    return int(x.attribute(r"index=(\d+)"))
+
+
 def _integer(x: Instruction) -> int | None:
     x = _origin(x)
     return int(x.literal) if x.opcode == "constant" and x.literal.lstrip("-").isdigit() else None
-
-
-def _tuple_index(x: Instruction) -> int | None:
-    x = _origin(x)
-    return int(x.attribute(r"index=(\d+)")) if x.opcode == "get-tuple-element" else None

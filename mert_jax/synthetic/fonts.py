@@ -59,9 +59,9 @@ class Fonts(NamedTuple):
         split: str,
         label: Any,
         made_of: dict[str, Any],
+        draw: np.random.Generator,
         notes: Sequence[Note],
         seconds: float,
-        draw: np.random.Generator,
         tuning: float = 0.0,
         noise_db: tuple[float, float] = (40, 70),
     ) -> Clip:
@@ -85,22 +85,20 @@ def load_fonts(train: str, test: str) -> Fonts:
     Raises NotInstalled for a font missing from its usual place, UserError for a wrong path.
     """
     fonts = []
-    usual = {"train": TRAIN_FONT, "test": bundled_font() or "TimGM6mb"}
-    for (role, path), given in zip(usual.items(), (train, test), strict=True):
-        option = f"--{role}_font"
-        if given and not os.path.isfile(given):
-            raise UserError(f"{option}={given} is not a file; a soundfont (.sf2) is needed")
-        if not given and not os.path.isfile(path):
-            raise NotInstalled(f"no soundfont {path}: {INSTALL[role]}, or give {option}=FILE.sf2")
-        fonts.append(load_font(given or path))
+    for role, path, usual in (("train", train, TRAIN_FONT), ("test", test, bundled_font())):
+        if path and not os.path.isfile(path):
+            raise UserError(f"--{role}_font={path} is not a file; a soundfont (.sf2) is needed")
+        if not path and not os.path.isfile(usual):
+            how = f"{INSTALL[role]}, or give --{role}_font=FILE.sf2"
+            raise NotInstalled(f"no soundfont {usual}: {how}")
+        fonts.append(load_font(path or usual))
     return Fonts(*fonts)
 
 
-def bundled_font() -> str | None:
-    """Return the path of the font that comes with pretty_midi, None without it."""
+def bundled_font() -> str:
+    """Return the path of the font that comes with pretty_midi, only its name without that."""
     spec = importlib.util.find_spec("pretty_midi")
-    path = os.path.join(os.path.dirname(spec.origin), "TimGM6mb.sf2") if spec else ""
-    return path if os.path.exists(path) else None
+    return os.path.join(os.path.dirname(spec.origin) if spec else "", "TimGM6mb.sf2")
 
 
 @functools.cache
@@ -116,13 +114,14 @@ def load_font(path: str) -> Font:
     except Exception as e:  # the binding raises plain exceptions of several kinds
         raise UserError(f"{path} cannot be read as a soundfont: {e}") from e
     name, digest = Path(path).stem, hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    about = dict(name=name, sha256=digest, licence=LICENCES.get(name, "not known"))
-    about["renderer"] = f"tinysoundfont {importlib.metadata.version('tinysoundfont')}"
+    renderer = f"tinysoundfont {importlib.metadata.version('tinysoundfont')}"
+    licence = LICENCES.get(name, "not known")
+    about = dict(name=name, sha256=digest, licence=licence, renderer=renderer)
     return Font(name, functools.partial(_play, synth, number, name), about)
 
 
 def _play(
-    synth: Any, font: int, name: str, notes: Sequence[Note], seconds: float, tuning: float = 0.0
+    synth: Any, font: int, name: str, notes: Sequence[Note], seconds: float, tuning: float
 ) -> np.ndarray:
     def generate(samples: int) -> np.ndarray:
         stereo = np.frombuffer(bytes(synth.generate(samples)), np.float32)
@@ -130,38 +129,27 @@ def _play(
 
     synth.sounds_off()
     generate(RENDER_RATE // 10)  # voices of the previous clip fade out here
-    channels = _select_programs(synth, font, name, {note.program for note in notes}, tuning)
+    channels = {DRUMS: DRUM_CHANNEL}
+    synth.program_select(DRUM_CHANNEL, font, 128, 0, True)
+    for channel, program in enumerate(sorted({note.program for note in notes} - {DRUMS})):
+        if synth.sfpreset_name(font, 0, program) is None:
+            raise UserError(f"soundfont {name} has no program {program}; give a General MIDI font")
+        synth.program_select(channel, font, 0, program, False)
+        synth.set_tuning(channel, tuning)
+        channels[program] = channel
     events = []  # (sample, is a start, ...): notes end before others start at the same sample
     for note in notes:
-        start, stop = (round(x * RENDER_RATE) for x in (note.start, note.stop))
+        start, stop = round(note.start * RENDER_RATE), round(note.stop * RENDER_RATE)
         key = channels[note.program], note.pitch
-        events += [(start, True, *key, note.velocity), (max(stop, start + 1), False, *key, 0)]
+        events += [(start, True, *key, note.velocity), (max(stop, start + 1), False, *key)]
     parts, now, end = [], 0, round(seconds * RENDER_RATE)
-    for at, starts, channel, pitch, velocity in sorted(x for x in events if x[0] < end):
+    for at, starts, *key in sorted(event for event in events if event[0] < end):
         if at > now:
             parts.append(generate(at - now))
-            now = at
-        if starts:
-            synth.noteon(channel, pitch, velocity)
-        else:
-            synth.noteoff(channel, pitch)
+        now = at
+        (synth.noteon if starts else synth.noteoff)(*key)
     wave = np.concatenate([*parts, generate(end - now)])
     wave = soxr.resample(wave, RENDER_RATE, SAMPLE_RATE)
     if np.abs(wave).max() < 1e-5:
         raise UserError(f"soundfont {name} is silent where it should play {notes[0]}")
     return wave
-
-
-def _select_programs(
-    synth: Any, font: int, name: str, programs: set[int], tuning: float
-) -> dict[int, int]:
-    """Give each program a MIDI channel; return {program: channel}."""
-    channels = {program: i for i, program in enumerate(sorted(programs - {DRUMS}))}  # at most 4
-    for program, channel in channels.items():
-        if synth.sfpreset_name(font, 0, program) is None:
-            raise UserError(f"soundfont {name} has no program {program}; give a General MIDI font")
-        synth.program_select(channel, font, 0, program, False)
-        synth.set_tuning(channel, tuning)
-    synth.program_select(DRUM_CHANNEL, font, 128, 0, True)
-    synth.set_tuning(DRUM_CHANNEL, 0.0)
-    return channels | {DRUMS: DRUM_CHANNEL}

@@ -22,8 +22,8 @@ class Instrument(NamedTuple):
 def _instruments(table: str) -> tuple[Instrument, ...]:
     """Parse "NAME PROGRAM[,PROGRAM] LOWEST-HIGHEST[MARKS]; ..."."""
     instruments = []
-    for item in re.split(r";\s+", table.strip()):
-        name, programs, low, high, marks = re.match(r"(.+) (\S+) (\d+)-(\d+)(.*)", item).groups()
+    for row in re.findall(r"([^;\s].*?) ([\d,]+) (\d+)-(\d+)([*~]*)", table):
+        name, programs, low, high, marks = row
         programs, pitches = [int(x) for x in programs.split(",")], range(int(low), int(high) + 1)
         instruments.append(Instrument(name, programs, pitches, marks))
     return tuple(instruments)
@@ -114,9 +114,9 @@ def _notes(
             start = draw.uniform(0, 0.3)
             stop = start + draw.uniform(*length)
             note = Note(start, stop, pitch, int(draw.integers(50, 120)), player.programs[0])
+            audio = [note], NOTE_SECONDS, draw.uniform(-tuning, tuning), noise_db
             made_of = {"instrument": player.name, "pitch": pitch}
-            arguments = [note], NOTE_SECONDS, draw, draw.uniform(-tuning, tuning), noise_db
-            clips.append(fonts.clip(split, label, made_of, *arguments))
+            clips.append(fonts.clip(split, label, made_of, draw, *audio))
     source = "single notes of General MIDI instruments, rendered"
     return fonts.recipe(clips, source, "train and val: other notes of one font")
 
@@ -142,12 +142,12 @@ def _phrase(fonts: Fonts, split: str, i: int, player: Instrument) -> Clip:
     pitches = np.clip(pitches, low, high).tolist()
     legato = draw.uniform(0.5, 1.0)  # sounding part of the time to the next note
     notes = []
-    for k, start in enumerate(starts):
+    for k, start in enumerate(starts.tolist()):
         stop = starts[k + 1] if k + 1 < count else start + draw.uniform(0.4, 1.2)
         stop = float(start + legato * (stop - start))
-        notes.append(Note(float(start), stop, pitches[k], int(draw.integers(60, 120)), program))
+        notes.append(Note(start, stop, pitches[k], int(draw.integers(60, 120)), program))
     made_of, tuning = {"program": program, "pitches": pitches}, draw.uniform(-0.2, 0.2)
-    return fonts.clip(split, player.name, made_of, notes, TECHNIQUE_SECONDS, draw, tuning)
+    return fonts.clip(split, player.name, made_of, draw, notes, TECHNIQUE_SECONDS, tuning)
 
 
 def mix(fonts: Fonts, small: bool = False) -> Recipe:
@@ -187,7 +187,7 @@ def _mix_clip(fonts: Fonts, split: str, i: int, players: Sequence[Instrument]) -
             velocity = int(np.clip(loudness + draw.integers(-10, 11), 1, 127))
             notes.append(Note(start, start + 0.95 * length, pitch, velocity, program))
     names, made_of = [player.name for player in players], {"programs": programs}
-    return fonts.clip(split, names, made_of, notes, MIX_SECONDS, draw)
+    return fonts.clip(split, names, made_of, draw, notes, MIX_SECONDS)
 
 
 def _part(

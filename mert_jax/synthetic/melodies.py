@@ -76,7 +76,7 @@ def _key_clip(fonts: Fonts, split: str, i: int, tune: Tune) -> Clip:
     until = KEY_SECONDS * tempo / 60
     notes = play(transpose(tune, tonic), *_draw_sound(draw), until, clock, draw)
     tuning = draw.uniform(-0.2, 0.2)
-    return fonts.clip(split, label, _made_of(tune), notes, KEY_SECONDS, draw, tuning)
+    return fonts.clip(split, label, _made_of(tune), draw, notes, KEY_SECONDS, tuning)
 
 
 def _beat_clip(fonts: Fonts, split: str, i: int, tune: Tune) -> Clip:
@@ -89,7 +89,7 @@ def _beat_clip(fonts: Fonts, split: str, i: int, tune: Tune) -> Clip:
 
     sound, drums = _draw_sound(draw), bool(draw.uniform() < 0.5)
     notes = play(tune, *sound, len(label["beat"]) * tune.beat, clock, draw, drums)
-    return fonts.clip(split, label, _made_of(tune), notes, BEAT_SECONDS, draw)
+    return fonts.clip(split, label, _made_of(tune), draw, notes, BEAT_SECONDS)
 
 
 def transpose(tune: Tune, tonic: int) -> Tune:

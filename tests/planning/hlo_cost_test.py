@@ -44,7 +44,7 @@ def test_the_summary_counts_loop_bodies_as_often_as_they_run():
     traffic = 2 * SLICE + 2 * WEIGHTS + 16 * 749 * 512 * 2 + 8 * 938 * 128 * 4 + 2 * 1024 * 4
     assert costs["hbm_bytes"] == traffic
     assert costs["collectives"] == [
-        dict(kind="all-reduce", bytes=768 * 4, group=8, times=1, source="", fused=False)
+        dict(kind="all-reduce", bytes=768 * 4, group=8, times=1, fused=False)
     ]
     (loop,) = costs["loops"]
     assert loop["trips"] == 2
@@ -213,7 +213,7 @@ ENTRY %main (a: {piece}, b: {array}) -> ({piece}, {array}) {{
     costs = hlo_cost.summary(text)
     size = 512 * 768 * 4
     assert costs["collectives"] == [
-        dict(kind="all-gather", bytes=size, group=8, times=1, source="", fused=True)
+        dict(kind="all-gather", bytes=size, group=8, times=1, fused=True)
     ]
     assert costs["hbm_bytes"] == size
 
