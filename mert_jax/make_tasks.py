@@ -13,7 +13,6 @@ packages fluid-soundfont-gm and hydrogen-drumkits. If one is missing, prints how
 makes the other datasets and exits with 1.
 """
 
-import functools
 import os
 import time
 from collections.abc import Sequence
@@ -36,13 +35,12 @@ TASKS = (*RENDERED, "made_drums")
 
 FLAGS = flags.FlagValues()
 define = cli.Define(FLAGS)
-_text = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
-_OUTPUT = _text("output", None, "Directory of the datasets.", required=True)
+_OUTPUT = define.string("output", None, "Directory of the datasets.", required=True)
 _ONLY = define.list("only", list(TASKS), "Datasets to make.")
 _SMALL = define.bool("small", False, "Make a few clips each, for a try.")
-_TRAIN_FONT = _text("train_font", "", f"Soundfont of train and val. [{fonts.TRAIN_FONT}]")
-_TEST_FONT = _text("test_font", "", "Soundfont of the test. [pretty_midi's TimGM6mb]")
-_DRUMKITS = _text("drumkits", "", f"Folder of Hydrogen's drum kits. [{drums.FOLDER}]")
+_TRAIN_FONT = define.string("train_font", "", f"Soundfont of train and val. [{fonts.TRAIN_FONT}]")
+_TEST_FONT = define.string("test_font", "", "Soundfont of the test. [pretty_midi's TimGM6mb]")
+_DRUMKITS = define.string("drumkits", "", f"Folder of Hydrogen's drum kits. [{drums.FOLDER}]")
 
 
 def make_tasks(
@@ -53,10 +51,7 @@ def make_tasks(
     test_font: str = "",
     drumkits: str = "",
 ) -> dict[str, str]:
-    """Make the datasets `only` in `output`; return {name: reason} of those that lack a source.
-
-    Raises UserError for an unknown name, a wrong path, and an existing dataset of other settings.
-    """
+    """Make the datasets `only` in `output`; return {name: reason} of those that lack a source."""
     if unknown := sorted(set(only) - set(TASKS)):
         raise UserError(f"--only: no task {', '.join(unknown)}; there are {', '.join(TASKS)}")
     if "://" in output:
@@ -95,13 +90,12 @@ def report(missing: dict[str, str], asked: int) -> int:
         raise UserError("; ".join(lines))
     for line in lines:
         print_error(line)
-    return 1 if missing else 0
+    return int(bool(missing))
 
 
 def main() -> int:
     """Run the command and return its exit code."""
-    started = time.monotonic()
-    only = list(dict.fromkeys(_ONLY.value))
+    started, only = time.monotonic(), list(dict.fromkeys(_ONLY.value))
     options = (_SMALL.value, _TRAIN_FONT.value, _TEST_FONT.value, _DRUMKITS.value)
     code = report(make_tasks(_OUTPUT.value, only, *options), len(only))
     print(f"done in {time.monotonic() - started:.0f} s")

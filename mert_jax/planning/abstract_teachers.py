@@ -25,13 +25,10 @@ FITTED = {"kmeans": (kmeans, ("mel_size", "chroma_size")), "mel_rvq": (mel_rvq, 
 def stored_codes(config: ConfigDict, choice: str) -> dict[str, CodesInfo]:
     """Return the codes that come with the batch, by teacher.
 
-    choice: "stored", "computed", or "" to follow the dataset. Raises UserError for "stored" if no
-    teacher's codes can be stored.
+    choice: "stored", "computed", or "" to follow the dataset.
     """
-    if choice == "computed" or not (choice or config.data.dir):
-        return {}
-    stored = build.find_stored_codes(config) if config.data.dir else {}
-    if choice != "stored" or stored:
+    stored = build.find_stored_codes(config) if config.data.dir and choice != "computed" else {}
+    if stored or choice != "stored":
         return stored
     if STORED not in config.teachers:
         reason = f"of the teachers {tuple(config.teachers)} none is {STORED}, the only one stored"

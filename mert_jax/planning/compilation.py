@@ -47,10 +47,7 @@ class Compiled(NamedTuple):
 
 
 def make_topology(name: str) -> Topology:
-    """Return the devices of "v5e:4x4" or, fake ones, "cpu:8"; call before jax's backend starts.
-
-    Raises UserError for an unknown name, and if libtpu is needed but not installed.
-    """
+    """Return the devices of "v5e:4x4" or, fake ones, "cpu:8"; call before jax's backend starts."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+){0,2})", name)
     if not match or match[1] not in (*TPUS, "cpu"):
         needed = f"{', '.join(TPUS)} and a shape, such as v5e:4x4 or v4:2x2x4, or cpu:8"
@@ -95,11 +92,7 @@ def _tpu_devices(name: str, chip: Chip, number: int) -> Sequence[Any]:
 
 
 def compile_step(config: ConfigDict, devices: Sequence[Any], codes: str = "") -> Compiled:
-    """Compile the training step of `config` for `devices`.
-
-    codes: "stored", "computed", or "" to follow the dataset (computed without one). Raises
-    UserError for settings that contradict each other or the number of devices.
-    """
+    """Compile the training step of a checked `config`; codes: as in `stored_codes`."""
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     sharding.check_batch(config.batch_size // config.accumulation, mesh)
     stored = abstract_teachers.stored_codes(config, codes)
@@ -148,12 +141,11 @@ def _abstract_batch(
     def array(shape: tuple[int, ...], dtype: Any, axes: PartitionSpec = sharding.BATCH):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, axes))
 
-    codes = {name: array((rows, frames, x.books), jnp.uint16) for name, x in stored.items()}
     return {
         "audio": array((rows, context + samples), jnp.int16),
         "looped": array((rows,), jnp.bool_),
         "record": array((rows,), jnp.int32),
         "faulty": array((rows,), jnp.int32),
         "requests": array((mesh.size,), jnp.int32, PartitionSpec(sharding.AXES)),
-        "codes": codes,
+        "codes": {k: array((rows, frames, x.books), jnp.uint16) for k, x in stored.items()},
     }

@@ -30,11 +30,7 @@ PROGRAM = ("costliest_ops", "loops", "big_copies", "pallas_kernels")
 
 
 def make_plan(config: ConfigDict, topology: Topology, compiled: Compiled) -> dict[str, Any]:
-    """Return what `plan` prints of a compiled step.
-
-    Sizes are those of one device, times those of one update. Figures that a CPU or a step that does
-    not fit lacks are None.
-    """
+    """Return what `plan` prints: sizes of a device, times of an update, None where unknown."""
     mesh, batch_size, chip = compiled.mesh, config.batch_size, topology.chip
     clips = batch_size / (mesh.shape["data"] * mesh.shape["fsdp"])
     num_samples = config.data.num_samples
@@ -48,9 +44,9 @@ def make_plan(config: ConfigDict, topology: Topology, compiled: Compiled) -> dic
         program = {name: summary[name] for name in PROGRAM}
     sizes, peak, capacity = compiled.memory, compiled.used, chip and chip.capacity
     if sizes:
-        peak = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+        results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+        peak = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + results
         peak += sizes.generated_code_size_in_bytes
-        peak += sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     num_hosts = len({device.process_index for device in topology.devices})
     arrays = jax.tree.leaves(compiled.batch)
     input_mb = sum(x.size * x.dtype.itemsize for x in arrays) / num_hosts / 1e6
@@ -84,11 +80,8 @@ def make_plan(config: ConfigDict, topology: Topology, compiled: Compiled) -> dic
 
 
 def bytes_sent(kind: str, size: float, group: int) -> float:
-    """Return the least bytes that each of `group` devices sends in a collective on `size` bytes.
-
-    Rings: Patarasuk and Yuan, 2009, doi 10.1016/j.jpdc.2008.09.002.
-    """
-    share = (group - 1) / group
+    """Return the least bytes that each of `group` devices sends in a collective on `size` bytes."""
+    share = (group - 1) / group  # rings: Patarasuk and Yuan, 2009, doi 10.1016/j.jpdc.2008.09.002
     return size * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from mert_jax.planning import hlo_parser
 from mert_jax.planning.hlo_parser import Instruction, Shape
 
-TOP = 10  # entries of the lists of the costliest
+TOP = 10  # costliest operations, and copies from HBM to HBM, in a summary
 # instructions without work of their own: names for what exists, or what `executed` walks into
 _FREE = set(
     "parameter constant get-tuple-element tuple bitcast while call conditional after-all "
@@ -31,8 +31,7 @@ COLLECTIVES = tuple(
 def summary(text: str, inside: str = "") -> dict[str, Any]:
     """Return the costs of one step on one device, from the text of its optimised HLO.
 
-    flops: of matrix products and convolutions only. costliest_ops, big_copies (HBM to HBM): the
-    first TOP. Source lines are the innermost in files that begin with `inside`.
+    Source lines are the innermost in files that begin with `inside`.
     """
     runs = list(hlo_parser.executed(hlo_parser.parse(text)))
 
@@ -79,10 +78,7 @@ def _is_free(x: Instruction) -> bool:
 
 
 def flops(x: Instruction) -> float:
-    """Return the FLOPs of the matrix products and convolutions in `x`, two a multiply-add.
-
-    Products with padding or with the holes of a dilation are not counted.
-    """
+    """Return the FLOPs of the products and convolutions in `x`, without padding and holes."""
     products = {"dot": _dot_multiply_adds, "convolution": _convolution_multiply_adds}
     return 2.0 * sum(products[y.opcode](y) for y in x.unfused() if y.opcode in products)
 
@@ -189,10 +185,9 @@ def _updates(x: Instruction) -> list[float]:
 
 
 def collectives(runs: Iterable[tuple[Instruction, int]]) -> list[dict[str, Any]]:
-    """Return the executed collectives.
+    """Return the executed collectives; group: None for all devices.
 
-    bytes: the whole array, the larger of input and output. group: devices, None for all. fused:
-    done in pieces inside other fusions, all of which name its channel.
+    bytes: the larger of input and output. fused: in pieces, in fusions that share its channel.
     """
     rows, channels = [], set()
     for run, times in runs:

@@ -164,8 +164,8 @@ def executed(computation: Computation, times: int = 1) -> Iterator[tuple[Instruc
 def trip_count(loop: Instruction) -> int | None:
     """Return how often the body of a while loop runs, None if the text does not tell.
 
-    The TPU compiler does not write it down: it follows from the condition (counter < limit), the
-    counter's first value, and what the body adds to it.
+    The TPU compiler does not: it follows from the condition (counter < limit), the counter's first
+    value, and what the body adds to it.
     """
     if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
         return int(known)

@@ -15,9 +15,8 @@ from mert_jax.pretraining import build
 
 Plan = dict[str, Any]
 # the columns of a search's table, beside the setting
-SEARCH_KEYS = (
-    *("fits", "hbm_peak_gib", "estimated_step_time_s"),
-    *("collective_bound_s", "estimated_mfu", "compile_s"),
+SEARCH_KEYS = tuple(
+    "fits hbm_peak_gib estimated_step_time_s collective_bound_s estimated_mfu compile_s".split()
 )
 
 
@@ -52,9 +51,8 @@ def make_plan(
 ) -> Plan:
     """Return the plan of `config` on the devices of `topology`, such as "v5e:4x4" or "cpu:8".
 
-    codes: "stored" or "computed", None to follow the dataset. search_settings: return the plan of
-    the best setting, with a table of all under "search". hlo_file: where to write the optimised
-    program. Raises UserError for settings that do not go together.
+    codes: "stored" or "computed", None to follow the dataset. search_settings: return the best
+    setting's, with a table of all under "search". hlo_file: for the optimised program.
     """
     build.check(config)
     if not topology:
@@ -76,9 +74,8 @@ def make_plan(
     if not search_settings:
         return plan_one(config)
     mesh = sharding.make_mesh(**config.mesh, devices=target.devices)
-    own = Setting(
-        *mesh.shape.values(), config.model.remat, config.accumulation, config.model.unroll
-    )
+    model = config.model
+    own = Setting(*mesh.shape.values(), model.remat, config.accumulation, model.unroll)
     stages = make_stages(config, mesh.size)
     ranked = search(own, stages, lambda setting: plan_one(setting.apply(config)))
     rows = [setting._asdict() | {key: plan[key] for key in SEARCH_KEYS} for setting, plan in ranked]
@@ -116,8 +113,7 @@ def search(
 ) -> list[tuple[Setting, Plan]]:
     """Return plans from the best to the worst, each stage going on from the best so far.
 
-    Those that fit come first, by the sum of estimated time and collectives, then the others, by the
-    memory they need. A setting that is impossible is left out; if all are, its UserError is raised.
+    A setting that is impossible is left out; if all are, the UserError of `start` is raised.
     """
     plans: dict[Setting, Plan] = {}
     errors: dict[Setting, UserError] = {}
@@ -138,7 +134,7 @@ def search(
 
 
 def rank(plan: Plan) -> tuple[bool, float]:
-    """Return the sorting key of a plan, smaller for a better one."""
+    """Return a plan's sorting key: those that fit first, by time, the others by memory."""
     if not plan["fits"] or plan["estimated_step_time_s"] is None:
         return not plan["fits"], plan["hbm_peak_gib"]
     return False, plan["estimated_step_time_s"] + plan["collective_bound_s"]

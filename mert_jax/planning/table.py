@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import figure, ticker
+from matplotlib import figure
 
 from mert_jax.errors import UserError
 from mert_jax.files import atomic_write
@@ -55,11 +55,7 @@ def busy_shares(plan: Plan) -> dict[str, float]:
 
 
 def limit(plan: Plan) -> str:
-    """Return the part of a chip that limits the step.
-
-    Memory if less than a tenth of it is free, vector units if no other part is busy for half of
-    the step.
-    """
+    """Return the part of a chip that limits the step; vector units if none is half busy."""
     if plan["hbm_peak_gib"] > 0.9 * plan["hbm_capacity_gib"]:
         return "memory"
     shares = busy_shares(plan)
@@ -96,10 +92,9 @@ def table_row(name: str, plan: Plan) -> dict[str, str]:
 
 
 def draw(plans: Sequence[Plan]) -> figure.Figure:
-    """Draw memory, collectives and computing time for each second of them, against chips.
+    """Draw PANELS against the number of chips, a line for each kind of chip, model, micro-batch.
 
-    Plans of one kind of chip, model and micro-batch make a line. Kinds with a single number of
-    chips are drawn, as points, only if no kind has several.
+    Kinds with a single number of chips are drawn, as points, only if no kind has several.
     """
     lines: dict[str, list[tuple[float, ...]]] = {}
     for plan in sorted(plans, key=lambda plan: plan["num_devices"]):
@@ -119,9 +114,8 @@ def draw(plans: Sequence[Plan]) -> figure.Figure:
             axes.plot([p[0] for p in line], [p[i] for p in line], marker="o", label=label)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set(xlabel="chips", xscale="log", ylim=(0, None))
-        axes.xaxis.set_major_locator(ticker.FixedLocator(chips))
-        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%d"))
-        axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.set_xticks(chips, map(str, chips))
+        axes.set_xticks([], minor=True)
         axes.grid(color="#e8e8e8", lw=0.7)
         axes.spines[["top", "right"]].set_visible(False)
     picture.axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -52,7 +52,7 @@ class Panel(NamedTuple):
 def series(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return steps [R] and values [R, K] of the rows that have `name`, K = 1 for a plain number.
 
-    null and infinity become NaN. Raises UserError for values that are not numbers.
+    null and infinity become NaN.
     """
     # a rate of 0 is that of the first row, which includes compilation
     rows = [row for row in rows if name in row and (name != SPEED or row[name])]
@@ -144,29 +144,26 @@ def draw(axes: Any, panel: Panel, last_step: int) -> None:
     if panel.axis == "codes" or (low > 0 and high > narrow * low):
         subs = (1, 2, 5) if high < 30 * low and panel.axis != "codes" else (1,)
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs))
-        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
-        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.yaxis.set(major_locator=ticker.LogLocator(subs=subs), minor_formatter="")
+        axes.yaxis.set_major_formatter("{x:g}")
     if panel.axis == "codes":
         axes.set_ylim(0.9, max(10, 1.5 * high))  # down to one code, that is collapse
-    if panel.axis == "zero":
+    elif panel.axis == "zero":
         axes.set_ylim(bottom=0)
     if panel.codebooks:
         shades = np.array([line.color for line in panel.codebooks])
         key = axes.inset_axes((1.02, 0, 0.025, 1))
         key.imshow(shades[:, None], aspect="auto", origin="lower")
         key.set_title("codebook", loc="right", fontsize=8.5)
-        key.yaxis.tick_right()
-        key.yaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
-        key.tick_params(labelsize=8, length=0)
-        key.set_xticks([])
+        key.yaxis.set(ticks_position="right", major_locator=ticker.MaxNLocator(8, integer=True))
+        key.tick_params(bottom=False, labelbottom=False, labelsize=8, length=0)
         key.spines[:].set_visible(False)
     if len(panel.lines) > (0 if panel.codebooks else 1):
         axes.legend(fontsize=8, framealpha=0.7, edgecolor="none")
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
     axes.set(xlim=(0, last_step * 1.02), xlabel="step", ylabel=panel.unit, axisbelow=True)
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    few_ticks = ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
+    axes.xaxis.set(major_locator=few_ticks, major_formatter=ticker.EngFormatter(sep=""))
     axes.tick_params(which="both", labelsize=8.5, color="#bbbbbb")
     axes.grid(color="#e8e8e8", lw=0.7)
     axes.spines[["top", "right"]].set_visible(False)

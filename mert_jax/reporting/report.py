@@ -1,11 +1,11 @@
 """Writes the report of a run: a picture of its curves and an HTML page."""
 
 import base64
-import html
 import json
 import os
 import string
 from collections.abc import Iterable, Sequence
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,44 +33,37 @@ def page(
     curves = []
     for panel in panels:
         data = base64.b64encode(plots.png([panel], figures["step"], columns=1, width=4.3)).decode()
-        curves.append(f'<img alt="{html.escape(panel.title)}" src="data:image/png;base64,{data}">')
+        curves.append(f'<img alt="{escape(panel.title)}" src="data:image/png;base64,{data}">')
     columns = [figures[name] for name in summary.PER_CODEBOOK]
     books = [_table_row(["codebook", *summary.PER_CODEBOOK.values()], "th")]
     for k, values in enumerate(zip(*columns, strict=False)):
         books.append(_table_row([k, *(f"{x:.4g}" for x in values)]))
     means = _table_row(["mean", *(f"{metrics.mean(column):.4g}" for column in columns)])
     leaves = jax.tree_util.tree_leaves_with_path(config, is_leaf=lambda x: not isinstance(x, dict))
-    settings = [
-        _table_row([jax.tree_util.keystr(path, simple=True, separator="."), json.dumps(value)])
-        for path, value in leaves
-    ]
-    tiles = [
-        f"<div><span>{html.escape(label)}</span>{html.escape(value)}</div>"
-        for label, value in summary.headline(figures)
-    ]
+    keys = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    settings = [_table_row([k, json.dumps(x)]) for k, (_, x) in zip(keys, leaves, strict=True)]
+    pairs = summary.headline(figures)
+    tiles = [f"<div><span>{escape(label)}</span>{escape(value)}</div>" for label, value in pairs]
     template = resources.files(__package__).joinpath("page.html").read_text()
     return string.Template(template).substitute(
-        title=html.escape(title),
-        warnings="".join(f"<p class=warning>{html.escape(line)}</p>" for line in warnings),
+        title=escape(title),
+        warnings="".join(f"<p class=warning>{escape(line)}</p>" for line in warnings),
         tiles="".join(tiles),
-        spent=html.escape(time_spent),
+        spent=escape(time_spent),
         curves="".join(curves),
-        kind=html.escape(f"{figures['kind']} at step {figures['kind_step']:,}"),
+        kind=escape(f"{figures['kind']} at step {figures['kind_step']:,}"),
         books="".join([*books, means.replace("<tr>", "<tr class=mean>")]),
         config="".join(settings or ["<tr><td>there is no config.json</td></tr>"]),
     )
 
 
 def _table_row(values: Iterable[Any], tag: str = "td") -> str:
-    cells = "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values)
+    cells = "".join(f"<{tag}>{escape(str(value))}</{tag}>" for value in values)
     return f"<tr>{cells}</tr>"
 
 
 def write_report(workdir: str | None) -> None:
-    """Write report.png and report.html into `workdir` and print the headline figures.
-
-    Raises UserError if the workdir holds no metrics or cannot be written.
-    """
+    """Write report.png and report.html into `workdir` and print the headline figures."""
     if not workdir:
         raise UserError("--workdir=DIR is needed: the folder a run was trained in")
     with RemoteWorkdir(workdir, writes=True) as local:

@@ -24,10 +24,7 @@ PER_CODEBOOK = {
 
 
 def read_run(workdir: str) -> tuple[list[Row], dict[str, Any]]:
-    """Return the rows of WORKDIR/metrics.jsonl and the config, {} without config.json.
-
-    Raises UserError without rows, and for a file that cannot be read.
-    """
+    """Return the rows of WORKDIR/metrics.jsonl and the config, {} without config.json."""
     path, config_path = Path(workdir, "metrics.jsonl"), Path(workdir, CONFIG_FILE)
     if not path.parent.is_dir():
         raise UserError(f"--workdir={workdir} is not a directory")

@@ -20,6 +20,8 @@ SEED = 20_240
 BITS = 16
 PEAK = 32_767  # the int16 value of 1.0
 
+Rng = np.random.Generator
+
 
 class NotInstalled(UserError):
     """A missing source of a dataset; the message names the command that installs it."""
@@ -44,7 +46,7 @@ class Recipe(NamedTuple):
     about: dict[str, Any]
 
 
-def rng(*names: object) -> np.random.Generator:
+def rng(*names: object) -> Rng:
     """Return a random generator seeded by `names`, equal on every machine."""
     return np.random.default_rng([SEED, *"/".join(map(str, names)).encode()])
 
@@ -54,16 +56,13 @@ def numbered(*counts: int) -> Iterator[tuple[str, int]]:
     return ((split, i) for split, n in zip(SPLITS, counts, strict=True) for i in range(n))
 
 
-def vary_level(
-    wave: np.ndarray, draw: np.random.Generator, noise_db: tuple[float, float] = (40, 70)
-) -> np.ndarray:
+def vary_level(wave: np.ndarray, draw: Rng, noise_db: tuple[float, float] = (40, 70)) -> np.ndarray:
     """Add white noise and scale to a random level, so that neither predicts the label.
 
     The noise lies `noise_db` [dB] below the peak, the peak 1 to 20 dB below full scale.
     """
-    peak = float(np.abs(wave).max())
     noise = draw.standard_normal(len(wave)).astype(np.float32)
-    wave = wave / peak + 10 ** (-draw.uniform(*noise_db) / 20) * noise
+    wave = wave / float(np.abs(wave).max()) + 10 ** (-draw.uniform(*noise_db) / 20) * noise
     return (10 ** (-draw.uniform(1, 20) / 20) / np.abs(wave).max() * wave).astype(np.float32)
 
 

@@ -30,13 +30,10 @@ PATTERNS = (
 )
 LABELS = tuple(sorted(label for label, _ in PATTERNS if label))
 LICENCES = {  # of the kits of Debian's package hydrogen-drumkits
-    "Audiophob": "CC0",
-    "rumpf_kit_z01_h2": "CC-BY-3.0",
-    "circAfrique v4": "CC-BY-SA-3.0",
-    "BJA_Pacific": "CC-BY-SA-3.0-US",
-    **dict.fromkeys(("Gimme A Hand 1.0", "Millo-Drums_v.1"), "GPL-2"),
-    **dict.fromkeys(("Millo_MultiLayered2", "Millo_MultiLayered3"), "GPL-2"),
-    **dict.fromkeys(("ElectricEmpireKit", "HardElectro1", "VariBreaks"), "GPL-2+"),
+    **{"Audiophob": "CC0", "rumpf_kit_z01_h2": "CC-BY-3.0", "circAfrique v4": "CC-BY-SA-3.0"},
+    **{"BJA_Pacific": "CC-BY-SA-3.0-US", "Gimme A Hand 1.0": "GPL-2", "Millo-Drums_v.1": "GPL-2"},
+    **{"Millo_MultiLayered2": "GPL-2", "Millo_MultiLayered3": "GPL-2", "VariBreaks": "GPL-2+"},
+    **{"ElectricEmpireKit": "GPL-2+", "HardElectro1": "GPL-2+"},
     "ColomboAcousticDrumkit": "GPL-2+ with composition exception",
 }
 TEST_KITS = ("Audiophob", "BJA_Pacific", "Gimme A Hand 1.0")
@@ -45,10 +42,7 @@ UNUSED_KITS = ("ForzeeStereo", "The Black Pearl 1.0")
 
 
 def drums(folder: str = "", small: bool = False) -> Recipe:
-    """Single strokes with 10 kinds of drum as classes.
-
-    Raises NotInstalled without Debian's kits, UserError for a given `folder` without them.
-    """
+    """Single strokes with 10 kinds of drum as classes. Raises NotInstalled without any kit."""
     kits = [x.parent for x in sorted(Path(folder or FOLDER).glob("*/drumkit.xml"))]
     kits = [kit for kit in kits if kit.name not in UNUSED_KITS]
     if not folder and not kits:
@@ -68,10 +62,8 @@ def drums(folder: str = "", small: bool = False) -> Recipe:
     for kit in sorted({clip.made_of["kit"] for clip in clips.values()}):
         by_split[_split_of(kit)][kit] = LICENCES.get(kit, "not known")
     if lacking := {*TEST_KITS, *VAL_KITS}.difference(*by_split.values()):
-        names, need = ", ".join(sorted(lacking)), "give --drumkits Debian's hydrogen-drumkits"
-        raise UserError(
-            f"{folder or FOLDER} lacks the drum kits {names}, which are held out; {need}"
-        )
+        lacks = f"{folder or FOLDER} lacks the drum kits {', '.join(sorted(lacking))}"
+        raise UserError(f"{lacks}, which are held out; give --drumkits Debian's hydrogen-drumkits")
     if small:
         clips = {(clip.split, clip.label): clip for clip in clips.values()}
     source = "one-shots of Hydrogen's drum kits (Debian: hydrogen-drumkits)"

@@ -14,7 +14,7 @@ import soxr
 
 from mert_jax.constants import SAMPLE_RATE
 from mert_jax.errors import UserError
-from mert_jax.synthetic.dataset import Clip, NotInstalled, Recipe, vary_level
+from mert_jax.synthetic.dataset import Clip, NotInstalled, Recipe, Rng, vary_level
 
 DRUMS = 128  # program number of a font's drum kit
 KICK, SNARE, HAT = 36, 38, 42  # its MIDI pitches
@@ -59,7 +59,7 @@ class Fonts(NamedTuple):
         split: str,
         label: Any,
         made_of: dict[str, Any],
-        draw: np.random.Generator,
+        draw: Rng,
         notes: Sequence[Note],
         seconds: float,
         tuning: float = 0.0,
@@ -80,10 +80,7 @@ class Fonts(NamedTuple):
 
 
 def load_fonts(train: str, test: str) -> Fonts:
-    """Load the fonts at two paths, "" for the usual places.
-
-    Raises NotInstalled for a font missing from its usual place, UserError for a wrong path.
-    """
+    """Load the fonts at two paths, "" for the usual places. Raises NotInstalled without one."""
     fonts = []
     for role, path, usual in (("train", train, TRAIN_FONT), ("test", test, bundled_font())):
         if path and not os.path.isfile(path):

@@ -1,12 +1,13 @@
 """Datasets played on General MIDI instruments: single notes, playing techniques and mixes."""
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from mert_jax.synthetic.dataset import SPLITS, Clip, Recipe, numbered, rng
+from mert_jax.synthetic.dataset import SPLITS, Clip, Recipe, Rng, numbered, rng
 from mert_jax.synthetic.fonts import DRUMS, HAT, KICK, SNARE, Fonts, Note
 
 
@@ -78,18 +79,16 @@ SMALL, MIX_SMALL = (2, 1, 1), (8, 4, 4)
 
 def pitch(fonts: Fonts, small: bool = False) -> Recipe:
     """Single notes with 56 MIDI pitches as classes; val has other instruments than train."""
-    numbers = PITCHES[:: 8 if small else 1]
+    numbers, counts = (PITCHES[::8], SMALL) if small else (PITCHES, PITCH_CLIPS)
     notes = {str(n): [(player, n) for player in PITCHED if n in player.pitches] for n in numbers}
-    counts = SMALL if small else PITCH_CLIPS
     # long notes in tune would be too easy: a linear head on a CQT has an accuracy of 0.99
     return _notes(fonts, "made_pitch", notes, counts, (0.08, 0.5), 0.4, noise_db=(6, 30))
 
 
 def instrument(fonts: Fonts, small: bool = False) -> Recipe:
     """Single notes with 32 instruments as classes; val has other pitches of each than train."""
-    players = DISTINCT[:: 8 if small else 1]
+    players, counts = (DISTINCT[::8], SMALL) if small else (DISTINCT, INSTRUMENT_CLIPS)
     notes = {player.name: [(player, pitch) for pitch in player.pitches] for player in players}
-    counts = SMALL if small else INSTRUMENT_CLIPS
     return _notes(fonts, "made_instrument", notes, counts, (0.4, 1.6), 0.2, noise_db=(40, 70))
 
 
@@ -126,8 +125,8 @@ def technique(fonts: Fonts, small: bool = False) -> Recipe:
 
     All techniques of an instrument draw from the same pitches, so that pitch does not predict them.
     """
-    counts = SMALL if small else TECHNIQUE_CLIPS
-    clips = [_phrase(fonts, *each, player) for player in TECHNIQUES for each in numbered(*counts)]
+    counts = numbered(*(SMALL if small else TECHNIQUE_CLIPS))
+    clips = [_phrase(fonts, *x, player) for player, x in itertools.product(TECHNIQUES, counts)]
     source = "short phrases in General MIDI articulations, rendered"
     return fonts.recipe(clips, source, "train and val: other phrases of one font")
 
@@ -191,7 +190,7 @@ def _mix_clip(fonts: Fonts, split: str, i: int, players: Sequence[Instrument]) -
 
 
 def _part(
-    style: str, pitches: range, chords: list[list[int]], beat: float, draw: np.random.Generator
+    style: str, pitches: range, chords: list[list[int]], beat: float, draw: Rng
 ) -> Iterator[tuple[float, float, int]]:
     """Yield start and length [seconds] and pitch of notes: two beats of each chord."""
     at = int(draw.integers(pitches.start, pitches.stop))
@@ -210,7 +209,7 @@ def _part(
             at = near[picks[-1]]
 
 
-def _drums(beat: float, loudness: int, draw: np.random.Generator) -> list[Note]:
+def _drums(beat: float, loudness: int, draw: Rng) -> list[Note]:
     notes = []
     for half in range(int(2 * MIX_SECONDS / beat) + 1):
         strokes = [HAT] if half % 2 else [HAT, SNARE if half % 4 else KICK]

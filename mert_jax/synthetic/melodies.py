@@ -1,22 +1,25 @@
 """Datasets of folk tunes with accompaniment: their key, and the times of their beats."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mert_jax.synthetic.dataset import SPLITS, Clip, Recipe, numbered, rng
+from mert_jax.synthetic.dataset import SPLITS, Clip, Recipe, Rng, numbered, rng
 from mert_jax.synthetic.fonts import DRUMS, HAT, KICK, SNARE, Fonts, Note
 from mert_jax.synthetic.tunes import Tune, agrees_with_key, harmony, headers, shuffled_tunes
 
-LICENCE = (
-    "tunes: public domain (printed 1782 to 1903); encodings: redistributed by music21 with the "
-    "permission of their transcribers, see its corpus/license.txt"
+SOURCE = (
+    "tunes of music21's corpus, chords put to them, rendered; tunes: public domain (printed 1782 "
+    "to 1903); encodings: redistributed by music21 with the permission of their transcribers, see "
+    "its corpus/license.txt"
 )
+SPLIT = "by tune; train and val: one font"
 TONICS = ("C", "Db", "D", "Eb", "E", "F", "Gb", "G", "Ab", "A", "Bb", "B")
+STYLES = ("alone", "block", "bass and chord", "broken")
 LEADS = (0, 21, 22, 24, 40, 56, 64, 68, 71, 73, 74)  # programs of the melody
 BACKINGS = (0, 4, 6, 16, 21, 24, 25, 46, 48)  # programs of the chords
-STYLES = ("alone", "block", "bass and chord", "broken")
+SOUNDS = (STYLES, LEADS, BACKINGS)
 BASS, MIDDLE = 36, 55  # lowest pitch of the bass and of the chords
 # spelt as in MARBLE's GiantSteps list (marble/tasks/GS)
 KEY_LABELS = tuple(f"{tonic} {mode}" for mode in ("major", "minor") for tonic in TONICS)
@@ -24,6 +27,8 @@ KEY_TUNES = 200  # of each mode, at most
 KEY_SECONDS, KEY_CLIPS = 6.0, (30, 7, 10)  # of each key, in train, val and test
 BEAT_SECONDS, BEAT_CLIPS, BEAT_SMALL = 8.0, (275, 75, 150), (4, 2, 3)
 BEAT_TEMPI = (65, 165)  # beats a minute
+
+Clock = Callable[[float], float]
 
 
 def key(fonts: Fonts, small: bool = False) -> Recipe:
@@ -39,7 +44,22 @@ def key(fonts: Fonts, small: bool = False) -> Recipe:
         for split, part, count in zip(SPLITS, parts, counts, strict=True):
             # the clips of one tune are in keys far from each other
             clips += [_key_clip(fonts, split, i, part[i % len(part)]) for i in range(12 * count)]
-    return _recipe(fonts, clips)
+    return fonts.recipe(clips, SOURCE, SPLIT)
+
+
+def _key_clip(fonts: Fonts, split: str, i: int, tune: Tune) -> Clip:
+    label = f"{TONICS[i % 12]} {tune.header.mode}"
+    draw = rng("made_key", label, split, i)
+    tempo = draw.uniform(90, 150)  # crotchets a minute
+
+    def clock(at: float) -> float:
+        return 0.1 + at * 60 / tempo
+
+    sound = [x[draw.integers(len(x))] for x in SOUNDS]
+    notes = play(transpose(tune, i % 12), sound, KEY_SECONDS * tempo / 60, clock, draw)
+    made_of = {"tune": tune.header.title, "of": tune.header.collection}
+    tuning = draw.uniform(-0.2, 0.2)
+    return fonts.clip(split, label, made_of, draw, notes, KEY_SECONDS, tuning)
 
 
 def beat(fonts: Fonts, small: bool = False) -> Recipe:
@@ -47,36 +67,7 @@ def beat(fonts: Fonts, small: bool = False) -> Recipe:
     # the beat of C| may be felt as minims or as crotchets
     tunes = shuffled_tunes([x for x in headers() if x.metre != "C|"], rng("made_beat"))
     counts = numbered(*(BEAT_SMALL if small else BEAT_CLIPS))
-    return _recipe(fonts, [_beat_clip(fonts, *each, next(tunes)) for each in counts])
-
-
-def _recipe(fonts: Fonts, clips: list[Clip]) -> Recipe:
-    source = f"tunes of music21's corpus, chords put to them, rendered; {LICENCE}"
-    return fonts.recipe(clips, source, "by tune; train and val: one font")
-
-
-def _made_of(tune: Tune) -> dict[str, str]:
-    return {"tune": tune.header.title, "of": tune.header.collection}
-
-
-def _draw_sound(draw: np.random.Generator) -> tuple[str, int, int]:
-    """Return a style, and programs of the melody and of the chords."""
-    return tuple(x[draw.integers(len(x))] for x in (STYLES, LEADS, BACKINGS))
-
-
-def _key_clip(fonts: Fonts, split: str, i: int, tune: Tune) -> Clip:
-    tonic = i % 12
-    label = f"{TONICS[tonic]} {tune.header.mode}"
-    draw = rng("made_key", label, split, i)
-    tempo = draw.uniform(90, 150)  # crotchets a minute
-
-    def clock(at: float) -> float:
-        return 0.1 + at * 60 / tempo
-
-    until = KEY_SECONDS * tempo / 60
-    notes = play(transpose(tune, tonic), *_draw_sound(draw), until, clock, draw)
-    tuning = draw.uniform(-0.2, 0.2)
-    return fonts.clip(split, label, _made_of(tune), draw, notes, KEY_SECONDS, tuning)
+    return fonts.recipe([_beat_clip(fonts, *x, next(tunes)) for x in counts], SOURCE, SPLIT)
 
 
 def _beat_clip(fonts: Fonts, split: str, i: int, tune: Tune) -> Clip:
@@ -87,9 +78,11 @@ def _beat_clip(fonts: Fonts, split: str, i: int, tune: Tune) -> Clip:
     def clock(at: float) -> float:
         return float(np.interp(at / tune.beat, np.arange(len(times)), times))
 
-    sound, drums = _draw_sound(draw), bool(draw.uniform() < 0.5)
-    notes = play(tune, *sound, len(label["beat"]) * tune.beat, clock, draw, drums)
-    return fonts.clip(split, label, _made_of(tune), draw, notes, BEAT_SECONDS)
+    sound = [x[draw.integers(len(x))] for x in SOUNDS]
+    drums = draw.uniform() < 0.5
+    notes = play(tune, sound, len(label["beat"]) * tune.beat, clock, draw, drums)
+    made_of = {"tune": tune.header.title, "of": tune.header.collection}
+    return fonts.clip(split, label, made_of, draw, notes, BEAT_SECONDS)
 
 
 def transpose(tune: Tune, tonic: int) -> Tune:
@@ -101,7 +94,7 @@ def transpose(tune: Tune, tonic: int) -> Tune:
     return tune._replace(header=tune.header._replace(tonic=tonic), notes=notes)
 
 
-def beat_times(count: int, draw: np.random.Generator) -> np.ndarray:
+def beat_times(count: int, draw: Rng) -> np.ndarray:
     """Return times [seconds] of `count` beats; the tempo drifts by at most a sixth."""
     drift = np.zeros(count)
     for i in range(1, count):
@@ -111,21 +104,14 @@ def beat_times(count: int, draw: np.random.Generator) -> np.ndarray:
 
 
 def play(
-    tune: Tune,
-    style: str,
-    lead: int,
-    backing: int,
-    until: float,
-    clock: Callable[[float], float],
-    draw: np.random.Generator,
-    drums: bool = False,
+    tune: Tune, sound: Sequence, until: float, clock: Clock, draw: Rng, drums: bool = False
 ) -> list[Note]:
-    """Repeat `tune` with accompaniment in one of STYLES up to `until` crotchets.
+    """Repeat `tune` with accompaniment up to `until` crotchets.
 
-    lead, backing: programs; clock: converts crotchets to seconds.
+    sound: one of STYLES, programs of melody and chords. clock: converts crotchets to seconds.
     """
-    loudness, bar_length = int(draw.integers(75, 115)), tune.beats * tune.beat
-    notes = []
+    style, lead, backing = sound
+    loudness, notes = int(draw.integers(75, 115)), []
 
     def add(at: float, duration: float, pitch: int, softer: int, program: int) -> None:
         if at < until:
@@ -136,15 +122,15 @@ def play(
             notes.append(Note(max(start, 0.0), max(stop, start + 0.03), pitch, velocity, program))
 
     chords = harmony(tune)
-    for begin in range(int(until / (tune.bars * bar_length)) + 1):
-        begin *= tune.bars * bar_length
+    for repeat in range(int(until / (tune.bars * tune.bar)) + 1):
+        begin = repeat * tune.bars * tune.bar
         for at, duration, pitch in tune.notes:
             add(begin + at, duration, pitch, 0, lead)
-        for bar, chord in enumerate(chords):
+        for i, chord in enumerate(chords):
             for at, duration, pitch in _backing(style, chord, tune):
-                add(begin + bar * bar_length + at, duration, pitch, 20, backing)
+                add(begin + i * tune.bar + at, duration, pitch, 20, backing)
             for at, drum in _drums(tune) if drums else ():
-                add(begin + bar * bar_length + at, 0.2, drum, 10, DRUMS)
+                add(begin + i * tune.bar + at, 0.2, drum, 10, DRUMS)
     return notes
 
 
@@ -152,17 +138,16 @@ def _backing(style: str, chord: tuple[int, ...], tune: Tune) -> list[tuple[float
     """Return one bar: (onset, length) in crotchets and MIDI pitch."""
     root = BASS + (chord[0] - BASS) % 12
     middle = sorted(MIDDLE + (x - MIDDLE) % 12 for x in chord)
-    bar_length = tune.beats * tune.beat
     if style == "alone":
         return []
     if style == "block":
-        return [(0.0, bar_length, pitch) for pitch in (root, *middle)]
+        return [(0.0, tune.bar, pitch) for pitch in (root, *middle)]
     if style == "broken":
         step = tune.beat / (3 if tune.beat == 1.5 else 2)
         order = itertools.cycle((middle[0], middle[2], middle[1], middle[2]))
-        steps = range(round(bar_length / step))
-        return [(0.0, bar_length, root)] + [(i * step, step, next(order)) for i in steps]
-    after = [i * tune.beat for i in range(1, tune.beats)] if tune.beats > 2 else [bar_length / 2]
+        steps = range(round(tune.bar / step))
+        return [(0.0, tune.bar, root)] + [(i * step, step, next(order)) for i in steps]
+    after = [i * tune.beat for i in range(1, tune.beats)] if tune.beats > 2 else [tune.bar / 2]
     return [(0.0, tune.beat, root)] + [(at, tune.beat / 2, p) for at in after for p in middle]
 
 

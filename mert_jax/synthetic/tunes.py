@@ -11,9 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from mert_jax.synthetic.dataset import NotInstalled
+from mert_jax.synthetic.dataset import NotInstalled, Rng
 
 COLLECTIONS = ("airdsAirs", "miscFolk", "oneills1850", "ryansMammoth")
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
@@ -38,10 +36,9 @@ class Header(NamedTuple):
 
 
 class Tune(NamedTuple):
-    """Complete bars of a melody, without the upbeat.
+    """Complete bars of a melody, without the upbeat; beat: in crotchets.
 
-    notes: (onset and length in crotchets from the first bar, MIDI pitch); beats: of a bar; beat: in
-    crotchets; bars: their number.
+    notes: (onset and length in crotchets from the first bar, MIDI pitch).
     """
 
     header: Header
@@ -50,6 +47,11 @@ class Tune(NamedTuple):
     beat: float
     bars: int
 
+    @property
+    def bar(self) -> float:
+        """Crotchets a bar."""
+        return self.beats * self.beat
+
 
 @functools.cache
 def headers() -> tuple[Header, ...]:
@@ -57,14 +59,13 @@ def headers() -> tuple[Header, ...]:
     spec = importlib.util.find_spec("music21")
     if not spec:
         raise NotInstalled("music21, the source of the tunes: pip install 'mert_jax[make_tasks]'")
-    by_title = {}
-    for collection in COLLECTIONS:
-        for path in sorted((Path(spec.origin).parent / "corpus" / collection).glob("*.abc")):
-            for header in parse_headers(collection, path.read_text("utf-8", errors="replace")):
-                # a tune is printed in several collections, with its title in various spellings
-                words = re.sub(r"[^a-z ]", "", header.title.lower().split(" -- ")[0]).split()
-                title = sorted(word for word in words if word not in ("the", "a", "an", "or"))
-                by_title.setdefault(tuple(title), header)
+    corpus, by_title = Path(spec.origin).parent / "corpus", {}
+    for path in (path for name in COLLECTIONS for path in sorted((corpus / name).glob("*.abc"))):
+        for header in parse_headers(path.parent.name, path.read_text("utf-8", errors="replace")):
+            # a tune is printed in several collections, with its title in various spellings
+            words = re.sub(r"[^a-z ]", "", header.title.lower().split(" -- ")[0]).split()
+            title = sorted(word for word in words if word not in ("the", "a", "an", "or"))
+            by_title.setdefault(tuple(title), header)
     return tuple(by_title.values())
 
 
@@ -79,47 +80,39 @@ def parse_headers(collection: str, text: str) -> Iterator[Header]:
             tonic = (tonic + {"#": 1, "b": -1, "": 0}[key[2]]) % 12
             # "m" is minor, "M" major
             mode = "minor" if re.match(r"m$|(?i:mi)", key[3] or "") else "major"
-            yield Header(collection, fields["T"], tonic, mode, fields.get("M", ""), part)
+            yield Header(collection, fields["T"], tonic, mode, fields["M"], part)
 
 
 @functools.cache
 def parse_tune(header: Header) -> Tune | None:
-    """Return the longest run of complete bars of a tune.
-
-    None for fewer than four bars, a metre not in METRES, or text that music21 cannot parse.
-    """
+    """Return the longest run of complete bars, None for less than four or if music21 fails."""
     if header.metre not in METRES:
         return None
     from music21 import converter  # heavy
     from music21.exceptions21 import Music21Exception
 
-    beats, beat = METRES[header.metre]
-    length = beats * beat
     # drop grace notes, chord symbols and fingering
     text = re.sub(r"\{[^}]*\}|\"[^\"]*\"", "", header.text)
     try:
         score = converter.parse(text, format="abc")
     except (Music21Exception, ValueError, IndexError, KeyError, AttributeError, TypeError):
         return None
-    runs = [[]]
+    beats, beat = METRES[header.metre]
+    bars, longest = [], []
     for measure in score.recurse().getElementsByClass("Measure"):
-        sounding = [x for x in measure.flatten().notes if x.quarterLength > 0]
-        if abs(float(measure.duration.quarterLength) - length) < 1e-6 and sounding:
-            runs[-1].append(sounding)
-        else:
-            runs.append([])
-    bars = max(runs, key=len)
-    if len(bars) < 4:
-        return None
+        notes = [x for x in measure.flatten().notes if x.quarterLength > 0]
+        complete = abs(float(measure.duration.quarterLength) - beats * beat) < 1e-6 and notes
+        bars = [*bars, notes] if complete else []
+        longest = max(longest, bars, key=len)
     notes = tuple(
-        (i * length + float(x.offset), float(x.quarterLength), x.pitches[-1].midi)
-        for i, bar in enumerate(bars)
+        (i * beats * beat + float(x.offset), float(x.quarterLength), x.pitches[-1].midi)
+        for i, bar in enumerate(longest)
         for x in bar
     )
-    return Tune(header, notes, beats, beat, len(bars))
+    return Tune(header, notes, beats, beat, len(longest)) if len(longest) >= 4 else None
 
 
-def shuffled_tunes(headers: Sequence[Header], draw: np.random.Generator) -> Iterator[Tune]:
+def shuffled_tunes(headers: Sequence[Header], draw: Rng) -> Iterator[Tune]:
     """Yield those tunes of `headers` that can be parsed, in a random order."""
     return filter(None, (parse_tune(headers[i]) for i in draw.permutation(len(headers))))
 
@@ -142,13 +135,13 @@ def agrees_with_key(tune: Tune) -> bool:
 
 def harmony(tune: Tune) -> list[tuple[int, ...]]:
     """Return the triad (pitch classes, root first) of each bar that most of the bar lies in."""
-    length, mode, tonic = tune.beats * tune.beat, tune.header.mode, tune.header.tonic
+    mode, tonic = tune.header.mode, tune.header.tonic
     triads, chords = [tuple((tonic + x) % 12 for x in triad) for triad in TRIADS[mode]], []
     for bar in range(tune.bars):
         weights = [
-            (n * (1.5 if at % length < 1e-6 else 1.0), pitch % 12)
+            (n * (1.5 if at % tune.bar < 1e-6 else 1.0), pitch % 12)
             for at, n, pitch in tune.notes
-            if bar * length <= at < (bar + 1) * length
+            if bar * tune.bar <= at < (bar + 1) * tune.bar
         ]
         scores = [sum(n for n, x in weights if x in triad) for triad in triads]
         best = max(range(len(triads)), key=lambda rank: scores[rank] - 0.1 * rank)

@@ -225,7 +225,7 @@ def test_notes_start_on_the_beats(style):
     def clock(at: float) -> float:
         return float(np.interp(at / parsed.beat, np.arange(20), times))
 
-    notes = melodies.play(parsed, style, 0, 48, 16.0, clock, rng("draw"), drums=True)
+    notes = melodies.play(parsed, (style, 0, 48), 16.0, clock, rng("draw"), drums=True)
     onsets = np.array([note.start for note in notes])
     assert max(np.abs(onsets - time).min() for time in times[:16]) < 0.02
 
