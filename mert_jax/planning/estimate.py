@@ -79,20 +79,17 @@ def make_plan(config: ConfigDict, topology: Topology, compiled: Compiled) -> dic
     }
 
 
-def bytes_sent(kind: str, size: float, group: int) -> float:
-    """Return the least bytes that each of `group` devices sends in a collective on `size` bytes."""
-    share = (group - 1) / group  # rings: Patarasuk and Yuan, 2009, doi 10.1016/j.jpdc.2008.09.002
-    return size * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
-
-
 def estimate_costs(
     config: ConfigDict, summary: dict[str, Any], chip: Chip | None, devices: int, model_flops: float
 ) -> dict[str, Any]:
     """Return COSTS from an `hlo_cost.summary`, None for those that a CPU lacks."""
     moved, over_links = Counter(), 0.0
-    for c in summary["collectives"]:
-        moved[c["kind"]] += c["bytes"] * c["times"]
-        over_links += c["times"] * bytes_sent(c["kind"], c["bytes"], c["group"] or devices)
+    for row in summary["collectives"]:
+        kind, size, group = row["kind"], row["bytes"], row["group"] or devices
+        share = (group - 1) / group  # of a ring: Patarasuk and Yuan, doi 10.1016/j.jpdc.2008.09.002
+        sent = size * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
+        moved[kind] += size * row["times"]
+        over_links += row["times"] * sent
     known = {"flops_per_device": summary["flops"], "collective_bytes": dict(moved)}
     if chip:
         known |= {

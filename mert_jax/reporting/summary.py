@@ -26,8 +26,6 @@ PER_CODEBOOK = {
 def read_run(workdir: str) -> tuple[list[Row], dict[str, Any]]:
     """Return the rows of WORKDIR/metrics.jsonl and the config, {} without config.json."""
     path, config_path = Path(workdir, "metrics.jsonl"), Path(workdir, CONFIG_FILE)
-    if not path.parent.is_dir():
-        raise UserError(f"--workdir={workdir} is not a directory")
     if not path.exists():
         raise UserError(f"{path} is not there: has mert_jax.train run in this workdir?")
     try:
@@ -40,8 +38,6 @@ def read_run(workdir: str) -> tuple[list[Row], dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError(f"{path}: line {number} is not the metrics of a step")
-    if not isinstance(config, dict):
-        raise UserError(f"{config_path} is not the config of a run")
     return rows, config
 
 

@@ -250,7 +250,7 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path):
     with open(tmp_path / "corrupt" / "metrics.jsonl", "a") as f:
         f.write("{oops\n")
     cases = {
-        f"--workdir={tmp_path / 'nowhere'}": "is not a directory",
+        f"--workdir={tmp_path / 'nowhere'}": "metrics.jsonl is not there",
         f"--workdir={tmp_path}": "metrics.jsonl is not there",
         f"--workdir={tmp_path / 'empty'}": "is empty",
         f"--workdir={tmp_path / 'corrupt'}": "line 4 is not JSON",
