@@ -115,8 +115,7 @@ def compile_step(config: ConfigDict, devices: Sequence[Any], codes: str = "") ->
             text = dumps[-1].read_text() if dumps else program.as_text()
             memory = program.memory_analysis()
         except jax.errors.JaxRuntimeError as e:
-            used = _used_hbm(str(e))
-            if not used:
+            if not (used := _used_hbm(str(e))):
                 raise
     return Compiled(text, memory, used, time.monotonic() - start, mesh, student, batch)
 

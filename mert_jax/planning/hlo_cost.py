@@ -91,13 +91,12 @@ def _dot_multiply_adds(x: Instruction) -> int:
 
 def _convolution_multiply_adds(x: Instruction) -> int:
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.rest).groups()
-    shapes = [each.shapes[0] for each in (*x.operands[:2], x)]
     left, right, result = (
-        dict(zip(names, shape.dims, strict=True))
-        for names, shape in zip(labels, shapes, strict=True)
+        dict(zip(names, each.shapes[0].dims, strict=True))
+        for names, each in zip(labels, (*x.operands[:2], x), strict=True)
     )
-    window = x.attribute(r"window=\{([^}]*)\}").split()
-    options = {key: text.split("x") for key, text in (part.split("=") for part in window)}
+    window = re.findall(r"(\w+)=(\S+)", x.attribute(r"window=\{([^}]*)\}"))
+    options = {key: text.split("x") for key, text in window}
     groups = int(x.attribute(r"batch_group_count=(\d+)") or 1)
     total = left["b"] // groups * right["i"] * right["o"]
     for i, axis in enumerate(sorted(filter(str.isdigit, labels[0]))):

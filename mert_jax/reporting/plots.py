@@ -33,7 +33,7 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One plot: a thin line for each of its `codebooks`, and other lines above them.
+    """One plot, whose first lines are those of its `codebooks`, thin and below the others.
 
     axis of y: "zero" (from 0), "log", "codes" (logarithmic, from one code), "" (as the values are).
     """
@@ -42,11 +42,7 @@ class Panel(NamedTuple):
     unit: str
     lines: list[Line]
     axis: str = ""
-    codebooks: tuple[Line, ...] = ()
-
-    @property
-    def all_lines(self) -> list[Line]:
-        return [*self.codebooks, *self.lines]
+    codebooks: int = 0
 
 
 def series(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -92,8 +88,8 @@ def panels(rows: list[dict[str, Any]]) -> list[Panel]:
         steps, values = series(rows, name)
         shades = colormaps["viridis"](np.linspace(0, 0.9, values.shape[1]))
         pairs = zip(values.T, shades, strict=True)
-        lines = tuple(curve(steps, v, "_", shade, 1.1) for v, shade in pairs)
-        return Panel(title, unit, list(extra), axis, lines)
+        lines = [curve(steps, v, "_", shade, 1.1) for v, shade in pairs]
+        return Panel(title, unit, [*lines, *extra], axis, len(lines))
 
     def datasets(name: str = "validation_losses") -> list[Line]:
         validated, lines = [row for row in rows if name in row], []
@@ -125,19 +121,19 @@ def panels(rows: list[dict[str, Any]]) -> list[Panel]:
         Panel("Model FLOPs utilisation", "share of peak", mean("mfu", "", TRAIN), "zero"),
         Panel("Speed", "seconds of audio a second", mean(SPEED, "", TRAIN), "zero"),
     ]
-    return [x for x in candidates if any(np.isfinite(line.values).any() for line in x.all_lines)]
+    return [x for x in candidates if any(np.isfinite(line.values).any() for line in x.lines)]
 
 
 def draw(axes: Any, panel: Panel, last_step: int) -> None:
     """Draw a panel on matplotlib axes, steps from 0 to `last_step`."""
-    for i, line in enumerate(panel.all_lines):
+    for i, line in enumerate(panel.lines):
         # a single point has no line
         marker = dict(marker="o", ms=2 + line.width) if len(line.steps) <= 40 else {}
         style = dict(color=line.color, lw=line.width, ls=line.dash, label=line.label, **marker)
-        axes.plot(line.steps, line.values, zorder=3 + (i >= len(panel.codebooks)), **style)
+        axes.plot(line.steps, line.values, zorder=3 + (i >= panel.codebooks), **style)
         if line.low is not None and not panel.codebooks:
             axes.fill_between(line.steps, line.low, line.high, color=line.color, alpha=0.2, lw=0)
-    values = np.concatenate([line.values for line in panel.all_lines])
+    values = np.concatenate([line.values for line in panel.lines])
     low, high = np.nanmin(values), np.nanmax(values)
     # a logarithmic axis has hardly a tick in a narrow range
     narrow = {"log": 3, "": 30}.get(panel.axis, math.inf)
@@ -151,14 +147,14 @@ def draw(axes: Any, panel: Panel, last_step: int) -> None:
     elif panel.axis == "zero":
         axes.set_ylim(bottom=0)
     if panel.codebooks:
-        shades = np.array([line.color for line in panel.codebooks])
+        shades = np.array([line.color for line in panel.lines[: panel.codebooks]])
         key = axes.inset_axes((1.02, 0, 0.025, 1))
         key.imshow(shades[:, None], aspect="auto", origin="lower")
         key.set_title("codebook", loc="right", fontsize=8.5)
         key.yaxis.set(ticks_position="right", major_locator=ticker.MaxNLocator(8, integer=True))
         key.tick_params(bottom=False, labelbottom=False, labelsize=8, length=0)
         key.spines[:].set_visible(False)
-    if len(panel.lines) > (0 if panel.codebooks else 1):
+    if len(panel.lines) > (panel.codebooks or 1):
         axes.legend(fontsize=8, framealpha=0.7, edgecolor="none")
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
     axes.set(xlim=(0, last_step * 1.02), xlabel="step", ylabel=panel.unit, axisbelow=True)

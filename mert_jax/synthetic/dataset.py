@@ -19,7 +19,6 @@ SPLITS = ("train", "val", "test")
 SEED = 20_240
 BITS = 16
 PEAK = 32_767  # the int16 value of 1.0
-
 Rng = np.random.Generator
 
 

@@ -38,6 +38,7 @@ LICENCES = {  # of the kits of Debian's package hydrogen-drumkits
 }
 TEST_KITS = ("Audiophob", "BJA_Pacific", "Gimme A Hand 1.0")
 VAL_KITS = ("ColomboAcousticDrumkit", "VariBreaks")
+HELD_OUT = dict.fromkeys(TEST_KITS, "test") | dict.fromkeys(VAL_KITS, "val")
 UNUSED_KITS = ("ForzeeStereo", "The Black Pearl 1.0")
 
 
@@ -60,8 +61,8 @@ def drums(folder: str = "", small: bool = False) -> Recipe:
                     missing[f"{kit.name}/{file.name}"] = "no such file"
     by_split = {split: {} for split in SPLITS}
     for kit in sorted({clip.made_of["kit"] for clip in clips.values()}):
-        by_split[_split_of(kit)][kit] = LICENCES.get(kit, "not known")
-    if lacking := {*TEST_KITS, *VAL_KITS}.difference(*by_split.values()):
+        by_split[HELD_OUT.get(kit, "train")][kit] = LICENCES.get(kit, "not known")
+    if lacking := HELD_OUT.keys() - by_split["test"].keys() - by_split["val"].keys():
         lacks = f"{folder or FOLDER} lacks the drum kits {', '.join(sorted(lacking))}"
         raise UserError(f"{lacks}, which are held out; give --drumkits Debian's hydrogen-drumkits")
     if small:
@@ -74,10 +75,6 @@ def drums(folder: str = "", small: bool = False) -> Recipe:
 def label_of(name: str) -> str | None:
     """Return the class of a kit's instrument by its name, None if it belongs to none."""
     return next((label for label, x in PATTERNS if re.search(x, name.lower())), None)
-
-
-def _split_of(kit: str) -> str:
-    return "test" if kit in TEST_KITS else "val" if kit in VAL_KITS else "train"
 
 
 def _clip(kit: str, name: str, file: Path) -> Clip:
@@ -95,4 +92,5 @@ def _clip(kit: str, name: str, file: Path) -> Clip:
         padded[start : start + len(mono)] = mono
         return vary_level(padded, draw)
 
-    return Clip(_split_of(kit), label_of(name), dict(kit=kit, name=name, file=file.name), wave)
+    made_of = dict(kit=kit, name=name, file=file.name)
+    return Clip(HELD_OUT.get(kit, "train"), label_of(name), made_of, wave)

@@ -27,7 +27,6 @@ KEY_TUNES = 200  # of each mode, at most
 KEY_SECONDS, KEY_CLIPS = 6.0, (30, 7, 10)  # of each key, in train, val and test
 BEAT_SECONDS, BEAT_CLIPS, BEAT_SMALL = 8.0, (275, 75, 150), (4, 2, 3)
 BEAT_TEMPI = (65, 165)  # beats a minute
-
 Clock = Callable[[float], float]
 
 
