@@ -23,10 +23,7 @@ FITTED = {"kmeans": (kmeans, ("mel_size", "chroma_size")), "mel_rvq": (mel_rvq, 
 
 
 def stored_codes(config: ConfigDict, choice: str) -> dict[str, CodesInfo]:
-    """Return the codes that come with the batch, by teacher.
-
-    choice: "stored", "computed", or "" to follow the dataset.
-    """
+    """Return the codes in a batch by teacher; choice: stored, computed, "" as in the dataset."""
     stored = build.find_stored_codes(config) if config.data.dir and choice != "computed" else {}
     if stored or choice != "stored":
         return stored

@@ -1,6 +1,5 @@
 """The training step of a config, compiled for devices that need not be present."""
 
-import functools
 import importlib.util
 import math
 import os
@@ -99,9 +98,12 @@ def compile_step(config: ConfigDict, devices: Sequence[Any], codes: str = "") ->
     teachers = abstract_teachers.make(config, stored)
     student = build.student(config, teachers, stored)
     experiment = build.make_experiment(config, student, teachers, mesh)
-    state = jax.tree.map(_array, experiment.abstract, experiment.shardings)
-    everywhere = functools.partial(_array, sharding=sharding.replicated(mesh))
-    params = jax.tree.map(everywhere, {name: teacher.params for name, teacher in teachers.items()})
+    layouts, everywhere = experiment.shardings, sharding.replicated(mesh)
+    state = jax.tree.map(lambda x, at: x.update(sharding=at), experiment.abstract, layouts)
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        {name: teacher.params for name, teacher in teachers.items()},
+    )
     batch = _abstract_batch(config, experiment.context, stored, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     start = time.monotonic()
@@ -124,10 +126,6 @@ def _used_hbm(error: str) -> float:
     """Return the bytes needed by a program that the compiler refused, 0 for another error."""
     match = re.search(r"(?:required for [^()]*\(|Used )([\d.]+)([KMGT]?)\b.*HBM", error, re.I)
     return float(match[1]) * 1024.0 ** " KMGT".index(match[2] or " ") if match else 0.0
-
-
-def _array(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _abstract_batch(

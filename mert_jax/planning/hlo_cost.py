@@ -29,10 +29,7 @@ COLLECTIVES = tuple(
 
 
 def summary(text: str, inside: str = "") -> dict[str, Any]:
-    """Return the costs of one step on one device, from the text of its optimised HLO.
-
-    Source lines are the innermost in files that begin with `inside`.
-    """
+    """Return the costs of a step on one device; sources: innermost in files that begin `inside`."""
     runs = list(hlo_parser.executed(hlo_parser.parse(text)))
 
     def row(x: Instruction, times: int, **figures: Any) -> dict[str, Any]:

@@ -141,15 +141,14 @@ def _parse_stacks(text: str) -> dict[str, list[str]]:
 
 
 def executed(computation: Computation, times: int = 1) -> Iterator[tuple[Instruction, int]]:
-    """Yield what a step executes and how often, loop bodies as often as they run.
+    """Yield what a step executes, fusions as one instruction, and how often.
 
-    A fusion is one instruction. Of a conditional's branches, the one with the most cycles counts; a
-    loop whose number of trips is unknown counts once.
+    Of the branches of a conditional, the one with the most cycles counts.
     """
     for x in computation.instructions:
         yield x, times
         if x.opcode == "while":
-            trips = trip_count(x)
+            trips = trip_count(x)  # once if unknown
             yield from executed(x.called("body"), times * (1 if trips is None else trips))
         elif x.opcode in ("call", "async-start"):
             yield from executed(x.called("to_apply" if x.opcode == "call" else "calls"), times)
@@ -162,11 +161,9 @@ def executed(computation: Computation, times: int = 1) -> Iterator[tuple[Instruc
 
 
 def trip_count(loop: Instruction) -> int | None:
-    """Return how often the body of a while loop runs, None if the text does not tell.
-
-    The TPU compiler does not: it follows from the condition (counter < limit), the counter's first
-    value, and what the body adds to it.
-    """
+    """Return how often the body of a while loop runs, None if the text does not tell."""
+    # the TPU compiler does not write the number: it follows from the condition (counter < limit),
+    # the counter's first value, and what the body adds to it
     if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
         return int(known)
     test, (start,), root = loop.called("condition").root, loop.operands, loop.called("body").root

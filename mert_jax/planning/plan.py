@@ -111,10 +111,7 @@ def make_stages(config: ConfigDict, devices: int) -> list[Stage]:
 def search(
     start: Setting, stages: list[Stage], make: Callable[[Setting], Plan]
 ) -> list[tuple[Setting, Plan]]:
-    """Return plans from the best to the worst, each stage going on from the best so far.
-
-    A setting that is impossible is left out; if all are, the UserError of `start` is raised.
-    """
+    """Return plans, the best first; each stage starts from the best so far."""
     plans: dict[Setting, Plan] = {}
     errors: dict[Setting, UserError] = {}
     for i, stage in enumerate([lambda setting: [setting], *stages]):

@@ -1,7 +1,4 @@
-"""Curves of a run: rows of metrics.jsonl -> panels -> a picture.
-
-Shapes: R rows, K codebooks.
-"""
+"""Curves of a run: rows of metrics.jsonl -> panels -> a picture. Shapes: R rows, K codebooks."""
 
 import io
 import math
@@ -46,10 +43,7 @@ class Panel(NamedTuple):
 
 
 def series(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps [R] and values [R, K] of the rows that have `name`, K = 1 for a plain number.
-
-    null and infinity become NaN.
-    """
+    """Return steps [R] and values [R, K] of rows with `name` (K = 1: a number), NaN if infinite."""
     # a rate of 0 is that of the first row, which includes compilation
     rows = [row for row in rows if name in row and (name != SPEED or row[name])]
     try:

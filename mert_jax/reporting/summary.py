@@ -42,11 +42,7 @@ def read_run(workdir: str) -> tuple[list[Row], dict[str, Any]]:
 
 
 def summarize(rows: list[Row], config: dict[str, Any]) -> dict[str, Any]:
-    """Return the headline figures, None for those that the run lacks.
-
-    Accuracies and perplexities are lists with one entry a codebook, from the last validation or,
-    without one, from the last logged step.
-    """
+    """Return the headline figures, None if missing, those of codebooks from the last validation."""
     steps, losses = (x.ravel().tolist() for x in series(rows, "validation_loss"))
     points = list(zip(steps, losses, strict=True))
     finite = [point for point in points if not math.isnan(point[1])]

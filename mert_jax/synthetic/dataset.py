@@ -27,7 +27,7 @@ class NotInstalled(UserError):
 
 
 class Clip(NamedTuple):
-    """One example: its split, label, origin, and a function that computes f32[N] at SAMPLE_RATE.
+    """One example; wave: computes f32[N] at SAMPLE_RATE.
 
     label: a class, a list of tags, or {"beat": seconds}, as in MARBLE's lists.
     """
@@ -56,10 +56,7 @@ def numbered(*counts: int) -> Iterator[tuple[str, int]]:
 
 
 def vary_level(wave: np.ndarray, draw: Rng, noise_db: tuple[float, float] = (40, 70)) -> np.ndarray:
-    """Add white noise and scale to a random level, so that neither predicts the label.
-
-    The noise lies `noise_db` [dB] below the peak, the peak 1 to 20 dB below full scale.
-    """
+    """Add noise `noise_db` [dB] below the peak and change the level: neither predicts the label."""
     noise = draw.standard_normal(len(wave)).astype(np.float32)
     wave = wave / float(np.abs(wave).max()) + 10 ** (-draw.uniform(*noise_db) / 20) * noise
     return (10 ** (-draw.uniform(1, 20) / 20) / np.abs(wave).max() * wave).astype(np.float32)
@@ -68,10 +65,7 @@ def vary_level(wave: np.ndarray, draw: Rng, noise_db: tuple[float, float] = (40,
 def write_dataset(
     folder: str, recipe: Recipe, settings: dict[str, Any], on_clip: Callable[[], Any]
 ) -> None:
-    """Write audio/*.flac, NAME.SPLIT.jsonl and about.json, calling `on_clip` after each clip.
-
-    The lists have the keys of MARBLE's (https://github.com/a43992899/MARBLE), and made_of.
-    """
+    """Write audio/*.flac, lists with the keys of github.com/a43992899/MARBLE, and about.json."""
     name, rows = os.path.basename(os.path.abspath(folder)), {split: [] for split in SPLITS}
     with atomic_write(folder) as temporary:
         path = Path(temporary)

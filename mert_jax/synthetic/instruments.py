@@ -121,10 +121,7 @@ def _notes(
 
 
 def technique(fonts: Fonts, small: bool = False) -> Recipe:
-    """Phrases of one to four notes with 15 playing techniques as classes.
-
-    All techniques of an instrument draw from the same pitches, so that pitch does not predict them.
-    """
+    """Phrases of one to four notes with 15 techniques as classes, which pitch does not predict."""
     counts = numbered(*(SMALL if small else TECHNIQUE_CLIPS))
     clips = [_phrase(fonts, *x, player) for player, x in itertools.product(TECHNIQUES, counts)]
     source = "short phrases in General MIDI articulations, rendered"
@@ -150,10 +147,7 @@ def _phrase(fonts: Fonts, split: str, i: int, player: Instrument) -> Clip:
 
 
 def mix(fonts: Fonts, small: bool = False) -> Recipe:
-    """Mixes of two to four instruments, with 15 instruments as tags.
-
-    All instruments of a mix play the same random chords: block chords, broken chords or a line.
-    """
+    """Mixes of two to four instruments, with 15 as tags, that play the same random chords."""
     clips = []
     for split, count in zip(SPLITS, MIX_SMALL if small else MIX_CLIPS, strict=True):
         draw, used = rng("made_mix", split), np.zeros(len(MIXED))

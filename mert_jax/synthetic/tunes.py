@@ -1,8 +1,4 @@
-"""Folk tunes of music21's corpus, with the key and metre of their ABC text, and chords for them.
-
-Irish, Scottish and American tunes of printed collections. The Essen collection is left out: its ABC
-gives keys by number of sharps, whatever the mode, and may not be used commercially.
-"""
+"""Folk tunes of music21's corpus, with the key and metre of their ABC text, and chords for them."""
 
 import functools
 import importlib.util
@@ -13,6 +9,7 @@ from typing import NamedTuple
 
 from mert_jax.synthetic.dataset import NotInstalled, Rng
 
+# not Essen's, which gives keys by number of sharps and may not be used commercially
 COLLECTIONS = ("airdsAirs", "miscFolk", "oneills1850", "ryansMammoth")
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
 TRIADS = {  # semitones above the tonic; the tonic's own triad first
@@ -36,15 +33,12 @@ class Header(NamedTuple):
 
 
 class Tune(NamedTuple):
-    """Complete bars of a melody, without the upbeat; beat: in crotchets.
-
-    notes: (onset and length in crotchets from the first bar, MIDI pitch).
-    """
+    """Complete bars of a melody; notes: (onset and length in crotchets, MIDI pitch)."""
 
     header: Header
     notes: tuple[tuple[float, float, int], ...]
-    beats: int
-    beat: float
+    beats: int  # of a bar
+    beat: float  # in crotchets
     bars: int
 
     @property
