@@ -1,64 +1,31 @@
 """The synthetic probe datasets of `mert_jax.make_tasks`."""
 
-import functools
-
 from mert_jax.synthetic import drums, instruments, melodies
-from mert_jax.tasks.gtzan import beats as beats_of
-from mert_jax.tasks.task import Task, class_of, from_jsonl, tags_of
+from mert_jax.tasks.task import Task, jsonl_task
 
 RENDERED = (
     "the audio is rendered with the soundfonts that about.json names (FluidR3_GM: MIT, TimGM6mb: "
     "GPL-2)"
 )
+PAPER = "none: mert_jax/synthetic"
+REAL_DRUMS = "by kit, see about.json: CC0, CC-BY, CC-BY-SA, GPL-2"
 
 
 def _task(
-    name: str,
-    labels: tuple[str, ...],
-    seconds: float,
-    kind: str = "classes",
-    metrics: tuple[str, ...] = ("accuracy",),
-    licence: str = RENDERED,
+    name: str, kind: str, labels: tuple[str, ...], seconds: float, licence: str = RENDERED
 ) -> Task:
-    source = (
-        f"python -m mert_jax.make_tasks --output=DIR --only={name} makes it; then --data=DIR/{name}"
-    )
-    readers = {"tags": tags_of(labels), "beats": beats_of}
-    clips = functools.partial(
-        from_jsonl,
-        name=name,
-        label=readers.get(kind, class_of(labels)),
-        seconds=seconds,
-        source=source,
-        beats=kind == "beats",
-    )
-    paper = "none: mert_jax/synthetic"
-    return Task(name, kind, labels, metrics, clips, seconds, licence, source, paper)
+    command = f"python -m mert_jax.make_tasks --output=DIR --only={name}"
+    source = f"{command} makes it; then --data=DIR/{name}"
+    return jsonl_task(name, kind, labels, seconds, source=source, licence=licence, paper=PAPER)
 
 
-PITCH = _task("made_pitch", instruments.PITCH_LABELS, instruments.NOTE_SECONDS)
-INSTRUMENT = _task("made_instrument", instruments.INSTRUMENT_LABELS, instruments.NOTE_SECONDS)
-TECHNIQUE = _task("made_technique", instruments.TECHNIQUE_LABELS, instruments.TECHNIQUE_SECONDS)
-MIX = _task(
-    "made_mix",
-    instruments.MIX_LABELS,
-    instruments.MIX_SECONDS,
-    "tags",
-    ("roc_auc", "average_precision"),
-)
-KEY = _task(
-    "made_key", melodies.KEY_LABELS, melodies.KEY_SECONDS, "key", ("weighted_score", "accuracy")
-)
-BEAT = _task(
-    "made_beat",
-    ("beat",),
-    melodies.BEAT_SECONDS,
-    "beats",
-    ("f_measure", "f_measure_20ms", "f_measure_pooled"),
-)
-DRUMS = _task(
-    "made_drums",
-    drums.LABELS,
-    drums.SECONDS,
-    licence="by kit, see about.json: CC0, CC-BY, CC-BY-SA, GPL-2",
+NOTE, TECHNIQUE = instruments.NOTE_SECONDS, instruments.TECHNIQUE_SECONDS
+TASKS = (
+    _task("made_pitch", "classes", instruments.PITCH_LABELS, NOTE),
+    _task("made_instrument", "classes", instruments.INSTRUMENT_LABELS, NOTE),
+    _task("made_technique", "classes", instruments.TECHNIQUE_LABELS, TECHNIQUE),
+    _task("made_mix", "tags", instruments.MIX_LABELS, instruments.MIX_SECONDS),
+    _task("made_key", "key", melodies.KEY_LABELS, melodies.KEY_SECONDS),
+    _task("made_beat", "beats", ("beat",), melodies.BEAT_SECONDS),
+    _task("made_drums", "classes", drums.LABELS, drums.SECONDS, REAL_DRUMS),
 )

@@ -4,14 +4,11 @@ The layout is the data set's own, as a43992899/MARBLE-Benchmark reads it
 (`benchmark/tasks/NSynth`): nsynth-SPLIT/examples.json and nsynth-SPLIT/audio/NAME.wav.
 """
 
-import functools
 import json
 import os
-from collections.abc import Callable
-from typing import Any
 
 from mert_jax.errors import UserError
-from mert_jax.tasks.task import SPLITS, Clip, Task, class_of
+from mert_jax.tasks.task import SPLITS, Clip, Task, existing
 
 FAMILIES = tuple(
     "bass brass flute guitar keyboard mallet organ reed string synth_lead vocal".split()
@@ -22,41 +19,26 @@ SOURCE = (
 )
 
 
-def clips(data: str, label: Callable[[dict[str, Any]], int]) -> dict[str, list[Clip]]:
-    """The notes of the three splits; `label` reads an entry of examples.json."""
-    splits = {}
-    for split in SPLITS:
-        root = os.path.join(data, f"nsynth-{split}")
-        path = os.path.join(root, "examples.json")
-        if not os.path.isfile(path):
-            raise UserError(f"{path} is not there. {SOURCE}")
+def _task(name: str, column: str, labels: tuple[str, ...]) -> Task:
+    index = {label: i for i, label in enumerate(labels)}
+
+    def read(root: str) -> list[Clip]:
+        path = existing(os.path.join(root, "examples.json"), SOURCE)
         try:
             with open(path) as file:
-                examples = json.load(file)
-            splits[split] = [
-                Clip(os.path.join(root, "audio", f"{name}.wav"), label=label(entry))
-                for name, entry in examples.items()
-            ]
+                classes = {x: index[str(row[column])] for x, row in json.load(file).items()}
         except (ValueError, KeyError, AttributeError, TypeError) as e:
             raise UserError(f"{path} is not NSynth's: {type(e).__name__} {e}") from e
-    return splits
+        return [Clip(os.path.join(root, "audio", f"{x}.wav"), label=i) for x, i in classes.items()]
+
+    def clips(data: str) -> dict[str, list[Clip]]:
+        return {split: read(os.path.join(data, f"nsynth-{split}")) for split in SPLITS}
+
+    paper = "Engel et al., arXiv 1704.01279"
+    return Task(name, "classes", labels, clips, 0.0, "CC BY 4.0", SOURCE, paper)
 
 
-def _task(name: str, labels: tuple[str, ...], label: Callable[[dict[str, Any]], int]) -> Task:
-    return Task(
-        name=name,
-        kind="classes",
-        labels=labels,
-        metrics=("accuracy",),
-        clips=functools.partial(clips, label=label),
-        seconds=0.0,
-        licence="CC BY 4.0",
-        source=SOURCE,
-        paper="Engel et al., arXiv 1704.01279",
-    )
-
-
-PITCH = _task("NSynthP", tuple(map(str, range(128))), lambda entry: range(128)[entry["pitch"]])
-INSTRUMENT = _task(
-    "NSynthI", FAMILIES, lambda entry: class_of(FAMILIES)(entry["instrument_family_str"])
+TASKS = (
+    _task("NSynthP", "pitch", tuple(map(str, range(128)))),
+    _task("NSynthI", "instrument_family_str", FAMILIES),
 )

@@ -1,4 +1,4 @@
-"""Tasks of music understanding: their clips, labels and metrics. One small module a dataset.
+"""Tasks of music understanding: their clips, labels and metrics.
 
 Folders and jsonl files are those of MARBLE (arXiv 2306.10548; a43992899/MARBLE, its
 `marble/tasks/*/datamodule.py`, and for what that has not taken over a43992899/MARBLE-Benchmark).
@@ -6,7 +6,7 @@ Folders and jsonl files are those of MARBLE (arXiv 2306.10548; a43992899/MARBLE,
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import soundfile
@@ -14,157 +14,128 @@ import soundfile
 from mert_jax.errors import UserError
 
 SPLITS = ("train", "valid", "test")
-KINDS = ("classes", "key", "tags", "regression", "beats", "separation")
-KEEP = 0.8  # fraction of a clip that the rest of a file must have to count, as in MARBLE
+METRICS = {  # of each kind of task
+    "classes": ("accuracy",),
+    "key": ("weighted_score", "accuracy"),
+    "tags": ("roc_auc", "average_precision"),
+    "regression": ("r2",),  # and r2_LABEL of each label
+    "beats": ("f_measure", "f_measure_20ms", "f_measure_pooled"),
+    "separation": ("sdr", "sdr_museval"),
+}
 
 
 class Clip(NamedTuple):
-    """A part of an audio file, from `start` for `seconds` (None: to the end), and its label.
+    """A part of an audio file and its label.
 
-    label: a class index ("classes", "key"), a tuple of tag indices ("tags"), of floats
-        ("regression") or of beat times in seconds from the clip's start ("beats"), or the paths of
-        the stems ("separation")
-    group: names the recording whose clips' predictions are averaged; "" for a single clip
+    That is a class index ("classes", "key"), a tuple of tag indices ("tags"), of floats
+    ("regression") or of beat times in seconds from the clip's start ("beats"), or the paths of the
+    stems by name ("separation").
     """
 
     path: str
     start: float = 0.0
-    seconds: float | None = None
+    seconds: float | None = None  # None: to the end
     label: Any = None
-    group: str = ""
+    group: str = ""  # the recording over whose clips predictions are averaged, "" for a single clip
 
 
 class Task(NamedTuple):
-    """A labelled dataset, as a probe uses it.
-
-    kind: one of KINDS
-    metrics: names of scores; the first selects the head
-    clips: data folder -> clips of "train", "valid" and "test"; raises UserError for missing data
-    seconds: length of clips that files are cut to, 0 for whole files
-    source: where to get the data
-    """
+    """A labelled dataset, as a probe uses it."""
 
     name: str
-    kind: str
+    kind: str  # a key of METRICS
     labels: tuple[str, ...]
-    metrics: tuple[str, ...]
+    # data folder -> clips of each split; raises UserError for missing data
     clips: Callable[[str], dict[str, list[Clip]]]
-    seconds: float
+    seconds: float  # of the clips that files are cut to, 0 for whole files
     licence: str
-    source: str
+    source: str  # where to get the data
     paper: str
 
-
-def class_of(labels: Sequence[str]) -> Callable[[str], int]:
-    """Return a function from a name to its index."""
-    return {name: i for i, name in enumerate(labels)}.__getitem__
-
-
-def tags_of(labels: Sequence[str]) -> Callable[[Sequence[str]], tuple[int, ...]]:
-    """Return a function from a list of names to their indices."""
-    index = {name: i for i, name in enumerate(labels)}
-    return lambda names: tuple(index[name] for name in names)
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of scores; the first selects the head."""
+        each = tuple(f"r2_{label}" for label in self.labels) if self.kind == "regression" else ()
+        return METRICS[self.kind] + each
 
 
-def from_jsonl(
-    data: str,
-    name: str,
-    label: Callable[[Any], Any],
-    seconds: float,
-    source: str,
-    group: str = "audio_path",
-    beats: bool = False,
-) -> dict[str, list[Clip]]:
-    """Read the clips of DATA/NAME.train.jsonl, .val.jsonl and .test.jsonl, MARBLE's tables.
+def jsonl_task(
+    name: str, kind: str, labels: tuple[str, ...], seconds: float, group: str = "", **about: str
+) -> Task:
+    """Return a task of MARBLE's tables DATA/NAME.train.jsonl, .val.jsonl and .test.jsonl.
 
-    A row has `audio_path`, `label` and, to save reading the audio's header, `duration` or
-    `num_samples` and `sample_rate`. Files are cut to clips of `seconds` (0: one clip); clips with
-    the same value in the column `group` belong together. `label` converts a row's label; `beats`
-    are cut to each clip. Raises UserError for a missing table, column or label.
+    A row has `audio_path`, `label`, the recording that a clip belongs to in the column `group`, and
+    `duration` or `num_samples` and `sample_rate`, which save reading the audio's header. `about`
+    are the task's source, licence and paper.
     """
-    find, splits = finder(data), {}
-    for split, suffix in zip(SPLITS, ("train", "val", "test"), strict=True):
-        path = os.path.join(data, f"{name}.{suffix}.jsonl")
-        splits[split] = []
-        for number, line in enumerate(lines(path, source), 1):
-            try:
-                row = json.loads(line)
-                value, audio = label(row["label"]), find(row["audio_path"])
-                member = str(row.get(group, row["audio_path"]))
-            except (KeyError, TypeError, ValueError) as e:
-                raise UserError(
-                    f"{path}, line {number}: {type(e).__name__} {e}; a row has audio_path and a "
-                    "label of this task"
-                ) from e
-            for start, length in cut(audio, duration(row), seconds):
-                own = within(value, start, length) if beats else value
-                splits[split].append(Clip(audio, start, length, own, member))
-    return splits
+    index = {label: i for i, label in enumerate(labels)}
+
+    def read_label(label: Any) -> Any:
+        if kind == "regression":
+            return tuple(float(value) for value, _ in zip(label, labels, strict=True))
+        if kind == "beats":
+            return tuple(map(float, label["beat"]))
+        return tuple(index[tag] for tag in label) if kind == "tags" else index[label]
+
+    def read_row(data: str, row: dict[str, Any]) -> list[Clip]:
+        label, audio = read_label(row["label"]), find_audio(data, row["audio_path"])
+        recording, clips = str(row.get(group, row["audio_path"])), []
+        known = row.get("num_samples") and row.get("sample_rate")
+        length = row["num_samples"] / row["sample_rate"] if known else row.get("duration")
+        for start in cut(audio, seconds, length):
+            own = label
+            if kind == "beats":
+                own = tuple(t - start for t in label if start <= t < start + seconds)
+            clips.append(Clip(audio, start, seconds or None, own, recording))
+        return clips
+
+    def clips(data: str) -> dict[str, list[Clip]]:
+        splits = {split: [] for split in SPLITS}
+        for split, suffix in zip(SPLITS, ("train", "val", "test"), strict=True):
+            path = os.path.join(data, f"{name}.{suffix}.jsonl")
+            for number, line in enumerate(lines(path, about["source"]), 1):
+                try:
+                    splits[split] += read_row(data, json.loads(line))
+                except (KeyError, TypeError, ValueError) as e:
+                    problem = f"{path}, line {number}: {type(e).__name__} {e}"
+                    way_out = "a row has audio_path and a label of this task"
+                    raise UserError(f"{problem}; {way_out}") from e
+        return splits
+
+    return Task(name, kind, labels, clips, seconds, **about)
 
 
-def lines(path: str, source: str) -> Iterator[str]:
-    """Yield the lines of a text file that are not empty. Raises UserError if it is missing."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path} is not there. {source}")
-    with open(path, encoding="utf-8") as file:
-        yield from (line.rstrip("\n") for line in file if line.strip())
-
-
-def finder(data: str) -> Callable[[str], str]:
-    """Return a function from the audio path of a table to the file.
-
-    Absolute paths stay; of others, as many leading folders as necessary are dropped to find the
-    file in `data` (tables say "data/GTZAN/genres/...").
-    """
-    before = [0]  # folders dropped from the last path, most likely the number of the next one
-
-    def find(path: str) -> str:
-        if os.path.isabs(path):
-            return path
-        parts = path.split("/")
-        for skipped in dict.fromkeys((*before, *range(len(parts)))):
-            candidate = os.path.join(data, *parts[skipped:])
-            if skipped < len(parts) and os.path.exists(candidate):
-                before[0] = skipped
-                return candidate
-        return os.path.join(data, *parts[2 if parts[0] == "data" else 0 :])
-
-    return find
-
-
-def duration(row: dict[str, Any]) -> float | None:
-    """Return the seconds of a row's audio, None if it does not say."""
-    if row.get("num_samples") and row.get("sample_rate"):
-        return row["num_samples"] / row["sample_rate"]
-    return row.get("duration")
-
-
-def cut(path: str, length: float | None, seconds: float) -> list[tuple[float, float | None]]:
-    """Return start and length of the clips of `seconds` in a file of `length` seconds.
-
-    The rest of the file is a clip if it has KEEP of one, or if there is no other. With 0 seconds,
-    the clip is the whole file.
-    """
-    if not seconds:
-        return [(0.0, None)]
-    if length is None:
-        try:
-            header = soundfile.info(path)
-        except (OSError, RuntimeError):  # decoding will report it
-            return [(0.0, seconds)]
-        length = header.frames / header.samplerate
-    count = int(length / seconds + 1 - KEEP + 1e-6)
-    return [(i * seconds, seconds) for i in range(max(1, count))]
-
-
-def within(times: Sequence[float], start: float, length: float | None) -> tuple[float, ...]:
-    """Return the `times` within a clip, in seconds from its start."""
-    stop = float("inf") if length is None else start + length
-    return tuple(t - start for t in times if start <= t < stop)
-
-
-def folder(path: str, source: str) -> str:
-    """Return `path`. Raises UserError with `source` if it is not a folder."""
-    if not os.path.isdir(path):
+def existing(path: str, source: str) -> str:
+    """Return `path`; raises UserError with `source` if it is missing."""
+    if not os.path.exists(path):
         raise UserError(f"{path} is not there. {source}")
     return path
+
+
+def lines(path: str, source: str) -> list[str]:
+    """Return the lines of a text file that are not empty."""
+    with open(existing(path, source), encoding="utf-8") as file:
+        return [line.rstrip("\n") for line in file if line.strip()]
+
+
+def find_audio(data: str, path: str) -> str:
+    """Return the longest end of `path` that is in `data`: tables say "data/GTZAN/genres/..."."""
+    parts = path.split("/")
+    ends = [os.path.join(data, *parts[i:]) for i in range(len(parts))]
+    missing = os.path.join(data, *parts[2 if parts[0] == "data" else 0 :])
+    return path if os.path.isabs(path) else next(filter(os.path.exists, ends), missing)
+
+
+def cut(path: str, seconds: float, length: float | None = None, keep: float = 0.8) -> list[float]:
+    """Return the starts of the clips of `seconds` in a file of `length` seconds; [0] for 0 seconds.
+
+    The rest counts if it has the fraction `keep` of a clip (MARBLE's), or if there is no other.
+    """
+    if not seconds:
+        return [0.0]
+    if length is None:
+        try:
+            length = soundfile.info(path).duration
+        except (OSError, RuntimeError):  # decoding will report it
+            return [0.0]
+    return [i * seconds for i in range(max(1, int(length / seconds + 1 - keep + 1e-6)))]

@@ -5,12 +5,10 @@ cuts the recordings: audio/TECHNIQUE/SINGER_..._NN.wav, and the pieces of each s
 in SPLIT_t.txt (techniques; five singers are kept for the test) and SPLIT_s.txt (singers).
 """
 
-import functools
 import os
-from collections.abc import Callable
 
 from mert_jax.errors import UserError
-from mert_jax.tasks.task import SPLITS, Clip, Task, class_of, lines
+from mert_jax.tasks.task import SPLITS, Clip, Task, lines
 
 TECHNIQUES = tuple(
     "belt breathy inhaled lip_trill spoken straight trill trillo vibrato vocal_fry".split()
@@ -23,34 +21,24 @@ SOURCE = (
 )
 
 
-def clips(data: str, suffix: str, label: Callable[[str], int]) -> dict[str, list[Clip]]:
-    """The pieces of the three splits; `label` reads a line TECHNIQUE/SINGER_..._NN.wav."""
-    splits = {}
-    for split in SPLITS:
-        path = os.path.join(data, f"{split}_{suffix}.txt")
-        splits[split] = []
+def _task(name: str, labels: tuple[str, ...], suffix: str) -> Task:
+    index = {label: i for i, label in enumerate(labels)}
+
+    def read(data: str, path: str) -> list[Clip]:
+        clips = []
         for line in lines(path, SOURCE):
-            try:
-                splits[split].append(Clip(os.path.join(data, "audio", line), label=label(line)))
-            except (KeyError, IndexError) as e:
-                raise UserError(f"{path}: {line!r} is not TECHNIQUE/SINGER_..._NN.wav") from e
-    return splits
+            technique, _, file = line.partition("/")
+            label = index.get(technique if suffix == "t" else file.split("_")[0])
+            if label is None:
+                raise UserError(f"{path}: {line!r} is not TECHNIQUE/SINGER_..._NN.wav")
+            clips.append(Clip(os.path.join(data, "audio", line), label=label))
+        return clips
+
+    def clips(data: str) -> dict[str, list[Clip]]:
+        return {x: read(data, os.path.join(data, f"{x}_{suffix}.txt")) for x in SPLITS}
+
+    paper = "Wilkins et al., ISMIR 2018"
+    return Task(name, "classes", labels, clips, 0.0, "CC BY 4.0", SOURCE, paper)
 
 
-def _task(name: str, labels: tuple[str, ...], suffix: str, label: Callable[[str], str]) -> Task:
-    index = class_of(labels)
-    return Task(
-        name=name,
-        kind="classes",
-        labels=labels,
-        metrics=("accuracy",),
-        clips=functools.partial(clips, suffix=suffix, label=lambda line: index(label(line))),
-        seconds=0.0,
-        licence="CC BY 4.0",
-        source=SOURCE,
-        paper="Wilkins et al., ISMIR 2018",
-    )
-
-
-TECHNIQUE = _task("VocalSetT", TECHNIQUES, "t", lambda line: line.split("/")[0])
-SINGER = _task("VocalSetS", SINGERS, "s", lambda line: line.split("/")[1].split("_")[0])
+TASKS = (_task("VocalSetT", TECHNIQUES, "t"), _task("VocalSetS", SINGERS, "s"))

@@ -17,7 +17,7 @@ from mert_jax.constants import SAMPLE_RATE
 from mert_jax.errors import UserError
 from mert_jax.synthetic import drums, fonts, instruments, melodies, tunes
 from mert_jax.synthetic.dataset import SPLITS, NotInstalled, rng
-from mert_jax.tasks import gs
+from mert_jax.tasks import marble
 from mert_jax.tasks.registry import get_task
 
 ABC = """X:1
@@ -202,7 +202,7 @@ def test_each_tune_is_in_one_split_and_keys_are_balanced():
     recipe = melodies.key(PAIR, small=True)
     assert {len(splits) for splits in splits_by(recipe, "tune").values()} == {1}
     assert set(collections.Counter((c.split, c.label) for c in recipe.clips).values()) == {1}
-    assert melodies.KEY_LABELS == gs.LABELS
+    assert melodies.KEY_LABELS == marble.KEYS
 
 
 # beats

@@ -23,7 +23,7 @@ def test_there_are_the_fourteen_of_the_paper():
 def test_each_is_read_in_its_layout(tmp_path, name):
     task = get_task(name.lower())
     assert task.name == name
-    assert task.kind in tasks.KINDS
+    assert task.kind in tasks.METRICS
     assert len(set(task.labels)) == len(task.labels)
     found = task.clips(WRITERS[name](tmp_path / "data"))
     assert list(found) == list(tasks.SPLITS)
@@ -99,9 +99,9 @@ def write(folder, rows: list[dict], name: str = "X") -> str:
     return str(folder)
 
 
-def read(data: str, seconds: float = 0.0, **options) -> list[tasks.Clip]:
-    label = tasks.class_of(("low", "high"))
-    return tasks.from_jsonl(data, "X", label, seconds, "Get it.", **options)["train"]
+def read(data: str, seconds: float = 0.0, kind: str = "classes") -> list[tasks.Clip]:
+    about = dict(source="Get it.", licence="", paper="")
+    return tasks.jsonl_task("X", kind, ("low", "high"), seconds, **about).clips(data)["train"]
 
 
 @pytest.mark.parametrize("prefix", ["", "data/X/", "data/Y/", "./"])
@@ -132,9 +132,9 @@ def test_files_are_cut_side_by_side(tmp_path, length, starts):
 
 
 def test_beats_are_those_of_the_clip(tmp_path):
-    row = {"audio_path": "a.wav", "label": [0.5, 9.5, 10.5, 25.0], "duration": 20.0}
-    data = write(tmp_path / "X", [row])
-    clips = tasks.from_jsonl(data, "X", tuple, 10.0, "", beats=True)["train"]
+    label = {"beat": [0.5, 9.5, 10.5, 25.0]}
+    row = {"audio_path": "a.wav", "label": label, "duration": 20.0}
+    clips = read(write(tmp_path / "X", [row]), 10.0, "beats")
     assert [clip.label for clip in clips] == [(0.5, 9.5), (0.5,)]
 
 
