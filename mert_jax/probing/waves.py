@@ -1,6 +1,7 @@
 """Waves of clips: each file is decoded once, up to the end of its last clip."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -22,34 +23,29 @@ def read(clips: Sequence[Clip], sample_rate: int) -> Iterator[tuple[int, np.ndar
         done = 0
         try:
             with decoding.decode(path, sample_rate) as (_, blocks):
-                for index, wave in _cut(blocks, members, sample_rate):
-                    yield index, wave
+                for wave in _cut(blocks, [clip for _, clip in members], sample_rate):
+                    yield members[done][0], wave
                     done += 1
         except SkippedFile as e:
-            for index, _ in members[done:]:
-                yield index, e
+            yield from ((index, e) for index, _ in members[done:])
 
 
 def _cut(
-    blocks: Iterator[np.ndarray], members: list[tuple[int, Clip]], sample_rate: int
-) -> Iterator[tuple[int, np.ndarray | SkippedFile]]:
+    blocks: Iterator[np.ndarray], clips: Sequence[Clip], sample_rate: int
+) -> Iterator[np.ndarray | SkippedFile]:
     buffer, first = np.zeros(0, np.float32), 0  # samples from number `first` on
-    for index, clip in members:
+    for clip in clips:
         start = round(clip.start * sample_rate)
-        stop = None if clip.seconds is None else start + round(clip.seconds * sample_rate)
-        pieces = [buffer]
-        size = first + len(buffer)
-        while stop is None or size < stop:
-            block = next(blocks, None)
-            if block is None:
-                break
+        stop = math.inf if clip.seconds is None else start + round(clip.seconds * sample_rate)
+        pieces, size = [buffer], first + len(buffer)
+        while size < stop and (block := next(blocks, None)) is not None:
             pieces.append(block)
             size += len(block)
         buffer = np.concatenate(pieces)[max(0, start - first) :]
         first = max(first, min(start, size))
-        wave = buffer[: None if stop is None else stop - start]
+        wave = buffer[: min(stop - start, len(buffer))]
         if len(wave) < SHORTEST * sample_rate:
             seconds = len(wave) / sample_rate
-            yield index, SkippedFile("too short", f"{seconds:.2f} s from {clip.start:.1f} s on")
+            yield SkippedFile("too short", f"{seconds:.2f} s from {clip.start:.1f} s on")
         else:
-            yield index, wave.copy()
+            yield wave.copy()
