@@ -1,6 +1,6 @@
 """Objectives of heads: the loss, and the quality that selects an epoch.
 
-Shapes: N clips or frames, C outputs.
+Both map logits [N, C] and targets [N, ...] to [N]. Shapes: N clips or frames, C outputs.
 """
 
 from collections.abc import Callable
@@ -14,20 +14,14 @@ Array = jax.Array
 
 
 class Objective(NamedTuple):
-    """A loss and a quality of `outputs` = C logits.
-
-    Both map logits [N, C] and targets [N, ...] to [N]. The mean quality on validation selects the
-    epoch.
-    """
+    """A loss of `outputs` = C logits, and a quality, None for minus the loss."""
 
     outputs: int
     loss: Callable[[Array, Any], Array]
-    quality: Callable[[Array, Any], Array]
+    quality: Callable[[Array, Any], Array] | None = None
 
 
-def cross_entropy(logits: Array, target: Array) -> Array:
-    """Return the cross-entropy of class indices int32 [N]."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, target)
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
 def correct(logits: Array, target: Array) -> Array:
@@ -46,25 +40,6 @@ def squares(logits: Array, target: Array) -> Array:
     return jnp.square(logits - target).mean(-1)
 
 
-def negative(loss: Callable[[Array, Any], Array]) -> Callable[[Array, Any], Array]:
-    """Return the quality that is minus a loss."""
-    return lambda logits, target: -loss(logits, target)
-
-
-def classes(count: int) -> Objective:
-    """Return the objective of one of `count` classes."""
-    return Objective(count, cross_entropy, correct)
-
-
-def tags(count: int) -> Objective:
-    """Return the objective of any of `count` tags."""
-    return Objective(count, binary, _NEGATIVE_BINARY)
-
-
-def values(count: int) -> Objective:
-    """Return the objective of `count` standardised numbers."""
-    return Objective(count, squares, _NEGATIVE_SQUARES)
-
-
-# created once: jit caches programs by the identity of the objective's functions
-_NEGATIVE_BINARY, _NEGATIVE_SQUARES = negative(binary), negative(squares)
+# loss and quality of each kind of task whose clips have one label
+CLASSES, TAGS, VALUES = (cross_entropy, correct), (binary,), (squares,)
+OF_KIND = {"classes": CLASSES, "key": CLASSES, "tags": TAGS, "regression": VALUES}

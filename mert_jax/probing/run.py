@@ -2,13 +2,14 @@
 
 import collections
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from mert_jax import progress
 from mert_jax.errors import UserError
 from mert_jax.files import directory_lock
-from mert_jax.probing import beats, cache, head, pooled, results, scores, separation
+from mert_jax.probing import beats, cache, pooled, results, scores, separation
 from mert_jax.probing.features import Features
 from mert_jax.probing.head import HeadSettings
 from mert_jax.tasks.task import Clip, Task
@@ -28,10 +29,10 @@ def probe(
     """Probe `features` on `task`, write the results to `output` and return them.
 
     `layers` are the layers to compare, () for all and their weighted sum; a baseline has one.
-    Raises UserError for missing data, a split without any clip that can be read, clips in both
-    train and test, and an unusable `output`.
+    Raises UserError for data that are missing or cannot be used, and for an unusable `output`.
     """
-    scores.check(task)
+    if task.kind in scores.NEEDS:
+        scores.needed(scores.NEEDS[task.kind])  # fail early
     splits = _read_splits(task, data)
     try:
         os.makedirs(output, exist_ok=True)
@@ -83,58 +84,39 @@ def _compute_features(
         with progress.bar(f"{features.name}, {split}", len(clips), "clip") as bar:
             tables[split] = store(root, features, clips, bar.update)
         if not tables[split].clips:
-            skipped = tables[split].left_out[0]
-            raise UserError(
-                f"none of the {len(clips)} clips of {split} can be read: {skipped['path']}: "
-                f"{skipped['reason']}, {skipped['detail']}. {task.source}"
-            )
+            example = "{path}: {reason}, {detail}".format_map(tables[split].left_out[0])
+            problem = f"none of the {len(clips)} clips of {split} can be read: {example}"
+            raise UserError(f"{problem}. {task.source}")
     return tables
 
 
 def _probe_one(
-    task: Task,
-    features: Features,
-    tables: dict[str, Any],
-    settings: HeadSettings,
-    layers: tuple[int, ...],
+    task: Task, features: Features, tables: dict, settings: HeadSettings, layers: tuple[int, ...]
 ) -> dict[str, Any]:
     """Train and score the heads of one kind of features: a row of the results."""
+    numbers = features.numbers or tuple(range(features.layers))
     # a baseline has one layer and nothing to weigh; chosen layers are compared, not weighed
-    single = features.layers == 1
-    if single or layers:
+    if features.layers == 1 or layers:
         settings = settings._replace(single=True, mixed=False)
-    if layers and not single and task.kind not in FRAMEWISE:
-        tables = {split: _select_layers(table, layers) for split, table in tables.items()}
-    names = head.names(features.layers, settings, features.numbers or ([] if single else layers))
-    module = FRAMEWISE.get(task.kind, pooled)
-    with progress.bar(f"{features.name}, heads", settings.epochs, "epoch") as bar:
-        row = module.probe(task, tables, settings, names, lambda: bar.update(1))
-    return {
-        "name": features.name,
-        "fingerprint": features.fingerprint,
-        "head": f"mlp of {settings.hidden}" if settings.hidden else "linear",
-        **row,
-    }
-
-
-def _select_layers(table: cache.Pooled, layers: tuple[int, ...]) -> cache.Pooled:
-    last = table.x.shape[1] - 1
-    if wrong := [layer for layer in layers if layer > last]:
-        raise UserError(f"--layers: there is no layer {wrong[0]}, only 0 to {last}")
-    return table._replace(x=table.x[:, list(layers)])
+    if layers and features.layers > 1 and task.kind not in FRAMEWISE:
+        if wrong := [layer for layer in layers if layer not in numbers]:
+            raise UserError(f"--layers: there is no layer {wrong[0]}, only 0 to {numbers[-1]}")
+        numbers = layers
+        tables = {k: table._replace(x=table.x[:, list(layers)]) for k, table in tables.items()}
+    names = [str(number) for number in numbers] if settings.single else []
+    names += ["sum"] if settings.mixed else []
+    row = FRAMEWISE.get(task.kind, pooled).probe(task, tables, settings, names)
+    head = f"mlp of {settings.hidden}" if settings.hidden else "linear"
+    return {"name": features.name, "fingerprint": features.fingerprint, "head": head, **row}
 
 
 def parse_layers(text: str) -> tuple[tuple[int, ...], bool, bool]:
     """Return layer numbers, and whether single layers and their weighted sum have heads."""
     if text in ("all", "sum"):
         return (), text == "all", True
-    try:
-        layers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-        if min(layers) < 0:
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--layers={text}: give all, sum, or numbers such as 7 or 3,7") from None
-    return layers, True, False
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise UserError(f"--layers={text}: give all, sum, or numbers such as 7 or 3,7")
+    return tuple(dict.fromkeys(map(int, text.split(",")))), True, False
 
 
 def summary(report: dict[str, Any], output: str) -> str:

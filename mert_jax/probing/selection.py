@@ -1,14 +1,9 @@
-"""Selection of the reported head by validation, and its row of the results.
-
-Shapes: Q choices (layers, and their weighted sum), R learning rates, S seeds.
-"""
+"""Selection of the reported head by validation, and its row of the results."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-
-Row = dict[str, Any]
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -18,40 +13,32 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": float(seeds.mean()), "std": std, "seeds": seeds.tolist()}
 
 
+def best(means: np.ndarray) -> np.ndarray:
+    """Return the index of the largest number in the last axis, of equals the first; NaN is last."""
+    return np.nan_to_num(means, nan=-np.inf).argmax(-1)
+
+
 def select(
-    valid: np.ndarray,
     names: Sequence[str],
     rates: Sequence[float],
-    metrics: Sequence[str],
-    test: Callable[[int, int], dict[str, list[float]]],
-    final: Callable[[int, int], dict[str, list[float]]] | None = None,
-) -> Row:
-    """Return a row of the results from validation scores [Q, R, S] of the first metric.
+    rate_of: Sequence[int],
+    score: Callable[[str, int], list[dict[str, float]]],
+) -> dict[str, Any]:
+    """Return a row of the results: that of the choice with the best score on validation.
 
-    Each choice takes the learning rate with the best mean over seeds, and the row the best choice;
-    of equals the first. `test` and `final` map (choice, rate) to test scores of each seed: `test`
-    for every choice, `final` for slow metrics of the selected one only.
+    `rate_of` has each choice's index in `rates`; `score` maps a split and a choice to the scores of
+    each seed, the first of which is reported for every choice.
     """
-    means = np.nan_to_num(valid.mean(-1), nan=-np.inf)
-    rate_of = means.argmax(1)
-    best = int(means.max(1).argmax())
-    by_layer, chosen = [], {}
-    for choice, (name, rate) in enumerate(zip(names, rate_of, strict=True)):
-        scores = test(choice, int(rate))
-        by_layer.append(
-            {
-                "layer": name,
-                "learning_rate": rates[rate],
-                "valid": spread(valid[choice, rate]),
-                "test": spread(scores[metrics[0]]),
-            }
+    by_layer, metrics = [], []
+    for choice, name in enumerate(names):
+        valid, test = (
+            {key: spread([row[key] for row in rows]) for key in rows[0]}
+            for rows in (score("valid", choice), score("test", choice))
         )
-        if choice == best:
-            chosen = scores | (final(choice, int(rate)) if final else {})
-    return {
-        "layer": names[best],
-        "learning_rate": rates[rate_of[best]],
-        "valid": spread(valid[best, rate_of[best]]),
-        "metrics": {name: spread(values) for name, values in chosen.items()},
-        "by_layer": by_layer,
-    }
+        first = next(iter(test))
+        row = {"layer": name, "learning_rate": rates[rate_of[choice]]}
+        by_layer.append(row | {"valid": valid[first], "test": test[first]})
+        metrics.append(test)
+    chosen = int(best(np.array([row["valid"]["mean"] for row in by_layer])))
+    row = {key: by_layer[chosen][key] for key in ("layer", "learning_rate", "valid")}
+    return row | {"metrics": metrics[chosen], "by_layer": by_layer}

@@ -21,7 +21,7 @@ class Counting:
         self.seen, self.stop_after = 0, stop_after
         self.features = Features(
             "level", fingerprint, 2, SAMPLE_RATE, 75.0, lambda waves: map(self.look, waves),
-            lambda wave: np.repeat(self.look(wave)[:, None], len(wave) // 320, 1),
+            lambda waves: (np.repeat(self.look(x)[:, None], len(x) // 320, 1) for x in waves),
         )  # fmt: skip
 
     def look(self, wave: np.ndarray) -> np.ndarray:

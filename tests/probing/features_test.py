@@ -54,7 +54,7 @@ def test_log_mel_is_librosas():
     frames = np.log(power[:, : len(wave) // 320 + 1].T + 1e-5)
     assert found.shape == (1, 256)
     np.testing.assert_allclose(found[0], np.concatenate([frames.mean(0), frames.std(0)]), atol=1e-3)
-    stacked = made.frames(wave)
+    (stacked,) = made.frames(iter([wave]))
     assert stacked.shape == (1, len(frames), 256)
     np.testing.assert_allclose(stacked[0, 1:, 128:], np.diff(frames, axis=0), atol=2e-3)
     assert made.frame_rate == 75
@@ -88,10 +88,9 @@ def test_a_student_has_all_layers_or_some():
     assert whole.layers == len(found) == 4
     some = features.student(StandIn(), layers=(3, 1))
     assert some.layers == 2
-    assert some.frames(tone(1.0)).shape == (2, 75, 2)
-    assert some.frames(tone(1.0))[:, 0, 0].tolist() == [3, 1]
-    with pytest.raises(UserError, match="layer 4 is not one of the student's"):
-        features.student(StandIn(), layers=(4,))
+    (frames,) = some.frames(iter([tone(1.0)]))
+    assert frames.shape == (2, 75, 2)
+    assert frames[:, 0, 0].tolist() == [3, 1]
 
 
 def test_a_table_has_the_checkpoint_then_the_baselines(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from mert_jax.probing import head, objectives
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
+CLASSES = objectives.Objective(3, objectives.cross_entropy, objectives.correct)
 QUICK = head.HeadSettings(epochs=8, batch_size=16, rates=(1e-3, 3e-2), seeds=2)
 
 
@@ -27,7 +28,7 @@ def data(**options):
 
 def test_the_layer_that_knows_is_found():
     train, valid = data()
-    fitted = head.fit(lambda epoch: train, valid, objectives.classes(3), QUICK)
+    fitted = head.fit(lambda epoch: train, valid, CLASSES, QUICK)
     quality = fitted.quality.mean(0)[1]  # [Q] at the second rate
     assert quality.argmax() == 1
     assert quality[1] > 0.95
@@ -43,11 +44,11 @@ def test_the_layer_that_knows_is_found():
 def test_heads_do_not_touch_one_another(hidden):
     (x, y), (xv, yv) = data()
     both = QUICK._replace(hidden=hidden, epochs=3)
-    together = head.fit(lambda epoch: (x, y), (xv, yv), objectives.classes(3), both)
+    together = head.fit(lambda epoch: (x, y), (xv, yv), CLASSES, both)
     x, xv = x.copy(), xv.copy()
     x[:, 2], xv[:, 2] = 0, 0
     alone = both._replace(rates=both.rates[1:], mixed=False)
-    found = head.fit(lambda epoch: (x, y), (xv, yv), objectives.classes(3), alone)
+    found = head.fit(lambda epoch: (x, y), (xv, yv), CLASSES, alone)
     np.testing.assert_allclose(
         head.predict(together, xv, 1, 1), head.predict(found, xv, 1, 0), atol=1e-4
     )
@@ -60,12 +61,12 @@ def test_a_head_is_what_optax_makes_of_it():
     (x, y), valid = data()
     settings = QUICK._replace(rates=(3e-3,), seeds=1, mixed=False, epochs=2)
     # a quality that rises with every epoch keeps the last one
-    objective = objectives.classes(3)._replace(quality=_epochs_up())
+    objective = CLASSES._replace(quality=_epochs_up())
     fitted = head.fit(lambda epoch: (x, y), valid, objective, settings)
     mean, std = head.mean_and_std(x)
     z = ((x - mean) / std)[:, 1]
-    key = jax.vmap(jax.random.key)(jnp.arange(1))[0]
-    params = jax.tree.map(lambda a: a[0, 1], head._init(key, 3, 6, 3, settings)["single"])
+    (key,), params, _ = head._start(3, 6, 3, settings)
+    params = jax.tree.map(lambda a: a[0, 0, 1], params["single"])
     steps = 96 // 16
     schedule = optax.cosine_decay_schedule(3e-3, 2 * steps)
     optimizer = optax.adamw(schedule, weight_decay=settings.weight_decay)
@@ -91,9 +92,7 @@ def _epochs_up():
 def test_each_head_is_kept_as_of_its_best_epoch():
     train, valid = data()
     rough = QUICK._replace(rates=(1e-3, 3.0), epochs=6)
-    fitted = head.fit(lambda epoch: train, valid, objectives.classes(3), rough)
-    assert fitted.epochs.min() >= 1
-    assert len(np.unique(fitted.epochs)) > 1
+    fitted = head.fit(lambda epoch: train, valid, CLASSES, rough)
     logits = head.predict(fitted, valid[0], 1, 0)
     quality = [np.asarray(objectives.correct(jnp.asarray(x), valid[1])).mean() for x in logits]
     np.testing.assert_allclose(quality, fitted.quality[:, 0, 1], atol=1e-4)
@@ -101,10 +100,13 @@ def test_each_head_is_kept_as_of_its_best_epoch():
 
 def test_rates_that_diverge_do_not_win():
     train, valid = data()
-    fitted = head.fit(lambda epoch: train, valid, objectives.tags(3)._replace(
+    objective = objectives.Objective(
+        3,
         loss=lambda logits, y: objectives.cross_entropy(logits, y) * jnp.float32(1e30),
         quality=lambda logits, y: -objectives.cross_entropy(logits, y),
-    ), QUICK._replace(rates=(1e30,), epochs=2))  # fmt: skip
+    )
+    rough = QUICK._replace(rates=(1e30,), epochs=2)
+    fitted = head.fit(lambda epoch: train, valid, objective, rough)
     assert not np.isnan(fitted.quality).any()
 
 
@@ -114,13 +116,19 @@ def test_values_and_tags_are_learnt():
     line = x[:, 0] @ rng.standard_normal((5, 2)).astype(np.float32)
     settings = QUICK._replace(mixed=False, epochs=20)
     found = head.fit(
-        lambda e: (x[:300], line[:300]), (x[300:], line[300:]), objectives.values(2), settings
+        lambda e: (x[:300], line[:300]),
+        (x[300:], line[300:]),
+        objectives.Objective(2, objectives.squares),
+        settings,
     )
     error = np.square(head.predict(found, x[300:], 0, 1) - line[None, 300:]).mean()
     assert error < 0.05 * line.var()
     tags = (line > 0).astype(np.float32)
     found = head.fit(
-        lambda e: (x[:300], tags[:300]), (x[300:], tags[300:]), objectives.tags(2), settings
+        lambda e: (x[:300], tags[:300]),
+        (x[300:], tags[300:]),
+        objectives.Objective(2, objectives.binary),
+        settings,
     )
     right = (head.predict(found, x[300:], 0, 1) > 0) == tags[None, 300:].astype(bool)
     assert right.mean() > 0.93
@@ -128,9 +136,9 @@ def test_values_and_tags_are_learnt():
 
 def test_validation_of_any_size_counts_each_clip_once(monkeypatch):
     train, valid = data()
-    whole = head.fit(lambda epoch: train, valid, objectives.classes(3), QUICK._replace(epochs=2))
+    whole = head.fit(lambda epoch: train, valid, CLASSES, QUICK._replace(epochs=2))
     monkeypatch.setattr(head, "CHUNK", 16)  # 50 clips: four chunks, the last one of two
-    parts = head.fit(lambda epoch: train, valid, objectives.classes(3), QUICK._replace(epochs=2))
+    parts = head.fit(lambda epoch: train, valid, CLASSES, QUICK._replace(epochs=2))
     np.testing.assert_allclose(whole.quality, parts.quality, atol=1e-5)
     x = valid[0][:21]
     np.testing.assert_allclose(
@@ -145,9 +153,3 @@ def test_statistics_are_those_of_training_and_constants_are_left_alone():
     np.testing.assert_allclose(mean, x.mean(0), rtol=1e-4)
     assert std[1, 2] == 1
     np.testing.assert_allclose(std[0], x[:, 0].std(0), rtol=1e-4)
-
-
-def test_names():
-    assert head.names(3, QUICK) == ["0", "1", "2", "sum"]
-    assert head.names(2, QUICK._replace(mixed=False), (3, 7)) == ["3", "7"]
-    assert head.names(3, QUICK._replace(single=False)) == ["sum"]

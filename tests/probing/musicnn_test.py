@@ -146,7 +146,8 @@ def test_as_features(small, tmp_path):
     assert (made.sample_rate, made.frame_rate, made.layers) == (16_000, 62.5, 1)
     (found,) = made.pooled(iter([wave(2.0)]))
     assert found.shape == (1, 2 * WIDTH)
-    assert made.frames(wave(2.0)).shape == (1, 126, WIDTH)
+    (frames,) = made.frames(iter([wave(2.0)]))
+    assert frames.shape == (1, 126, WIDTH)
     other = small_weights() | {"conv2d/bias": np.zeros(4, np.float32)}
     tf_checkpoints.write(tmp_path, other)
     assert features.tagger(str(tmp_path)).fingerprint != made.fingerprint

@@ -38,7 +38,7 @@ def some_layers(computed: list | None = None, noise: int = 2) -> features.Featur
         fingerprint="some layers",
         layers=1 + noise,
         pooled=lambda waves: map(among_noise, known.pooled(waves)),
-        frames=lambda wave: among_noise(known.frames(wave)),
+        frames=lambda waves: map(among_noise, known.frames(waves)),
     )
 
 
