@@ -16,22 +16,19 @@ def perplexity(counts: np.ndarray) -> np.ndarray:
 def check_codes(name: str, counts: np.ndarray, frames: int) -> str:
     """Return a line on how often codes are used, from their `counts` [K, V] in `frames` frames.
 
-    Raises UserError for a degenerate codebook, of which hardly more than one code is used, and for
-    codes outside the codebook.
+    Raises UserError for codes outside the codebook, and if hardly more than one code is used.
     """
     used = perplexity(counts)
     rounded = " ".join(f"{x:.0f}" for x in used)
-    for k, inside in enumerate(counts.sum(1)):
-        if inside != frames:
+    for k, (row, effective) in enumerate(zip(counts, used, strict=True)):
+        if outside := frames - int(row.sum()):
+            problem = f"{outside} of {frames} codes of codebook {k} lie outside its {len(row)}"
+            raise UserError(f"{name}: {problem} classes; they come from another codec")
+        if effective < MIN_PERPLEXITY:
+            share = row.max() / max(frames, 1)
             raise UserError(
-                f"{name}: {frames - int(inside)} of {frames} codes of codebook {k} lie outside its "
-                f"{counts.shape[1]} classes; they come from another codec"
+                f"{name}: codebook {k} of {len(used)} is degenerate: {share:.1%} of {frames} "
+                f"frames are code {row.argmax()} (perplexity {rounded}); check the audio, or leave "
+                "the codebook out"
             )
-    if degenerate := [k for k, x in enumerate(used) if x < MIN_PERPLEXITY]:
-        row = counts[degenerate[0]]
-        raise UserError(
-            f"{name}: codebook {', '.join(map(str, degenerate))} of {len(used)} is degenerate: "
-            f"{row.max() / max(frames, 1):.1%} of {frames} frames are code {row.argmax()} "
-            f"(perplexity {rounded}); check the audio, or leave the codebooks out"
-        )
     return f"{name}: {len(used)} codebooks of {counts.shape[1]}, perplexity {rounded}"
