@@ -13,9 +13,6 @@ the audio; `train` uses them if they exist. With --input as well, both are done.
 
 The command may be stopped at any time and run again. A later run decodes only new files and drops
 the tracks of removed ones. It needs room for about twice the dataset, 0.2 GB an hour of music.
-
-A core decodes 6.5 hours of Vorbis a minute, 3.1 of Opus, 9.2 of FLAC, in 44 MiB of memory
-(`python -m tests.benchmarks.prepare FILES`).
 """
 
 import time
@@ -63,6 +60,14 @@ def main() -> int:
         min_seconds=_MIN_SECONDS.value,
         validation_fraction=_VALIDATION_FRACTION.value,
     )
+    chunk, crop = settings.sizes()
+    if chunk <= crop or crop <= 0:
+        raise UserError(
+            f"--chunk_seconds={settings.chunk_seconds:g} must be longer than "
+            f"--crop_seconds={settings.crop_seconds:g}, and that longer than 0"
+        )
+    if "://" in _OUTPUT.value:
+        raise UserError(f"--output={_OUTPUT.value} is not on a local disk; copy the dataset there")
     started = time.monotonic()
     try:
         if inputs:

@@ -34,7 +34,8 @@ class Source(list):
     """Records that hold their own number, with a list of those read."""
 
     def __init__(self, number: int):
-        super().__init__({"audio": np.full(SAMPLES, i, np.int16)} for i in range(number))
+        waves = (np.full(SAMPLES, i, np.int16) for i in range(number))
+        super().__init__({"audio": wave, "codes": {}} for wave in waves)
         self.read = []
 
     def __getitem__(self, index):
@@ -48,7 +49,7 @@ def main():
         mesh = sharding.make_mesh(*map(int, MESH.value))
         rows = sharding.rows_of_host(BATCH, mesh)
         source = Source(40)
-        options = dict(num_samples=SAMPLES, hop=320, batch_size=BATCH, seed=3, threads=0)
+        options = dict(num_samples=SAMPLES, batch_size=BATCH, seed=3, threads=0)
         own = next(pipeline.train_stream([source], rows=rows, **options))
         whole = next(pipeline.train_stream([Source(40)], **options))
         with jax.set_mesh(mesh):

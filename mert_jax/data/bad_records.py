@@ -1,53 +1,40 @@
 """Counts the clips of bad records that were replaced, names the records, and stops at too many."""
 
+import bisect
 import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from mert_jax.data import records
 from mert_jax.errors import UserError
-from mert_jax.files import JsonlFile, read_jsonl
+from mert_jax.files import JsonlFile, Row, read_jsonl
 
 FILE = "bad_records.jsonl"
 COUNTS = "replaced_clips.jsonl"
 MIN_CLIPS = 1000  # before the fraction of replaced clips means anything
-MIN_CLIPS_ALL_BAD = 8  # enough to stop if all of them were replaced
 NUM_NAMED = 3  # bad records that the error names
+BAD_RECORD = "{dataset}/{shard}, record {index} ({what})"
 
 
-class BadRecord(NamedTuple):
-    """A record that cannot be used: its dataset, its file, its index there, and the reason."""
-
-    dataset: str
-    shard: str
-    index: int
-    what: str
-
-    def __str__(self) -> str:
-        return f"{os.path.join(self.dataset, self.shard)}, record {self.index} ({self.what})"
-
-
-def diagnose(source: Any, index: int) -> BadRecord:
-    """Read a record again and return what is wrong with it."""
+def diagnose(source: Any, index: int) -> Row:
+    """Read a record again; return its dataset, its file, its index there, and what is wrong."""
     try:
         source[index]
         error = source.error(index, "it could not be read, and now it can")
     except records.BadRecordError as e:
         error = e
-    return BadRecord(source.directory, error.shard, error.index, error.reason)
+    return dict(dataset=source.directory, shard=error.shard, index=error.index, what=error.reason)
 
 
 class BadRecords:
     """Counts the clips drawn from `sources` and those of them that were replaced.
 
-    WORKDIR/bad_records.jsonl gets a line for each bad record, replaced_clips.jsonl one for each
-    batch with replaced clips. `start` is the first batch of this run: later rows are dropped, and
-    the counts continue from those of the batches before. Every host counts; the one that `writes`
-    keeps the files. Without a workdir, bad records are only printed.
+    WORKDIR/bad_records.jsonl lists the bad records, replaced_clips.jsonl the batches with replaced
+    clips, up to batch `start` of a resumed run. Without a workdir, bad records are only printed.
     """
 
     def __init__(
@@ -58,79 +45,68 @@ class BadRecords:
         start: int = 0,
         writes: bool = True,
     ):
-        self._sources, self._max_fraction = sources, max_fraction
+        self._sources, self._max_fraction, self._start = sources, max_fraction, start
         self._offsets = list(itertools.accumulate(map(len, sources), initial=0))
-        self._next_batch, self._seen = start, set()
-        self._named: list[BadRecord] = []
-        # clips drawn up to batch `_counted` (exclusive), and those of them that were replaced
-        self._counted, self._drawn, self.replaced = 0, 0, 0
+        # clips drawn up to batch `_next` (exclusive), and those of them that were replaced
+        self._next, self._drawn, self.replaced = start, 0, 0
+        self._bad: dict[int, Row] = {}
         self._rows = self._counts = None
-        if workdir is None:
-            self._counted = start
+        if not workdir:
             return
 
-        def before_start(row: Mapping[str, Any]) -> bool:
+        def before_start(row: Row) -> bool:
             return row["batch"] < start
 
         paths = [os.path.join(workdir, name) for name in (FILE, COUNTS)]
         rows, counts = (list(filter(before_start, read_jsonl(path))) for path in paths)
-        self._seen.update(row["record"] for row in rows)
-        fields = [{key: row[key] for key in BadRecord._fields} for row in rows[:NUM_NAMED]]
-        self._named = [BadRecord(**values) for values in fields]
-        if counts:
-            self._counted = counts[-1]["batch"] + 1
-            self._drawn, self.replaced = counts[-1]["drawn"], counts[-1]["replaced"]
+        self._bad = {row["record"]: row for row in rows}
+        last = counts[-1] if counts else dict(batch=-1, drawn=0, replaced=0)
+        self._next, self._drawn, self.replaced = last["batch"] + 1, last["drawn"], last["replaced"]
         if writes:
             self._rows, self._counts = (JsonlFile(path, before_start) for path in paths)
 
     def note(self, step: int, batch: int, clips: Mapping[str, np.ndarray]) -> None:
         """Count `clips["faulty"]` int64 [B] of a batch drawn for `step`, once for each batch.
 
-        Prints a line for each new bad record. Raises UserError if more than `max_fraction` of at
-        least 1000 clips, or all of at least 8, were replaced.
+        Prints new bad records. Raises UserError beyond `max_fraction` of at least 1000 clips.
         """
-        if batch < self._next_batch:
+        if batch < max(self._start, self._next):
             return
         faulty = np.asarray(clips["faulty"])
-        bad = faulty[faulty >= 0]
-        self._drawn += (batch + 1 - self._counted) * len(faulty)
-        self._counted = self._next_batch = batch + 1
-        for record in dict.fromkeys(bad.tolist()):
-            if record not in self._seen:
+        bad = faulty[faulty >= 0].tolist()
+        self._drawn += (batch + 1 - self._next) * len(faulty)
+        self._next = batch + 1
+        for record in dict.fromkeys(bad):
+            if record not in self._bad:
                 self._add(step, batch, record)
-        if len(bad):
-            self.replaced += len(bad)
-            if self._counts:
-                self._counts.write(dict(batch=batch, drawn=self._drawn, replaced=self.replaced))
-        min_clips = MIN_CLIPS_ALL_BAD if self.replaced == self._drawn else MIN_CLIPS
-        if self._drawn >= min_clips and self.replaced > self._max_fraction * self._drawn:
-            others = len(self._seen) - len(self._named)
+        self.replaced += len(bad)
+        if bad and self._counts:
+            self._counts.write(dict(batch=batch, drawn=self._drawn, replaced=self.replaced))
+        if self._drawn >= MIN_CLIPS and self.replaced > self._max_fraction * self._drawn:
+            rows, others = list(self._bad.values())[:NUM_NAMED], len(self._bad) - NUM_NAMED
+            named = [BAD_RECORD.format(**row) for row in rows]
+            named += [f"and {others} more"] if others > 0 else []
             raise UserError(
                 f"{self.replaced} of {self._drawn} clips were of records that cannot be used, "
                 f"{self.replaced / self._drawn:.2%} and more than {self._max_fraction:.2%}: "
-                + "; ".join(map(str, self._named))
-                + (f"; and {others} more" if others else "")
-                + ". Copy the dataset again, or prepare it again with python -m mert_jax.prepare, "
-                "or, in training, raise data.max_faulty"
+                f"{'; '.join(named)}. Copy the dataset again, or prepare it again with python -m "
+                "mert_jax.prepare, or, in training, raise data.max_faulty"
             )
 
     def _add(self, step: int, batch: int, record: int) -> None:
-        dataset = int(np.searchsorted(self._offsets, record, "right")) - 1
-        bad = diagnose(self._sources[dataset], record - self._offsets[dataset])
-        self._seen.add(record)
-        if len(self._named) < NUM_NAMED:
-            self._named.append(bad)
-        when = ""
+        dataset = bisect.bisect_right(self._offsets, record) - 1
+        row = diagnose(self._sources[dataset], record - self._offsets[dataset])
+        self._bad[record] = row
         if self._rows:
-            self._rows.write(dict(step=step, batch=batch, record=record) | bad._asdict())
-            when = f"step {step}: "
-        print(f"{when}record {record} cannot be used, the next one replaces it: {bad}", flush=True)
+            self._rows.write(dict(step=step, batch=batch, record=record) | row)
+        when = f"step {step}: " if self._rows else ""
+        bad = f"{when}record {record} cannot be used, the next one replaces it"
+        print(f"{bad}: {BAD_RECORD.format(**row)}", flush=True)
 
     def close(self) -> None:
         """Close the files."""
-        for file in (self._rows, self._counts):
-            if file:
-                file.close()
+        for file in filter(None, (self._rows, self._counts)):
+            file.close()
 
 
 def count_bad_records(

@@ -1,82 +1,142 @@
-"""Batches of the open datasets of a run, laid out on its mesh."""
+"""The prepared datasets of a run, and their batches on its mesh."""
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from mert_jax import sharding
-from mert_jax.constants import HOP_LENGTH
-from mert_jax.data import bad_records, pipeline
+from mert_jax.constants import SAMPLE_RATE
+from mert_jax.data import bad_records, pipeline, records, stored_codes
+from mert_jax.data.stored_codes import CodesInfo
+from mert_jax.errors import UserError
 
 Batch = dict[str, Any]
 BATCH_KEYS = ("audio", "looped", "codes", "record", "faulty")
+Stored = Mapping[str, CodesInfo]  # by teacher
+Summaries = Sequence[Mapping[str, Any]]
+
+
+def find_stored_codes(directories: Sequence[str], checkpoints: Mapping[str, str]) -> Stored:
+    """Return the codes that all datasets store of the same codec.
+
+    Raises UserError if they differ, for a teacher without a checkpoint in `checkpoints`.
+    """
+    stored = {}
+    for teacher, checkpoint in checkpoints.items():
+        infos = {directory: stored_codes.read_info(directory, teacher) for directory in directories}
+        codecs = {directory: info.codec for directory, info in infos.items() if info}
+        if not codecs:
+            continue
+        first = next(iter(codecs))
+        others = [each for each in directories if codecs.get(each) != codecs[first]]
+        if not others:
+            stored[teacher] = infos[first]
+            continue
+        problem = f"{others[0]} does not store the codes of {teacher} that {first} does"
+        if not checkpoint:
+            raise UserError(
+                f"{problem}; set teacher.{teacher}.checkpoint to compute them, or run python -m "
+                f"mert_jax.prepare --output={others[0]} --codes=CHECKPOINT with the same codec"
+            )
+        print(f"{problem}: they are computed for every dataset", flush=True)
+    return stored
+
+
+def open_datasets(
+    directories: Sequence[str], split: str, stored: Stored, num_samples: int, max_faulty: float
+) -> list[records.RecordSource]:
+    """Open the records of each dataset, with the codes that it has `stored`.
+
+    Raises UserError for clips that are too long, and if more than `max_faulty` records are missing.
+    """
+    sources = []
+    for directory in directories:
+        overlap = records.metadata(directory)["overlap_samples"]
+        if num_samples > overlap:
+            raise UserError(
+                f"data.num_samples={num_samples} is longer than the {overlap} that {directory} was "
+                f"prepared for; prepare it with --crop_seconds={num_samples / SAMPLE_RATE:g}"
+            )
+        infos = {teacher: stored_codes.read_info(directory, teacher) for teacher in stored}
+        sources.append(records.open_source(directory, split, max_faulty))
+        stored_codes.attach(sources[-1], split, infos, max_faulty)
+    return sources
+
+
+def dataset_summaries(directories: Sequence[str], weights: Sequence[float]) -> Summaries:
+    """Return name, size, weight and fingerprint of each dataset, for the model card."""
+    summaries = []
+    weights = weights or ["by its records"] * len(directories)
+    for directory, weight in zip(directories, weights, strict=True):
+        metadata = records.metadata(directory)
+        size = {key: metadata["splits"]["train"][key] for key in ("tracks", "hours")}
+        name = os.path.basename(os.path.abspath(directory))
+        identity = dict(weight=weight, fingerprint=metadata["fingerprint"])
+        summaries.append({"dataset": name} | size | identity)
+    return tuple(summaries)
+
+
+def check_unchanged(before: Summaries, now: Summaries, accept: bool) -> None:
+    """Raise UserError, or print a line to `accept` it, if a run began with other datasets.
+
+    `before` is empty until it begins. A dataset that was only moved has not changed.
+    """
+    if not before or [x["fingerprint"] for x in before] == [x["fingerprint"] for x in now]:
+        return
+    then, new = (
+        ", ".join(f"{x['dataset']} (fingerprint {x['fingerprint'][:8]})" for x in summaries)
+        for summaries in (before, now)
+    )
+    change = f"the datasets are {new}, but the run began with {then}"
+    if not accept:
+        way_out = "Restore the old ones, or go on with other batches by"
+        raise UserError(f"{change}. {way_out} --config.data.accept_changes=True")
+    print(f"{change}: accepted (data.accept_changes)", flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Makes global batches; each host reads the rows of its own devices.
+    """Makes global batches of a run's `sources`; each host reads the rows of its own devices.
 
-    `sources` has the datasets of the splits "train" and "validation", `weights` the ratio of their
-    clips, () for that of their records. A clip has `num_samples`, after `context` samples that only
-    teachers hear. Validation batches have `micro_batch_size` rows.
+    clip: num_samples and context, as of `pipeline`. reading: weights, seed, threads, and workers.
     """
 
-    sources: Mapping[str, Sequence[Any]]
+    sources: Mapping[str, Sequence[Any]]  # of the splits "train" and "validation"
     mesh: Mesh
-    _: dataclasses.KW_ONLY
-    weights: Sequence[float]
     batch_size: int
-    micro_batch_size: int
-    num_samples: int
-    context: int
-    seed: int
+    micro_batch_size: int  # of validation
     max_faulty: float
-    threads: int
-    workers: int
+    clip: Mapping[str, int]
+    reading: Mapping[str, Any]
 
     @functools.cached_property
     def _bad_records(self) -> list[bad_records.BadRecords]:
-        validation = self.sources["validation"]
-        return [bad_records.BadRecords(None, [source], self.max_faulty) for source in validation]
+        sources = self.sources["validation"]
+        return [bad_records.BadRecords(None, [source], self.max_faulty) for source in sources]
 
-    @property
-    def _clips(self) -> dict[str, int]:
-        return dict(num_samples=self.num_samples, hop=HOP_LENGTH, context=self.context)
+    def _on_mesh(self, batches: Iterator[Any], batch_size: int) -> Iterator[Batch]:
+        def put(batch: Mapping[str, Any]) -> Batch:
+            rows = {key: batch[key] for key in BATCH_KEYS}
+            return jax.tree.map(lambda x: sharding.global_batch(x, batch_size, self.mesh), rows)
 
-    def _put(self, batch: Mapping[str, Any], batch_size: int) -> Batch:
-        def put(rows: Any) -> jax.Array:
-            return sharding.global_batch(np.asarray(rows), batch_size, self.mesh)
-
-        return jax.tree.map(put, {key: batch[key] for key in BATCH_KEYS})
+        return pipeline.prefetch(batches, put)
 
     def train(self, start: int) -> Iterator[Batch]:
         """Return batches `start`, `start` + 1, ..., without end."""
-        stream = pipeline.train_stream(
-            self.sources["train"],
-            weights=self.weights,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            start=start,
-            rows=sharding.rows_of_host(self.batch_size, self.mesh),
-            threads=self.threads,
-            workers=self.workers,
-            **self._clips,
-        )
-        return pipeline.prefetch(stream, lambda batch: self._put(batch, self.batch_size))
+        size, rows = self.batch_size, sharding.rows_of_host(self.batch_size, self.mesh)
+        options = dict(batch_size=size, rows=rows, start=start, **self.clip, **self.reading)
+        return self._on_mesh(pipeline.train_stream(self.sources["train"], **options), size)
 
     def validation(self) -> list[Iterator[Batch]]:
         """Return, for each dataset, batches of one clip of every record."""
-        size = self.micro_batch_size
-        rows = sharding.rows_of_host(size, self.mesh)
-
-        def batches_of(source: Any, bad: bad_records.BadRecords) -> Iterator[Batch]:
-            batches = pipeline.validation_batches(source, batch_size=size, rows=rows, **self._clips)
-            counted = bad_records.count_bad_records(batches, bad)
-            yield from pipeline.prefetch(counted, lambda batch: self._put(batch, size))
-
-        return list(map(batches_of, self.sources["validation"], self._bad_records))
+        size, streams = self.micro_batch_size, []
+        options = dict(batch_size=size, rows=sharding.rows_of_host(size, self.mesh), **self.clip)
+        for source, bad in zip(self.sources["validation"], self._bad_records, strict=True):
+            batches = pipeline.validation_batches(source, **options)
+            streams.append(self._on_mesh(bad_records.count_bad_records(batches, bad), size))
+        return streams

@@ -156,7 +156,6 @@ class CodecTraining:
         stream = pipeline.train_stream(
             [self._source],
             num_samples=config.num_samples,
-            hop=HOP_LENGTH,
             batch_size=config.batch_size,
             seed=self._seed,
             start=position,

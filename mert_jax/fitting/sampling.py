@@ -60,12 +60,10 @@ class Sampler:
 
         split: "train" or "validation".
         """
-        hop = self.metadata["hop_length"]
         source = records.open_source(self._directory, split)
         stream = pipeline.train_stream(
             [source],
-            num_samples=self.metadata["overlap_samples"] // hop * hop,
-            hop=hop,
+            num_samples=self.metadata["overlap_samples"],
             batch_size=CLIPS,
             seed=self.seed,
         )

@@ -21,7 +21,7 @@ from mert_jax.checkpoints.in_memory import About
 from mert_jax.checkpoints.reading import read_checkpoint
 from mert_jax.checkpoints.train_state import TrainState
 from mert_jax.constants import HOP_LENGTH, SAMPLE_RATE
-from mert_jax.data import mix, stored_codes
+from mert_jax.data import loader
 from mert_jax.data.loader import Loader
 from mert_jax.data.stored_codes import CodesInfo
 from mert_jax.errors import UserError
@@ -91,36 +91,28 @@ def find_stored_codes(config: ConfigDict) -> dict[str, CodesInfo]:
     checkpoints = {
         name: teacher_options(config, name).get("checkpoint", "") for name in config.teachers
     }
-    return mix.find_stored_codes(dataset_directories(config), checkpoints)
+    return loader.find_stored_codes(dataset_directories(config), checkpoints)
 
 
 def open_datasets(config: ConfigDict, stored: Mapping[str, CodesInfo], split: str) -> list[Any]:
-    """Open a split of each of the config's datasets. Raises UserError like `mix.open_datasets`."""
+    """Open a split of each of the config's datasets. Raises UserError as `loader` does."""
     directories, data = dataset_directories(config), config.data
     if not directories:
         raise UserError(
             "--config.data.dir=DIR is needed: a folder made by python -m mert_jax.prepare"
         )
-    return mix.open_datasets(directories, split, stored, data.num_samples, data.max_faulty)
+    return loader.open_datasets(directories, split, stored, data.num_samples, data.max_faulty)
 
 
 def make_loader(
     config: ConfigDict, sources: Mapping[str, Sequence[Any]], mesh: Mesh, context: int
 ) -> Loader:
     """Return the loader of the config's batches, with `context` samples before each clip."""
-    return Loader(
-        sources,
-        mesh,
-        weights=config.data.weights,
-        batch_size=config.batch_size,
-        micro_batch_size=config.batch_size // config.accumulation,
-        num_samples=config.data.num_samples,
-        context=context,
-        seed=config.seed,
-        max_faulty=config.data.max_faulty,
-        threads=config.data.threads,
-        workers=config.data.workers,
-    )
+    data, size = config.data, config.batch_size
+    clip = dict(num_samples=data.num_samples, context=context)
+    reading = dict(weights=data.weights, threads=data.threads, workers=data.workers)
+    reading["seed"] = config.seed
+    return Loader(sources, mesh, size, size // config.accumulation, data.max_faulty, clip, reading)
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
@@ -147,7 +139,7 @@ def make_teachers(
         if not info:
             by_name[name] = teachers.make(name, **options)
         elif not options.get("checkpoint"):
-            by_name[name] = stored_codes.stored_teacher(info)
+            by_name[name] = Teacher(None, (), info.size)  # every batch has the codes
         else:
             teacher = teachers.make(name, **options)
             if (fingerprint := teachers.fingerprint(teacher)) != info.fingerprint:
@@ -419,7 +411,7 @@ def about(
     return About(
         special_codes=config.objective.special_codes,
         teachers=dict(fingerprints),
-        data=mix.dataset_summaries(dataset_directories(config), tuple(config.data.weights)),
+        data=loader.dataset_summaries(dataset_directories(config), tuple(config.data.weights)),
         licence=initial.about.licence if initial else "",
         lineage=initial.about.lineage if initial else (),
     )

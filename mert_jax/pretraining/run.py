@@ -15,8 +15,8 @@ from mert_jax.checkpoints import manager
 from mert_jax.checkpoints import workdir as workdirs
 from mert_jax.checkpoints.init_from import InitialWeights, apply_initial_weights
 from mert_jax.checkpoints.train_state import TrainState
-from mert_jax.data import code_checks, mix
-from mert_jax.data.loader import Batch, Loader
+from mert_jax.data import code_checks
+from mert_jax.data.loader import Batch, Loader, check_unchanged
 from mert_jax.errors import UserError
 from mert_jax.pretraining import build, loop, metrics, run_log, step
 from mert_jax.runtime import goodput, watchdog, workdir_lock
@@ -51,7 +51,7 @@ def pretrain(config: ConfigDict, workdir: str | None, describe: bool = False) ->
         lock = workdir_lock.lock_workdir(files.folder, json.loads(config.to_json()), resumes)
         if resumes:
             before = workdirs.read_about(files.folder)
-            mix.check_unchanged(before.data, about.data, settings.accept_changes)
+            check_unchanged(before.data, about.data, settings.accept_changes)
             about = before._replace(data=about.data)
         if jax.process_index() == 0:
             workdirs.write_description(files.folder, student, about)

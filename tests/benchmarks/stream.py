@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from mert_jax.constants import HOP_LENGTH, SAMPLE_RATE
+from mert_jax.constants import SAMPLE_RATE
 from mert_jax.data import decoding, pipeline, records
 from tests.benchmarks import measure
 
@@ -35,7 +35,7 @@ def synthetic(seconds: int) -> np.ndarray:
 
 
 class _Flac:
-    """A record's audio as `data.RandomCrop` slices it, read from FLAC."""
+    """A record's audio as `pipeline.RandomClip` slices it, read from FLAC."""
 
     def __init__(self, record: bytes):
         self._file = soundfile.SoundFile(io.BytesIO(record))
@@ -56,7 +56,7 @@ class _FlacSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"audio": _Flac(self._records[index])}
+        return {"audio": _Flac(self._records[index]), "codes": {}}
 
 
 def _write(folder: str, files: Sequence[str]) -> list[float]:
@@ -93,7 +93,7 @@ def peer(folder: str) -> Callable[[], Any]:
 
 
 def _read(source: Any) -> Callable[[], Any]:
-    sizes = dict(num_samples=SAMPLES, hop=HOP_LENGTH, batch_size=BATCH)
+    sizes = dict(num_samples=SAMPLES, batch_size=BATCH)
     stream = pipeline.train_stream([source], seed=0, **sizes)
     return lambda: [next(stream) for _ in range(BATCHES)]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from mert_jax.data import bad_records, mix, pipeline, records, stored_codes
+from mert_jax.data import bad_records, loader, pipeline, records, stored_codes
 from mert_jax.errors import UserError
 from mert_jax.files import read_jsonl
 from mert_jax.pretraining import build
@@ -22,7 +22,7 @@ from tests import small
 HOP, FRAMES, BOOKS, SIZE = 320, 20, 2, 16
 SHARDS = (4, 5, 3)
 COUNT = sum(SHARDS)
-CLIP = dict(num_samples=HOP * 5, hop=HOP, batch_size=4, seed=3, threads=2)
+CLIP = dict(num_samples=HOP * 5, batch_size=4, seed=3, threads=2)
 KINDS = [
     "flipped",
     "garbage",
@@ -65,9 +65,7 @@ def write(path: pathlib.Path, changed=None, seed: int = 0) -> str:
         records.write_shard(str(folder / f"train-{shard}"), stored_bytes)
     splits = {"train": {"tracks": COUNT, "records": COUNT, "hours": 0.1}}
     about = dict(chunk_samples=1, overlap_samples=HOP * FRAMES, fingerprint=f"{seed}" * 32)
-    records.write_info(
-        str(path), {"train": records.Split(list(SHARDS), 1)}, about | {"splits": splits}
-    )
+    records.write_info(str(path), {"train": (list(SHARDS), 1)}, about | {"splits": splits})
     info = stored_codes.CodesInfo(
         "rvq_vae", BOOKS, SIZE, HOP, "codec", about["fingerprint"], {}, {}
     )
@@ -106,9 +104,9 @@ def damage(kind: str, record: int, path: pathlib.Path) -> tuple[str, set[int], s
     instead = {
         "garbage": ("audio", b"garbage", "its bytes are not a record"),
         "empty": ("audio", empty, "it has no audio"),
-        "frames": ("codes", bytes(2 * BOOKS * 19), "19 frames of codes for 6400 samples, 20 fra"),
+        "frames": ("codes", bytes(2 * BOOKS * 19), "76 bytes for 20 frames of 2 codes (6400 "),
         "code": ("codes", b"\x10\0" * BOOKS * FRAMES, "code 16 of codebooks of 16"),
-        "bytes": ("codes", bytes(7), "7 bytes are not codes of 2 codebooks"),
+        "bytes": ("codes", bytes(7), "7 bytes for 20 frames of 2 codes (6400 "),
     }
     if kind in instead:
         of, content, words = instead[kind]
@@ -140,7 +138,8 @@ def damage(kind: str, record: int, path: pathlib.Path) -> tuple[str, set[int], s
 def opened(directory: str, most: float = 1.0):
     source = records.open_source(directory, "train", most)
     stored = {"rvq_vae": stored_codes.read_info(directory, "rvq_vae")}
-    return stored_codes.attach(source, directory, "train", stored, most)
+    stored_codes.attach(source, "train", stored, most)
+    return source
 
 
 def batches(number: int, directories, **options):
@@ -193,11 +192,11 @@ def test_a_fault_is_replaced_by_the_next_record_and_named(kind, record, tmp_path
     stream = pipeline.train_stream([source], **CLIP)
     assert check(undamaged[0], itertools.islice(stream, 6), bad, undamaged[1]) == 2 * len(bad)
     bad_record = bad_records.diagnose(source, record)
-    assert words in bad_record.what
+    assert words in bad_record["what"]
     of_codes = kind in ("frames", "code", "bytes", "codes gone")
     shard, within = shard_of(record)
     name = f"train-{shard}" if of_codes else records.shard_name("train", shard, len(SHARDS))
-    assert (bad_record.dataset, bad_record.shard, bad_record.index) == (directory, name, within)
+    assert list(bad_record.values())[:3] == [directory, name, within]
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +215,7 @@ def damaged(tmp_path_factory, second) -> tuple[str, str, set[int]]:
             content[1] = content[3] = b"\xff"
         else:
             path = pathlib.Path(stored_codes.folder(str(two), "rvq_vae")) / f"train-{shard}"
-            content = [x.tobytes() for x in opened(second)._codes["rvq_vae"]][-length:]
+            content = list(opened(second).codes["rvq_vae"])[-length:]
             content[2] = b""
         records.write_shard(str(path), content)
     return one, str(two), bad | {COUNT + 1, COUNT + 3, COUNT + 11}
@@ -251,7 +250,7 @@ def test_a_later_start_changes_nothing(damaged):
 
 def test_validation_replaces_them_too(damaged):
     one, _, bad = damaged
-    options = {key: CLIP[key] for key in ("num_samples", "hop", "batch_size")}
+    options = {key: CLIP[key] for key in ("num_samples", "batch_size")}
     validation = list(pipeline.validation_batches(opened(one), **options))
     faulty = np.concatenate([batch["faulty"] for batch in validation])
     assert set(faulty[faulty >= 0].tolist()) == {record for record in bad if record < COUNT}
@@ -261,17 +260,17 @@ def test_validation_replaces_them_too(damaged):
 def test_a_stream_without_usable_records_raises(tmp_path, threads):
     directory = write(tmp_path / "data")
     source = records.open_source(directory, "train")
-    for name in source.shard_names():
+    for name in source.names:
         os.truncate(os.path.join(directory, name), 100)
     stream = pipeline.train_stream([source], **CLIP | {"threads": threads})
-    with pytest.raises(UserError, match=r"no record of .* can be used; .* at least 64KB"):
+    with pytest.raises(UserError, match=r"none of the records .* can be used; .* at least 64KB"):
         next(stream)
 
 
 def test_the_search_for_a_usable_record_ends(tmp_path, monkeypatch):
     directory, *_ = damage("garbage", 2, tmp_path / "data")
     monkeypatch.setattr(pipeline, "MAX_TRIES", 1)
-    with pytest.raises(UserError, match="from 2 to 2 can be used; the first error: record 2 of mu"):
+    with pytest.raises(UserError, match="records 2 to 2 can be used; first error: record 2 of mu"):
         pipeline.next_usable(opened(directory), 2)
     assert pipeline.next_usable(opened(directory), 3)[0] == 3
     lost, *_ = damage("cut", 4, tmp_path / "lost")  # a whole file is passed over at once
@@ -284,19 +283,17 @@ def test_missing_files_are_refused_beyond_the_share(sound, tmp_path):
     share = len(bad) / COUNT
     assert len(records.open_source(directory, "train", share)) == COUNT
     for most in (0.0, share - 0.01):
-        with pytest.raises(
-            UserError, match=r"lacks 1 of its 3 train shards with 41\.7% of the rec"
-        ):
+        with pytest.raises(UserError, match=r"lacks 1 of its 3 files with 41\.7% of the rec"):
             records.open_source(directory, "train", most)
     for path in pathlib.Path(directory).glob("*.array_record-*"):
         path.unlink()
-    with pytest.raises(UserError, match="lacks 3 of its 3 train shards with 100"):
+    with pytest.raises(UserError, match="lacks 3 of its 3 files with 100"):
         records.open_source(directory, "train", 1.0)
     shutil.copytree(sound, tmp_path / "copy")
     folder = pathlib.Path(stored_codes.folder(str(tmp_path / "copy"), "rvq_vae"))
     (folder / "train-0").unlink()
     assert len(opened(str(tmp_path / "copy"), 0.5)) == COUNT
-    with pytest.raises(UserError, match=r"1 of 3 files of codes are missing, with 33\.3%"):
+    with pytest.raises(UserError, match=r"rvq_vae lacks 1 of its 3 files with 33\.3%"):
         opened(str(tmp_path / "copy"), 0.1)
 
 
@@ -318,7 +315,7 @@ def test_files_are_opened_again_after_others_were(sound, monkeypatch):
     source = records.open_source(sound, "train")
     for i in (0, 11, 5, 0, 5, 11):
         assert source[i]["track"] == f"{i}"
-    assert len(source._shards._readers) == 1
+    assert source._reader.cache_info().currsize == 1
 
 
 def test_a_file_that_was_put_right_is_read(sound, tmp_path):
@@ -327,11 +324,12 @@ def test_a_file_that_was_put_right_is_read(sound, tmp_path):
     source = records.open_source(directory, "train")
     with pytest.raises(records.BadRecordError):
         source[5]
-    name = source.shard_names()[1]
+    name = source.names[1]
     os.replace(shutil.copy(os.path.join(sound, name), tmp_path), os.path.join(directory, name))
     assert source[5]["track"] == "5"
     bad_record = bad_records.diagnose(source, 5)
-    assert (bad_record.shard, bad_record.what) == (name, "it could not be read, and now it can")
+    assert (bad_record["shard"], bad_record["index"]) == (name, 1)
+    assert bad_record["what"] == "it could not be read, and now it can"
 
 
 def test_too_many_open_files_are_not_a_bad_record(sound):
@@ -385,7 +383,7 @@ def test_each_bad_record_is_written_and_printed_once(damaged, tmp_path, capsys):
         of_codes = (dataset, record) == (1, 11)
         name = f"train-{shard}" if of_codes else records.shard_name("train", shard, len(SHARDS))
         assert (row["shard"], row["index"]) == (name, within)
-        assert ("Riegeli", "0 frames" if of_codes else "not a record")[dataset] in row["what"]
+        assert ("Riegeli", "0 bytes" if of_codes else "not a record")[dataset] in row["what"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(bad)
     assert f"step {written[0]['step']}: record {written[0]['record']} cannot be used" in lines[0]
@@ -453,8 +451,6 @@ def test_too_many_replaced_clips_stop_the_run(tmp_path):
         counter.note(batch + 1, batch, clips(3, 100))
     with pytest.raises(UserError, match="31 of 1001"):
         counter.note(11, 10, clips(1, 1))
-    with pytest.raises(UserError, match="8 of 8 clips"):
-        fresh().note(1, 0, clips(8, 8))
     fresh().note(1, 0, clips(1, 1))
     fresh(max_fraction=1.0).note(1, 0, clips(2000, 2000))
 
@@ -490,7 +486,7 @@ MANY = """
 import itertools, pathlib, sys
 from mert_jax.data import pipeline, records
 source = records.open_source(sys.argv[1], "train")
-stream = pipeline.train_stream([source], num_samples=320, hop=320, batch_size=8, seed=0, threads=2)
+stream = pipeline.train_stream([source], num_samples=320, batch_size=8, seed=0, threads=2)
 ids = [int(x) for batch in itertools.islice(stream, 8) for x in batch["record"]]
 assert len(set(ids)) == 64 and max(ids) > 5_000_000 and len(source) == 10_000_000, ids
 # the peak of this process: getrusage's begins with that of the one that started it
@@ -509,7 +505,7 @@ def test_ten_million_records_open_in_little_memory(tmp_path):
         os.link(tmp_path / names[0], tmp_path / name)
     splits = {"train": {"tracks": 1, "records": 10_000_000, "hours": 1.0}}
     about = {"chunk_samples": 1, "fingerprint": "f", "splits": splits}
-    records.write_info(str(tmp_path), {"train": records.Split([5_000] * 2_000, 1)}, about)
+    records.write_info(str(tmp_path), {"train": ([5_000] * 2_000, 1)}, about)
     command = [sys.executable, "-c", MANY, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 300
@@ -525,23 +521,21 @@ A, B, C = summary("a", "ab"), summary("b", "cd"), summary("c", "ef")
 @pytest.mark.parametrize(
     ("before", "now", "words"),
     [
-        ([A], [C], r"a \(fingerprint abababab\) then, c \(fingerprint efefefef\) now"),
-        ([A, B], [A, C], r"with: b \(fingerprint cdcdcdcd\) then, c \(fingerprint efefefef\) now"),
-        ([A], [A, B], r"are 2: a .*, b \(fingerprint cdcdcdcd\); the run began with 1: a"),
-        ([A, B], [A], r"are 1: a .*; the run began with 2: a .*, b \(fingerprint cdcdcdcd\)"),
-        ([A, B], [B, A], r"another order: b .*, a .*; the run began with a .*, b "),
+        ([A], [C], r"are c \(fingerprint efefefef\), but the run began with a \(.* abababab\)\."),
+        ([A], [A, B], r"are a .*, b \(fingerprint cdcdcdcd\), but the run began with a .*\."),
+        ([A, B], [B, A], r"are b .*, a .*, but the run began with a .*, b .*\."),
     ],
-    ids=["changed", "one of two", "added", "removed", "reordered"],
+    ids=["changed", "added", "reordered"],
 )
 def test_other_datasets_are_refused_unless_accepted(before, now, words, capsys):
     with pytest.raises(UserError, match=words) as error:
-        mix.check_unchanged(before, now, accept=False)
+        loader.check_unchanged(before, now, accept=False)
     assert "--config.data.accept_changes=True" in str(error.value)
-    mix.check_unchanged(before, now, accept=True)
+    loader.check_unchanged(before, now, accept=True)
     assert "accepted" in capsys.readouterr().out
 
 
 def test_a_dataset_that_was_moved_or_is_not_known_has_not_changed(capsys):
-    mix.check_unchanged([], [A, B], accept=False)
-    mix.check_unchanged([A, B], [A | {"dataset": "elsewhere", "hours": 1.0}, B], accept=False)
+    loader.check_unchanged([], [A, B], accept=False)
+    loader.check_unchanged([A, B], [A | {"dataset": "elsewhere", "hours": 1.0}, B], accept=False)
     assert not capsys.readouterr().out

@@ -28,13 +28,14 @@ class Source:
 
     def __getitem__(self, index):
         frames = np.arange(self._lengths[index]) // HOP
-        return {"audio": ((self._first + index) * 1000 + frames).astype(np.int16)}
+        samples = (self._first + index) * 1000 + frames
+        return {"audio": samples.astype(np.int16), "codes": {}}
 
 
 SOURCE = Source([HOP * (20 + i) + 7 for i in range(12)])
 MORE = Source([HOP * (30 + 3 * i) for i in range(5)], first=12)
 MIX = dict(sources=[SOURCE, MORE], weights=(0.7, 0.3))
-CLIP = dict(num_samples=HOP * 5, hop=HOP)
+CLIP = dict(num_samples=HOP * 5)
 
 
 def batches(number, sources=(SOURCE,), **options):
@@ -144,8 +145,9 @@ def test_a_mix_has_the_clips_of_its_datasets_in_their_order():
 )
 @pytest.mark.parametrize("start", [0, 2**47])
 def test_any_number_of_clips_has_the_shares_of_the_weights(weights, start):
-    turns = pipeline.MixtureSelection(pipeline.shares(weights))
-    dataset, before = np.array([turns[k] for k in range(start, start + 5000)]).T
+    shares = pipeline.shares(weights)
+    clips = [pipeline.clip_of_mix(k, shares) for k in range(start, start + 5000)]
+    dataset, before = np.array(clips).T
     for i, weight in enumerate(weights):
         # each clip of a dataset comes once, in order
         indices = before[dataset == i]

@@ -1,14 +1,23 @@
-"""Finds the audio files of a dataset, and records the outcome of decoding each."""
+"""Finds audio files, decodes each to OUTPUT/.staging, and keeps a journal of the outcomes.
+
+A file of samples is named by the hash of its content, once it is complete.
+"""
 
 import contextlib
+import hashlib
 import json
 import os
+import pathlib
 import stat
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from mert_jax.data.decoding import is_audio_name
+from mert_jax.constants import FULL_SCALE, SAMPLE_RATE
+from mert_jax.data.decoding import SkippedFile, decode, is_audio_name, to_int16
 from mert_jax.errors import UserError
+
+JOURNAL = "journal.jsonl"
+SILENCE_PEAK = 3  # -80 dBFS; a track that nowhere reaches it is silent, perhaps dithered
 
 
 class SourceFile(NamedTuple):
@@ -21,7 +30,7 @@ class SourceFile(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Outcome of decoding a file: a track, or the reason why the file is skipped."""
+    """A decoded track, or the reason why a file is skipped."""
 
     track: str = ""
     samples: int = 0
@@ -41,10 +50,7 @@ class SourceList(NamedTuple):
 
 
 def find_sources(inputs: Sequence[str], exclude: str) -> SourceList:
-    """List the audio files in directories (nested) and files, except those under `exclude`.
-
-    Raises UserError for a missing input, and if the inputs hold no file.
-    """
+    """List the files in nested directories and of `inputs`, except under the output `exclude`."""
     exclude = os.path.realpath(exclude)
     sources: dict[str, SourceFile] = {}
     left_out: dict[str, tuple[str, str, str]] = {}
@@ -53,27 +59,27 @@ def find_sources(inputs: Sequence[str], exclude: str) -> SourceList:
             raise UserError(f"--input={argument} does not exist; give a directory or audio files")
         root = os.path.abspath(argument)
         if os.path.realpath(root) == exclude:
-            raise UserError(f"--output={argument} is also an --input; write to another directory")
+            raise UserError(f"--output={argument} is also an --input; give another --output")
         is_file = not os.path.isdir(root)
         for path, error in [(root, "")] if is_file else _walk(root, exclude):
-            name = _printable(os.path.basename(path) if is_file else os.path.relpath(path, root))
             real = os.path.realpath(path)
             if real in sources or real in left_out:
                 continue  # reached twice, by overlapping inputs or links
+            name = os.path.basename(path) if is_file else os.path.relpath(path, root)
+            name = os.fsencode(name).decode("utf-8", "replace")  # can be printed and stored
             try:
                 status = os.stat(path)
-                if error:
-                    raise OSError(0, error)
+                if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
+                    error = error or "not a regular file"
             except OSError as e:
-                left_out[real] = (name, "unreadable", e.strerror)
-                continue
-            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
-                left_out[real] = (name, "unreadable", "not a regular file")
+                error = e.strerror
+            if error:
+                left_out[real] = (name, "unreadable", error)
             elif is_file or is_audio_name(path):
                 sources[real] = SourceFile(real, name, status.st_size, status.st_mtime_ns)
             else:
-                suffix = os.path.splitext(path)[1].lower() or "no suffix"
-                left_out[real] = (name, "not audio", suffix)
+                suffix = os.path.splitext(path)[1].lower()
+                left_out[real] = (name, "not audio", suffix or "no suffix")
     if not sources and not left_out:
         raise UserError(f"no file in --input={','.join(inputs)}; give a directory with music in it")
     by_name = sorted(sources.values(), key=lambda source: (source.name, source.path))
@@ -93,26 +99,56 @@ def _walk(root: str, exclude: str) -> Iterator[tuple[str, str]]:
     yield from ((e.filename, e.strerror) for e in errors)
 
 
-def _printable(name: str) -> str:
-    """Return a file name of any bytes as text that can be printed and stored."""
-    return os.fsencode(name).decode("utf-8", "replace")
-
-
 def to_line(source: SourceFile, outcome: Outcome) -> str:
     """Return the line of a journal for a file."""
     return json.dumps(source._asdict() | outcome._asdict()) + "\n"
 
 
 def read_lines(path: str) -> Iterator[tuple[SourceFile, Outcome]]:
-    """Yield the files and outcomes of a journal, nothing if there is none.
+    """Yield the files and outcomes of a journal, without lines that a killed run cut off."""
+    lines = pathlib.Path(path).read_text().splitlines() if os.path.exists(path) else []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            fields = json.loads(line)
+            source = SourceFile(*map(fields.pop, SourceFile._fields))
+            yield source, Outcome(**fields)
 
-    Lines that a killed run left incomplete are skipped: their files are decoded again.
-    """
-    if not os.path.exists(path):
-        return
-    with open(path) as file:
-        for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
-                fields = json.loads(line)
-                source = SourceFile(*(fields.pop(key) for key in SourceFile._fields))
-                yield source, Outcome(**fields)
+
+def audio_path(staging: str, track: str) -> str:
+    """Return the path of the samples of a decoded track."""
+    return os.path.join(staging, "audio", track + ".s16le")
+
+
+def stage(source: SourceFile, staging: str) -> Outcome:
+    """Decode a file into the staging directory. Raises OSError if that cannot be written."""
+    partial = os.path.join(staging, "partial", f"{os.getpid()}.s16le")
+    try:
+        return _stage(source.path, staging, partial)
+    except SkippedFile as e:
+        return Outcome(reason=e.reason, detail=e.detail)
+    except OSError:
+        raise  # of the staging directory: errors of the source are SkippedFile
+    except Exception as e:  # a decoder may raise anything on a broken file: skip that file only
+        return Outcome(reason="decoder failed", detail=f"{type(e).__name__}: {e}")
+    finally:
+        pathlib.Path(partial).unlink(missing_ok=True)
+
+
+def _stage(path: str, staging: str, partial: str) -> Outcome:
+    digest = hashlib.blake2b(digest_size=8)
+    samples = clipped = peak = 0
+    with decode(path) as (header, blocks), open(partial, "wb") as file:
+        for block in blocks:
+            audio, over = to_int16(block)
+            digest.update(audio)
+            file.write(audio)
+            samples += len(audio)
+            clipped += over
+            peak = max(peak, -int(audio.min(initial=0)), int(audio.max(initial=0)))
+    if not samples:
+        raise SkippedFile("empty", "0 samples at 24 kHz")
+    if peak < SILENCE_PEAK:
+        raise SkippedFile("silent", f"peak {peak} of {FULL_SCALE} in {samples / SAMPLE_RATE:.1f} s")
+    track = digest.hexdigest()
+    os.replace(partial, audio_path(staging, track))
+    return Outcome(track, samples, clipped, header.sample_rate, header.channels, header.format)

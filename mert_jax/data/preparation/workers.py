@@ -1,8 +1,4 @@
-"""A pool of processes that survives the death of any of them.
-
-`concurrent.futures` gives up the whole pool when a process dies and cannot name the job; here a
-decoder that crashes costs one file.
-"""
+"""A pool of processes where a crash costs one job; in `concurrent.futures` it ends the pool."""
 
 import contextlib
 import multiprocessing
@@ -11,7 +7,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from typing import Any
 
 from mert_jax.errors import UserError
 
@@ -19,18 +15,13 @@ _CONTEXT = multiprocessing.get_context("spawn")
 _ATTEMPTS = 2  # the system may have killed a worker for memory that its neighbours took
 
 
-class Event(NamedTuple):
-    """An event of a job: progress or result with the value sent, or died with the cause."""
-
-    job: Any
-    kind: str
-    value: Any
-
-
 class _Worker:
-    def __init__(self, function: Callable[..., Any]):
+    """A process that answers the jobs sent to `pipe`, and says None when it has started."""
+
+    def __init__(self, function: Callable[[Any], Any]):
         self.pipe, child_end = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(target=_serve, args=(function, child_end), daemon=True)
+        self.job, self.attempt = None, 0
         # Ctrl-C reaches every process of the terminal and is for the parent only: the child
         # inherits this mask, the parent gets the signal when it is restored
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -39,18 +30,15 @@ class _Worker:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         child_end.close()
-        self.ready = False
-        self.job: tuple[Any, int] | None = None  # and which attempt at it this is
 
     def close(self) -> str:
-        """Wait for the process to end and return how it did."""
-        self.process.join()
+        """Close the pipe, which ends an idle process, and return how the process ended."""
         self.pipe.close()
-        exitcode = self.process.exitcode
-        if exitcode is not None and exitcode < 0:
-            name = signal.Signals(-exitcode).name
-            return f"killed by {name}" + (", out of memory?" if name == "SIGKILL" else "")
-        return f"exit code {exitcode}"
+        self.process.join()
+        if (code := self.process.exitcode) >= 0:
+            return f"exit code {code}"
+        cause = f"killed by {signal.Signals(-code).name}"
+        return cause + (", out of memory?" if code == -signal.SIGKILL else "")
 
 
 def cpus() -> int:
@@ -60,79 +48,65 @@ def cpus() -> int:
 
 
 def run_jobs(
-    function: Callable[[Any, Callable[[Any], None]], Any], jobs: Iterable[Any], workers: int
-) -> Iterator[Event]:
-    """Call `function(job, report)` in processes and yield events as they happen.
+    function: Callable[[Any], Any], jobs: Iterable[Any], workers: int
+) -> Iterator[tuple[Any, Any, str]]:
+    """Call `function` on jobs in processes; yield (job, result, "") of each as it is done.
 
-    `report(value)` gives a progress event; a job whose process dies twice gives a died event.
-    Raises an OSError of the function as it is, any other exception as RuntimeError with its
-    traceback, and UserError if a worker cannot start.
+    A job whose process dies twice gives (job, None, the cause). Raises an OSError of the function,
+    RuntimeError with a traceback for its other errors, and UserError if a worker cannot start.
     """
     waiting = [(job, 1) for job in reversed(list(jobs))]
-    pool = [_Worker(function) for _ in range(max(1, min(workers, len(waiting))))]
+    first = [_Worker(function) for _ in range(min(workers, len(waiting)))]
+    pool = {worker.pipe: worker for worker in first}
     try:
-        while waiting or any(worker.job for worker in pool):
-            for worker in pool:
-                if worker.ready and not worker.job and waiting:
-                    worker.job = waiting.pop()
-                    # reading from a dead worker, below, shows that it died
-                    with contextlib.suppress(BrokenPipeError):
-                        worker.pipe.send(worker.job[0])
-            for pipe in wait([worker.pipe for worker in pool]):
-                index = next(i for i, worker in enumerate(pool) if worker.pipe is pipe)
-                worker = pool[index]
+        while pool:
+            for pipe in wait(list(pool)):
+                worker, result, cause = pool[pipe], None, ""
+                job, attempt = worker.job, worker.attempt
                 try:
-                    kind, value = pipe.recv()
+                    result = pipe.recv()
                 except (EOFError, ConnectionResetError):
-                    cause = worker.close()
-                    if not worker.ready:
-                        raise UserError(
-                            f"a worker process cannot start ({cause}); free some memory or give "
-                            "fewer --workers"
-                        ) from None
-                    pool[index] = _Worker(function)
-                    if worker.job:
-                        job, attempt = worker.job
-                        if attempt < _ATTEMPTS:
-                            waiting.append((job, attempt + 1))
-                        else:
-                            yield Event(job, "died", cause)
-                    continue
-                if kind == "ready":
-                    worker.ready = True
-                    continue
-                if kind == "error":
-                    raise value
-                job = worker.job[0]
-                if kind == "result":
-                    worker.job = None
-                yield Event(job, kind, value)
+                    cause = pool.pop(pipe).close()
+                    if job is None:
+                        problem = f"a process cannot start ({cause}); give fewer --workers"
+                        raise UserError(problem) from None
+                    if attempt < _ATTEMPTS:
+                        waiting.append((job, attempt + 1))
+                        job = None
+                    if waiting:
+                        worker = _Worker(function)
+                        pool[worker.pipe] = worker
+                else:
+                    if isinstance(result, Exception):
+                        raise result
+                    if waiting:
+                        worker.job, worker.attempt = waiting.pop()
+                        with contextlib.suppress(BrokenPipeError):  # reading shows that it died
+                            pipe.send(worker.job)
+                    else:
+                        pool.pop(pipe).close()
+                if job is not None:
+                    yield job, result, cause
     finally:
-        for worker in pool:
+        for worker in pool.values():
             worker.process.kill()
-        for worker in pool:
+        for worker in pool.values():
             worker.close()
 
 
-def _serve(function: Callable[..., Any], pipe: Connection) -> None:
+def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
     # decoders print about damaged files to file descriptor 2; every reason goes through the pipe
     with open(os.devnull, "wb") as null:
         os.dup2(null.fileno(), 2)
-
-    def report(value: Any) -> None:
-        pipe.send(("progress", value))
-
+    answer = None
     # reading or writing fails when the parent has stopped: stop too
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        pipe.send(("ready", None))
         while True:
+            pipe.send(answer)
             job = pipe.recv()
             try:
-                answer = ("result", function(job, report))
-            except (BrokenPipeError, ConnectionResetError):
-                return
+                answer = function(job)
             except OSError as e:
-                answer = ("error", e)
+                answer = e
             except Exception:
-                answer = ("error", RuntimeError(f"on {job}\n{traceback.format_exc()}"))
-            pipe.send(answer)
+                answer = RuntimeError(f"on {job}\n{traceback.format_exc()}")
