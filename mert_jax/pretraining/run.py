@@ -65,13 +65,13 @@ def pretrain(config: ConfigDict, workdir: str | None, describe: bool = False) ->
         with (
             lock,
             jax.set_mesh(mesh),
-            watchdog.Watchdog(settings.watchdog_seconds, on_timeout) as timer,
+            watchdog.watch(settings.watchdog_seconds, on_timeout) as beat,
             contextlib.closing(checkpoints),
         ):
             experiment = build.make_experiment(config, student, teachers, mesh)
             loader = build.make_loader(config, sources, mesh, experiment.context)
             run = Pretraining(
-                settings, experiment, loader, sources["train"], files, checkpoints, timer.beat
+                settings, experiment, loader, sources["train"], files, checkpoints, beat
             )
             return run.train(initial)
 

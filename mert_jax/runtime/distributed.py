@@ -1,20 +1,19 @@
 """Connects the processes of a run, one per host, and ends all of them when one ends.
 
-Each process keeps a connection to process 0. jax's own service names neither the missing process
-nor the reason, and ends with a C++ stack after minutes.
+jax's own service names neither the missing process nor the reason, and ends after minutes.
 """
 
 import contextlib
 import json
+import multiprocessing.connection
 import os
-import selectors
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,16 +35,13 @@ class Cluster(NamedTuple):
 def find_cluster(
     address: str | None, number: int | None, index: int | None, timeout: float
 ) -> Cluster:
-    """Return the cluster of these flags or of the environment, else a cluster of one process.
+    """Return the cluster of these flags or the environment (JAX_*, TPU, Slurm), else one process.
 
-    The environment: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or TPU metadata,
-    Slurm or Open MPI. Raises UserError for an incomplete cluster or an `index` that is too large.
+    Raises UserError for half a cluster.
     """
     address = address or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    number, index = (
-        int(os.environ[name]) if value is None and name in os.environ else value
-        for name, value in (("JAX_NUM_PROCESSES", number), ("JAX_PROCESS_ID", index))
-    )
+    number = os.environ.get("JAX_NUM_PROCESSES") if number is None else number
+    index = os.environ.get("JAX_PROCESS_ID") if index is None else index
     devices = None
     if (address, number, index) == (None, None, None):
         # jax.distributed.initialize() detects the same, but has no public way to return it
@@ -55,41 +51,32 @@ def find_cluster(
         address, number, index, devices = detect(None, None, None, None, None, int(timeout))
         if address is None:
             return Cluster("", 1, 0)
-    if None in (address, number, index):
-        raise UserError(
-            f"--coordinator={address}, --num_processes={number} and --process_id={index} go "
-            "together: give all three, or none where the environment has them (TPU, Slurm)"
-        )
-    if not 0 <= index < number:
-        raise UserError(
-            f"--process_id={index} is not one of --num_processes={number}: 0 to {number - 1}"
-        )
-    if ":" not in address:
-        raise UserError(f"--coordinator={address} has no port; it is HOST:PORT of process 0")
-    return Cluster(address, number, index, devices)
+    complete = None not in (address, number, index) and ":" in address
+    if not complete or not 0 <= int(index) < int(number):
+        flags = f"--coordinator={address}, --num_processes={number} and --process_id={index}"
+        todo = "give HOST:PORT of process 0, a number and an index below it, or none of them"
+        raise UserError(f"{flags} do not go together: {todo}")
+    return Cluster(address, int(number), int(index), devices)
 
 
 @contextlib.contextmanager
 def connect(cluster: Cluster, timeout: float) -> Iterator[None]:
     """Initialize jax.distributed for the time of the context; only process 0 prints.
 
-    When a process ends early, the others end too and print its number and the reason: with its exit
-    code if it failed, with `RESTART` if it vanished. Raises UserError with the missing processes
-    after `timeout` seconds.
+    When a process ends early, the others end too and name it and the reason: with its exit code if
+    it failed, with `RESTART` if it vanished. Raises UserError with the missing processes.
     """
     if cluster.number == 1:
         yield
         return
-    channel = (_connect if cluster.index else _accept)(cluster, timeout)
+    channel = open_channel(cluster, timeout)
     jax.distributed.initialize(
         cluster.address, cluster.number, cluster.index, local_device_ids=cluster.devices
     )
-    channel.start()
+    threading.Thread(target=channel.listen, name="control channel", daemon=True).start()
     try:
-        with contextlib.ExitStack() as stack:
-            if cluster.index:
-                null = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(null))
+        output = open(os.devnull, "w") if cluster.index else sys.stdout  # noqa: SIM115
+        with contextlib.redirect_stdout(output):
             yield
     except UserError as e:
         channel.fail(e.code, str(e))
@@ -104,50 +91,35 @@ def connect(cluster: Cluster, timeout: float) -> Iterator[None]:
 
 
 class ControlChannel:
-    """Connections from process 0 to all others, or from another process to process 0.
-
-    A thread receives messages, and ends this process when another one has ended.
-    """
+    """Connections, by process, from process 0 to all others or from another to process 0."""
 
     def __init__(self, index: int, peers: dict[int, socket.socket]):
         self._index, self._peers, self._closed = index, peers, False
-        self._thread = threading.Thread(target=self._listen, name="control channel", daemon=True)
 
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def _listen(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            for peer, connection in self._peers.items():
-                selector.register(connection, selectors.EVENT_READ, peer)
-            while True:
-                for key, _ in selector.select():
-                    message = _receive(key.fileobj)
-                    if self._closed or message == {"done": True}:
-                        return
-                    message = message or dict(host=key.data, code=RESTART, why="is gone")
-                    self.send(message)  # process 0 informs the others
-                    code, reason = message["code"], f"host {message['host']} of the run"
-                    restart = "; run the same command again" if code == RESTART else ""
-                    _exit(code, f"{reason} {message['why']}{restart}")
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Send a message to every connected process."""
-        for connection in self._peers.values():
-            with contextlib.suppress(OSError):  # its process may have ended
-                _send(connection, message)
+    def listen(self) -> None:
+        """Receive messages until `close`, and end this process when another one has ended."""
+        hosts = {connection: peer for peer, connection in self._peers.items()}
+        while True:
+            for connection in multiprocessing.connection.wait(hosts):
+                message = _receive(connection)
+                if self._closed or message == {"done": True}:
+                    return
+                message = message or dict(host=hosts[connection], code=RESTART, why="is gone")
+                _send(hosts, message)  # process 0 informs the others
+                restart = "; run the same command again" if message["code"] == RESTART else ""
+                reason = f"host {message['host']} of the run {message['why']}{restart}"
+                _exit(message["code"], reason)
 
     def fail(self, code: int, why: str) -> None:
         """End this process with an error, and thereby the others."""
         self._closed = True
-        self.send(dict(host=self._index, code=code, why=f"stopped: {why}"))
+        _send(self._peers.values(), dict(host=self._index, code=code, why=f"stopped: {why}"))
         _exit(code, why)
 
     def close(self) -> None:
         """Tell the others that this process is done, and close the connections."""
         self._closed = True
-        self.send({"done": True})
+        _send(self._peers.values(), {"done": True})
         for connection in self._peers.values():
             connection.close()
 
@@ -158,91 +130,72 @@ def _exit(code: int, message: str) -> None:
     os._exit(code)  # skip exit handlers: those of jax wait for the other processes
 
 
-def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    connection.sendall(json.dumps(message).encode() + b"\n")
+def _send(connections: Iterable[socket.socket], message: dict[str, Any]) -> None:
+    for connection in connections:
+        with contextlib.suppress(OSError):  # its process may have ended
+            connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _receive(connection: socket.socket) -> dict[str, Any] | None:
     """Return the next message, None if the connection is closed or sends something else."""
-    line = b""
-    try:
-        while not line.endswith(b"\n"):
-            if not (byte := connection.recv(1)):
-                return None
-            line += byte
-        return json.loads(line)
-    except (OSError, ValueError):
-        return None
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(connection.makefile("rb", buffering=0).readline())
+    return None
 
 
-def _control_address(cluster: Cluster) -> tuple[str, int]:
-    """Return the host and port of the control channel: the port below jax's own."""
+def open_channel(cluster: Cluster, timeout: float) -> ControlChannel:
+    """Connect the processes, on the port below jax's own. Raises UserError if some are missing."""
     host, port = cluster.address.rsplit(":", 1)
-    return host, int(port) - 1
+    function = _connect if cluster.index else _accept
+    peers, missing = function(cluster, (host, int(port) - 1), timeout)
+    if missing:
+        count, names = f"{len(missing)} of {cluster.number}", ", ".join(map(str, missing))
+        failed = f"did not connect to {cluster.address} within {timeout:.0f} s"
+        raise UserError(f"{count} processes {failed}: {names}; start them, or set --num_processes")
+    for connection in peers.values():
+        connection.settimeout(None)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return ControlChannel(cluster.index, peers)
 
 
-def _accept(cluster: Cluster, timeout: float) -> ControlChannel:
-    """Wait in process 0 until all others have connected, and tell them which are missing."""
-    _, port = _control_address(cluster)
-    deadline = time.monotonic() + timeout
+def _accept(cluster: Cluster, address: tuple[str, int], timeout: float) -> tuple[dict, list[int]]:
+    """Wait in process 0 until all others have connected; return them, and those missing."""
+    deadline, number, port = time.monotonic() + timeout, cluster.number, address[1]
     peers: dict[int, socket.socket] = {}
     try:
         listener = socket.create_server(("", port))
     except OSError as e:
-        raise UserError(
-            f"--coordinator={cluster.address}: port {port}, the one below, cannot be used: {e}; "
-            "choose another port, the same on every host"
-        ) from e
+        unusable = f"--coordinator={cluster.address}: port {port}, the one below, cannot be used"
+        raise UserError(f"{unusable}: {e}; choose another port, the same on every host") from e
     with listener:
-        while len(peers) < cluster.number - 1 and (left := deadline - time.monotonic()) > 0:
+        while len(peers) < number - 1 and (left := deadline - time.monotonic()) > 0:
             listener.settimeout(left)
             with contextlib.suppress(TimeoutError):
                 connection, _ = listener.accept()
                 connection.settimeout(10)
                 hello = _receive(connection) or {}
-                connection.settimeout(None)
                 peer = hello.get("host")
-                if hello.get("of") != cluster.number or peer in peers or not peer:
+                if hello.get("of") != number or peer in peers or not peer:
                     connection.close()  # another run, or a duplicate index
-                    continue
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                peers[peer] = connection
-    channel = ControlChannel(0, peers)
-    missing = sorted(set(range(1, cluster.number)) - set(peers))
-    channel.send({"missing": missing})
-    _check_complete(cluster, missing, timeout)
-    return channel
+                else:
+                    peers[peer] = connection
+    missing = [index for index in range(1, number) if index not in peers]
+    _send(peers.values(), {"missing": missing})
+    return peers, missing
 
 
-def _connect(cluster: Cluster, timeout: float) -> ControlChannel:
-    """Connect to process 0, and wait until all others have."""
+def _connect(cluster: Cluster, address: tuple[str, int], timeout: float) -> tuple[dict, list[int]]:
+    """Connect to process 0; return the connection, and the processes that process 0 misses."""
     deadline = time.monotonic() + timeout
-    answer = None
-    while answer is None:
+    while True:
         with contextlib.suppress(OSError):
-            connection = socket.create_connection(_control_address(cluster), timeout=5)
-            _send(connection, {"host": cluster.index, "of": cluster.number})
+            connection = socket.create_connection(address, timeout=5)
+            _send([connection], {"host": cluster.index, "of": cluster.number})
             connection.settimeout(timeout + 10)  # process 0 may have started later
-            answer = _receive(connection)
-        if answer is None:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"process {cluster.index} of {cluster.number} could not connect to the "
-                    f"coordinator {cluster.address} within {timeout:.0f} s; start process 0 there "
-                    f"with --num_processes={cluster.number}, give each process an index of its own "
-                    f"and open port {_control_address(cluster)[1]}"
-                )
-            time.sleep(0.5)
-    _check_complete(cluster, answer["missing"], timeout)
-    connection.settimeout(None)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    return ControlChannel(cluster.index, {0: connection})
-
-
-def _check_complete(cluster: Cluster, missing: Sequence[int], timeout: float) -> None:
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {cluster.number} processes did not connect to {cluster.address} "
-            f"within {timeout:.0f} s (connect_seconds): {', '.join(map(str, missing))}; start them "
-            "there too, or set --num_processes"
-        )
+            if answer := _receive(connection):
+                return {0: connection}, answer["missing"]
+        if time.monotonic() > deadline:
+            failed = f"could not connect to the coordinator {cluster.address}"
+            todo = f"start process 0 there, open port {address[1]}, give each another --process_id"
+            raise UserError(f"{failed} within {timeout:.0f} s; {todo}")
+        time.sleep(0.5)

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from mert_jax import files
@@ -16,31 +17,33 @@ KINDS = ("compile", "step", "data_wait", "validation", "save", "restore", "other
 class Goodput:
     """Sums seconds by kind in WORKDIR/goodput.json.
 
-    Time inside `time_of(kind)` counts for `kind`, other time for "step" after `begin` and for
-    "other" before it; "lost" are steps that were not saved and had to be repeated.
+    Time outside of `time_of` counts for "step" after `begin`, for "other" before; "lost" are steps
+    that were not saved and had to be repeated.
     """
 
     def __init__(self, workdir: str, clock: Callable[[], float] = time.monotonic):
         self._path, self._clock, self._last = os.path.join(workdir, FILE), clock, clock()
         self._kind, self._seconds = "other", read_goodput(workdir)
-        self._saved, self._since = 0, 0.0
+        self._saved, self._unsaved = 0, 0.0  # the last step saved, and seconds of steps since
 
     def begin(self, step: int) -> None:
         """Start at `step`; count the steps of the previous process beyond it as lost."""
         self._advance()
-        unsaved = self._seconds.pop("unsaved", {})
-        if unsaved.get("step", 0) > step:
-            share = (unsaved["step"] - step) / max(unsaved["step"] - unsaved["saved"], 1)
-            lost = min(share, 1.0) * unsaved["seconds"]
-            self._seconds["step"] -= lost
-            self._seconds["lost"] += lost
-        self._kind, self._saved, self._since = "step", step, 0.0
+        last = self._seconds.pop("unsaved", {"step": 0})
+        if last["step"] > step:
+            share = (last["step"] - step) / max(last["step"] - last["saved"], 1)
+            self._lose(min(share, 1.0) * last["seconds"])
+        self._kind, self._saved, self._unsaved = "step", step, 0.0
 
     def _advance(self) -> None:
         now = self._clock()
         self._seconds[self._kind] += now - self._last
-        self._since += now - self._last if self._kind == "step" else 0.0
+        self._unsaved += now - self._last if self._kind == "step" else 0.0
         self._last = now
+
+    def _lose(self, seconds: float) -> None:
+        self._seconds["step"] -= seconds
+        self._seconds["lost"] += seconds
 
     @contextlib.contextmanager
     def time_of(self, kind: str) -> Iterator[None]:
@@ -56,40 +59,35 @@ class Goodput:
     def went_back(self) -> None:
         """Count the steps since the last save as lost."""
         self._advance()
-        self._seconds["step"] -= self._since
-        self._seconds["lost"] += self._since
-        self._since = 0.0
+        self._lose(self._unsaved)
+        self._unsaved = 0.0
 
     def saved(self, step: int) -> None:
         """Record a completed save of `step`."""
         self._advance()
-        self._saved, self._since = step, 0.0
+        self._saved, self._unsaved = step, 0.0
 
     def write(self, step: int) -> None:
         """Write the sums up to now."""
         self._advance()
         content = {kind: round(seconds, 3) for kind, seconds in self._seconds.items()}
-        content["unsaved"] = dict(step=step, saved=self._saved, seconds=round(self._since, 3))
+        content["unsaved"] = dict(step=step, saved=self._saved, seconds=round(self._unsaved, 3))
         with files.atomic_write(self._path, replace=True) as path, open(path, "w") as f:
             json.dump(content, f, indent=1)
 
 
 def read_goodput(workdir: str) -> dict[str, Any]:
     """Return the seconds of a workdir by kind, zeros if it has none, and its unsaved steps."""
-    seconds = dict.fromkeys(KINDS, 0.0)
     path = os.path.join(workdir, FILE)
-    if os.path.exists(path):
-        with open(path) as f:
-            seconds |= json.load(f)
-    return seconds
+    stored = json.loads(Path(path).read_text()) if os.path.exists(path) else {}
+    return dict.fromkeys(KINDS, 0.0) | stored
 
 
 def summary_line(seconds: dict[str, Any]) -> str:
     """Return one line with the share of each kind, the largest first."""
-    kinds = {kind: seconds[kind] for kind in KINDS if seconds[kind] > 0}
-    total = sum(kinds.values())
+    kinds = sorted((kind for kind in KINDS if seconds[kind] > 0), key=seconds.get, reverse=True)
+    total = sum(seconds[kind] for kind in kinds)
     if not total:
         return "no time has been spent yet"
-    shares = sorted(kinds.items(), key=lambda item: -item[1])
-    words = ", ".join(f"{kind.replace('_', ' ')} {100 * s / total:.1f} %" for kind, s in shares)
-    return f"time: {total / 3600:.2f} h, of which {words}"
+    shares = [f"{kind.replace('_', ' ')} {100 * seconds[kind] / total:.1f} %" for kind in kinds]
+    return f"time: {total / 3600:.2f} h, of which {', '.join(shares)}"

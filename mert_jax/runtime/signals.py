@@ -4,18 +4,14 @@ import signal
 
 
 class StopSignal:
-    """Records SIGINT and SIGTERM, so that the training loop can save before it ends.
-
-    A second signal raises KeyboardInterrupt at once.
-    """
+    """Records SIGINT or SIGTERM in `signal`; a second one raises KeyboardInterrupt at once."""
 
     def __init__(self):
         self.signal = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._record)
 
-    def _record(self, number: int, frame: object) -> None:
-        del frame
+    def _record(self, number: int, _: object) -> None:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number

@@ -54,10 +54,10 @@ def test_slurm_names_a_cluster(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("here:1", None, 0), "--num_processes=None and --process_id=0 go together"),
+        (("here:1", None, 0), "--num_processes=None and --process_id=0 do not go together"),
         ((None, 2, 0), "--coordinator=None"),
-        (("here:1", 2, 2), "--process_id=2 is not one of --num_processes=2"),
-        (("here", 2, 1), "--coordinator=here has no port"),
+        (("here:1", 2, 2), "--num_processes=2 and --process_id=2 do not"),
+        (("here", 2, 1), "--coordinator=here, .*give HOST:PORT"),
     ],
 )
 def test_half_a_cluster_is_refused(given, message):
@@ -71,9 +71,8 @@ def connect(number, present, timeout):
 
     def run(index):
         cluster = distributed.Cluster(address, number, index)
-        connect = distributed._connect if index else distributed._accept
         try:
-            outcome[index] = connect(cluster, timeout)
+            outcome[index] = distributed.open_channel(cluster, timeout)
         except UserError as e:
             outcome[index] = str(e)
 
@@ -117,7 +116,7 @@ def test_a_port_in_use_is_named():
     port = processes.free_port()
     refused = pytest.raises(UserError, match=f"port {port - 1}, the one below, cannot be used")
     with distributed.socket.create_server(("", port - 1)), refused:
-        distributed._accept(distributed.Cluster(f"127.0.0.1:{port}", 2, 0), 1)
+        distributed.open_channel(distributed.Cluster(f"127.0.0.1:{port}", 2, 0), 1)
 
 
 def several(number, devices, *flags):

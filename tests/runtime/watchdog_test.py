@@ -8,28 +8,28 @@ import time
 import pytest
 
 from mert_jax.errors import RESTART
-from mert_jax.runtime.watchdog import Watchdog
+from mert_jax.runtime import watchdog
 
 
 def test_on_timeout_is_called_without_a_beat():
     timed_out = threading.Event()
-    with Watchdog(0.05, timed_out.set):
+    with watchdog.watch(0.05, timed_out.set):
         assert timed_out.wait(10)
 
 
 def test_on_timeout_is_not_called_between_beats_or_after_the_end():
     timed_out = threading.Event()
-    with Watchdog(0.5, timed_out.set) as watchdog:
+    with watchdog.watch(0.5, timed_out.set) as beat:
         for _ in range(15):
             time.sleep(0.05)
-            watchdog.beat()
+            beat()
     time.sleep(0.6)
     assert not timed_out.is_set()
 
 
 def test_0_disables_the_watchdog():
-    with Watchdog(0, lambda: pytest.fail("timed out")) as watchdog:
-        watchdog.beat()
+    with watchdog.watch(0, lambda: pytest.fail("timed out")) as beat:
+        beat()
 
 
 STALLED = """
@@ -39,7 +39,7 @@ from mert_jax.runtime import watchdog
 def a_read_that_never_returns():
     time.sleep(600)
 
-with watchdog.Watchdog(0.3, lambda: watchdog.end_stalled_run(sys.argv[1], 0, 0.3)):
+with watchdog.watch(0.3, lambda: watchdog.end_stalled_run(sys.argv[1], 0, 0.3)):
     a_read_that_never_returns()
 """
 
