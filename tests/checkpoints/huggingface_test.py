@@ -55,28 +55,6 @@ def test_a_directory_with_the_official_leftovers(flavour, tmp_path, file, dtype,
     assert_same(checkpoint.params, tensor_names.params_from_hf(state, flavour))
 
 
-def test_a_bin_file_from_before_torch_1_6(tmp_path):
-    """The file is read: only the names of its tensors are wrong."""
-    path = hf_folder(tmp_path / "m", hf_student(), {}, "pytorch_model.bin")
-    legacy = (GOLDEN.parent / "torch_files" / "state_dict_legacy.pt").read_bytes()
-    (tmp_path / "m" / "pytorch_model.bin").write_bytes(legacy)
-    with pytest.raises(UserError, match=r"unexpected float;.*unexpected parameter"):
-        read_checkpoint(path)
-
-
-def test_a_directory_in_shards(tmp_path):
-    state = hf_state(hf_student())
-    path = hf_folder(tmp_path / "m", hf_student(), {})
-    (tmp_path / "m" / "model.safetensors").unlink()
-    files = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(state)}
-    for file in set(files.values()):
-        part = {name: x for name, x in state.items() if files[name] == file}
-        state_dict.write_tensors(f"{path}/{file}", part)
-    with open(f"{path}/model.safetensors.index.json", "w") as f:
-        json.dump({"weight_map": files}, f)
-    assert_same(read_checkpoint(path).params, tensor_names.params_from_hf(state, hf_student()))
-
-
 @pytest.mark.parametrize("size", ["base", "large"])
 def test_leftovers_of_the_official_configs_are_not_read(size):
     config = json.loads((GOLDEN / f"hf_{size}_config.json").read_text())

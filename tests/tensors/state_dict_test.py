@@ -1,6 +1,5 @@
-"""Tensors by name: safetensors, torch's files, sharded folders, and broken files."""
+"""Tensors by name: safetensors, torch's files, folders, and broken files."""
 
-import json
 import os
 import stat
 
@@ -62,50 +61,6 @@ def test_a_torch_file_that_is_no_state_dict(tmp_path, content, message):
 
 
 # folders -----------------------------------------------------------------------------------------
-
-STATE = {"a": X, "b": X + 1, "c": X.astype(np.float16)}
-SHARDS = {"a": "00001-of-00002", "b": "00001-of-00002", "c": "00002-of-00002"}
-
-
-def shard(folder, kind):
-    """Write `STATE` in two files and an index, as transformers splits large models."""
-    stem, end, write = {
-        "safetensors": ("model", "safetensors", save_file),
-        "bin": ("pytorch_model", "bin", lambda state, path: torch_pickle.write_pickle(path, state)),
-    }[kind]
-    files = {name: f"{stem}-{part}.{end}" for name, part in SHARDS.items()}
-    for file in set(files.values()):
-        write({name: x for name, x in STATE.items() if files[name] == file}, folder / file)
-    index = {"metadata": {"total_size": 1}, "weight_map": files}
-    (folder / f"{stem}.{end}.index.json").write_text(json.dumps(index))
-    return sorted(set(files.values()))
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_a_folder_in_shards(tmp_path, kind):
-    files = shard(tmp_path, kind)
-    assert_same(state_dict.read_tensor_folder(tmp_path), STATE)
-    os.unlink(tmp_path / files[1])
-    with pytest.raises(UserError, match="00002-of-00002"):
-        state_dict.read_tensor_folder(tmp_path)
-
-
-@pytest.mark.parametrize("outside", ["../model.safetensors", "/etc/model.safetensors", "a/b"])
-def test_an_index_that_names_a_file_outside_of_its_folder(tmp_path, outside):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    save_file(STATE, tmp_path / "model.safetensors")
-    index = {"weight_map": dict.fromkeys(STATE, outside)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=f"outside of .*{outside}"):
-        state_dict.read_tensor_folder(folder)
-
-
-@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {}}', '{"weight_map": [1]}', "{}"])
-def test_a_broken_index(tmp_path, index):
-    (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
-        state_dict.read_tensor_folder(tmp_path)
 
 
 def test_safetensors_are_preferred_to_torch(tmp_path):

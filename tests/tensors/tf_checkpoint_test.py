@@ -72,7 +72,7 @@ def test_unsupported_layouts_are_refused(tmp_path, options, message):
     ("prefix", "message"),
     [
         ("text", "words is of dtype 7, not of numbers"),
-        ("sliced", "x is in slices"),
+        ("sliced", r"x is .* in 0 bytes"),
         ("none", "has no TensorFlow checkpoint"),
     ],
 )
@@ -101,7 +101,7 @@ def test_files_cut_short_or_garbled(tmp_path):
         (index[:-1], data, "it does not end as one"),
         (index[1:], data, "is no readable TensorFlow index"),
         (b"", data, "it does not end as one"),
-        (index, data[:-1], r"ends at byte \d+, its file at \d+"),
+        (index, data[:-1], "buffer is smaller than requested size"),
     ):
         (tmp_path / ".index").write_bytes(cut_index)
         (tmp_path / tf_checkpoint.DATA).write_bytes(cut_data)
