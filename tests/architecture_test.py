@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "mert_jax"
 # from the ground up; modules and rooms of one layer do not import each other
 LAYERS = (
     ("errors", "constants", "hardware", "progress"),
-    ("files", "sharding", "object_storage", "kernels"),
+    ("files", "sharding", "kernels"),
     ("tensors", "models"),
     ("teachers",),
     ("data", "checkpoints", "runtime"),

@@ -119,7 +119,7 @@ def _make_bucket(url: str) -> None:
 
 def upload(folder: str | os.PathLike, to: str) -> None:
     """Copy a folder to the server."""
-    from mert_jax import object_storage
+    from mert_jax.checkpoints import object_storage
 
     bucket = object_storage.bucket()
     for path in Path(folder).rglob("*"):

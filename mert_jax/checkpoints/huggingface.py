@@ -1,12 +1,8 @@
-"""Hugging Face directories of MERT, read and written for the stock `HubertModel` of transformers.
-
-A directory has `config.json`, the weights (safetensors, or torch's .bin) and
-`preprocessor_config.json`; written ones also have a model card.
-"""
+"""Hugging Face directories of MERT, read and written for transformers' stock `HubertModel`."""
 
 import json
-import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,30 +25,18 @@ FIELDS = dict(
     num_conv_pos_embeddings=("pos_conv_kernel", 128),
     num_conv_pos_embedding_groups=("pos_conv_groups", 16),
 )
-DEFAULTS = {key: default for key, (_, default) in FIELDS.items()} | dict(
-    conv_dim=(512,) * 7,
-    conv_kernel=(10, 3, 3, 3, 3, 2, 2),
-    conv_stride=(5, 2, 2, 2, 2, 2, 2),
-)
+DEFAULTS = {key: default for key, (_, default) in FIELDS.items()}
+DEFAULTS |= dict(conv_kernel=(10, 3, 3, 3, 3, 2, 2), conv_stride=(5, 2, 2, 2, 2, 2, 2))
+DEFAULTS |= dict(conv_dim=(512,) * 7)
 # settings that no MERT has otherwise
-FIXED = dict(
-    feat_extract_norm="group",
-    feat_extract_activation="gelu",
-    feat_proj_layer_norm=True,
-    hidden_act="gelu",
-    conv_bias=False,
-    layer_norm_eps=1e-5,
-    deepnorm=False,
-    conv_pos_batch_norm=False,
-)
+FIXED = dict(feat_extract_norm="group", feat_extract_activation="gelu", feat_proj_layer_norm=True)
+FIXED |= dict(hidden_act="gelu", conv_bias=False, layer_norm_eps=1e-5)
+FIXED |= dict(deepnorm=False, conv_pos_batch_norm=False)
+DROPOUTS = "hidden_dropout attention_dropout activation_dropout feat_proj_dropout layerdrop".split()
 
 
 def student(config: Mapping[str, Any]) -> Student:
-    """Return the student of a MERT's `config.json`, without dropout and without heads.
-
-    Dropouts, SpecAugment and CTC settings are leftovers of HuBERT that do not describe MERT's
-    training and are not read. Raises UserError for settings that no MERT has.
-    """
+    """Return the student of a `config.json`, whose dropouts are HuBERT's leftovers and not read."""
     if wrong := [f"{key}={config[key]!r}" for key, x in FIXED.items() if config.get(key, x) != x]:
         raise UserError(f"not a MERT this program knows: {', '.join(wrong)}")
     config = DEFAULTS | dict(config)
@@ -70,8 +54,7 @@ def student(config: Mapping[str, Any]) -> Student:
 
 def config(student: Student, about: About) -> dict[str, Any]:
     """Return the `config.json` of `student`, for transformers 4.38 and later and for MARBLE."""
-    layers = len(student.conv_kernels)
-    training = about.config.get("model", {})
+    layers, training = len(student.conv_kernels), about.config.get("model", {})
     return FIXED | dict(
         architectures=["HubertModel"],
         model_type="hubert",
@@ -80,11 +63,7 @@ def config(student: Student, about: About) -> dict[str, Any]:
         conv_stride=list(student.conv_strides),
         num_feat_extract_layers=layers,
         **{key: getattr(student, field) for key, (field, _) in FIELDS.items()},
-        hidden_dropout=training.get("hidden_dropout", 0.0),
-        attention_dropout=training.get("attention_dropout", 0.0),
-        activation_dropout=training.get("activation_dropout", 0.0),
-        feat_proj_dropout=training.get("input_dropout", 0.0),
-        layerdrop=training.get("layerdrop", 0.0),
+        **{key: training.get(key.replace("feat_proj", "input"), 0.0) for key in DROPOUTS},
         # above 0 the model has its mask embedding; without apply_spec_augment nothing is masked
         mask_time_prob=0.05,
         apply_spec_augment=False,
@@ -96,48 +75,32 @@ def config(student: Student, about: About) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str, moments: bool = True) -> Checkpoint:
-    """Read a directory, which has no heads, moments or step.
-
-    Raises UserError as `reading.read_checkpoint` does.
-    """
-    del moments
-    model = student(state_dict.read_json(os.path.join(path, "config.json")))
-    state = state_dict.read_tensor_folder(path)
-    preprocessor = os.path.join(path, "preprocessor_config.json")
-    settings = state_dict.read_json(preprocessor) if os.path.exists(preprocessor) else {}
+    """Read a directory, which has no heads and no `moments`."""
+    folder = Path(path)
+    model = student(state_dict.read_json(folder / "config.json"))
+    state = state_dict.read_tensor_folder(folder)
+    preprocessor = folder / "preprocessor_config.json"
+    settings = state_dict.read_json(preprocessor) if preprocessor.exists() else {}
     about = About(
         sample_rate=settings.get("sampling_rate", SAMPLE_RATE),
         do_normalize=settings.get("do_normalize", False),
         dtype=tensor_names.dtype_of(state),
-        licence=model_card.licence(path),
-        lineage=(f"{os.path.basename(os.path.abspath(path))} (Hugging Face)",),
+        licence=model_card.licence(folder),
+        lineage=(f"{folder.absolute().name} (Hugging Face)",),
     )
     return Checkpoint(model, tensor_names.params_from_hf(state, model, path), None, 0, about)
 
 
 def write_checkpoint(path: str, checkpoint: Checkpoint) -> None:
-    """Fill the directory `path` with files that `transformers.HubertModel.from_pretrained` loads.
-
-    Raises OSError on a full disk.
-    """
-    about = checkpoint.about
+    """Fill the directory `path` with files that `HubertModel.from_pretrained` loads."""
+    about, folder = checkpoint.about, Path(path)
     state = tensor_names.params_to_hf(checkpoint.params)
     state = {name: np.asarray(x, tensor_names.DTYPES[about.dtype]) for name, x in state.items()}
-    state_dict.write_tensors(os.path.join(path, state_dict.NAMES[0]), state, {"format": "pt"})
-    preprocessor = dict(
-        feature_extractor_type="Wav2Vec2FeatureExtractor",
-        feature_size=1,
-        sampling_rate=about.sample_rate,
-        do_normalize=about.do_normalize,
-        padding_side="right",
-        padding_value=0.0,
-        return_attention_mask=True,
-    )
-    files = {
-        "config.json": json.dumps(config(checkpoint.student, about), indent=1) + "\n",
-        "preprocessor_config.json": json.dumps(preprocessor, indent=1) + "\n",
-        "README.md": model_card.text(checkpoint),
-    }
+    state_dict.write_tensors(folder / state_dict.NAMES[0], state, {"format": "pt"})
+    preprocessor = dict(feature_extractor_type="Wav2Vec2FeatureExtractor", feature_size=1)
+    preprocessor |= dict(sampling_rate=about.sample_rate, do_normalize=about.do_normalize)
+    preprocessor |= dict(padding_side="right", padding_value=0.0, return_attention_mask=True)
+    files = {"config": config(checkpoint.student, about), "preprocessor_config": preprocessor}
     for name, content in files.items():
-        with open(os.path.join(path, name), "w", encoding="utf-8") as file:
-            file.write(content)
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "README.md").write_text(model_card.text(checkpoint), encoding="utf-8")

@@ -16,44 +16,29 @@ ARCHITECTURE = (
 
 
 class About(NamedTuple):
-    """Facts that a checkpoint records beside its weights.
-
-    do_normalize: whether each clip is brought to mean 0 and variance 1
-    dtype: of the tensors as they were read
-    flat_moments: Adam's moments are one vector, as fairseq keeps them in fp16 training
-    special_codes: rows of a codebook before code 0
-    row_orders: for each codebook the fairseq file's row of each of ours, () if they are the same
-    teachers: fingerprints by name
-    config, metrics, data: the run's settings, its last logged row, and its datasets
-    lineage: the checkpoints it descends from
-    """
+    """Facts that a checkpoint records beside its weights."""
 
     sample_rate: int = SAMPLE_RATE
-    do_normalize: bool = False
-    dtype: str = "float32"
-    flat_moments: bool = False
-    special_codes: int = 4
-    row_orders: tuple[tuple[int, ...], ...] = ()
-    teachers: Mapping[str, str] = {}
+    do_normalize: bool = False  # whether each clip is brought to mean 0 and variance 1
+    dtype: str = "float32"  # of the tensors as they were read
+    flat_moments: bool = False  # Adam's are one vector each, as after fairseq's fp16 training
+    special_codes: int = 4  # rows of a codebook before code 0
+    row_orders: tuple[tuple[int, ...], ...] = ()  # see `fairseq.row_orders`
+    teachers: Mapping[str, str] = {}  # fingerprints by name
     licence: str = ""
-    config: Mapping[str, Any] = {}
-    metrics: Mapping[str, Any] = {}
-    data: tuple[dict[str, Any], ...] = ()
-    lineage: tuple[str, ...] = ()
+    config: Mapping[str, Any] = {}  # the run's settings
+    metrics: Mapping[str, Any] = {}  # the run's last logged row
+    data: tuple[dict[str, Any], ...] = ()  # the run's datasets
+    lineage: tuple[str, ...] = ()  # the checkpoints it descends from
 
 
 class Checkpoint(NamedTuple):
-    """A student with its weights.
-
-    params: flax's tree, float32 on the host
-    moments: Adam's (mu, nu), each shaped like `params`, or None
-    step: number of completed updates
-    """
+    """A student with its weights."""
 
     student: Student
-    params: Any
-    moments: tuple[Any, Any] | None
-    step: int
+    params: Any  # flax's tree, float32 on the host
+    moments: tuple[Any, Any] | None  # Adam's (mu, nu), each shaped like `params`
+    step: int  # number of completed updates
     about: About
 
 
@@ -67,16 +52,15 @@ def without_heads(checkpoint: Checkpoint) -> Checkpoint:
 
 def architecture(student: Student) -> dict[str, Any]:
     """Return the student's architecture as JSON values."""
-    return {name: getattr(student, name) for name in ARCHITECTURE} | {
-        "heads": [head._asdict() for head in student.heads]
-    }
+    heads = [head._asdict() for head in student.heads]
+    return {name: getattr(student, name) for name in ARCHITECTURE} | {"heads": heads}
 
 
 def student_of(numbers: dict[str, Any]) -> Student:
     """Return the student of an `architecture`, without dropout, in float32."""
-    heads = tuple(Head(**head) for head in numbers["heads"])
-    tuples = {name: tuple(numbers[name]) for name in ("conv_kernels", "conv_strides")}
-    return Student(**{name: numbers[name] for name in ARCHITECTURE} | tuples | {"heads": heads})
+    fields = {name: numbers[name] for name in ARCHITECTURE}
+    fields |= {name: tuple(numbers[name]) for name in ("conv_kernels", "conv_strides")}
+    return Student(**fields, heads=tuple(Head(**head) for head in numbers["heads"]))
 
 
 def common_width(channels: Any) -> int:

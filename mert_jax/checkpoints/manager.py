@@ -1,16 +1,13 @@
-"""Saves and restores checkpoints with Orbax, verified by checksums.
-
-This is the only module that imports Orbax: a move to another version of its API is one file.
-"""
+"""Saves and restores checkpoints, verified by checksums; the only module that imports Orbax."""
 
 import contextlib
-import logging
+import functools
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import absl.logging
 import jax
@@ -20,33 +17,41 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mert_jax import object_storage
+from mert_jax.checkpoints import object_storage
+from mert_jax.constants import CHECKPOINTS
 from mert_jax.errors import RetryableError, UserError
 
-STATE, CHECKSUMS = "default", "checksums"  # the items of a checkpoint
 
-
-def _orbax_filter(record: logging.LogRecord) -> bool:
-    """Return False for a traceback that Orbax's threads log of an error that they also raise."""
-    from_orbax = "orbax" in record.pathname or record.name == "asyncio"
-    verbose = absl.logging.get_verbosity() > absl.logging.WARNING
-    return verbose or not (from_orbax and record.exc_info)
-
-
+@functools.cache  # once a process
 def _silence_orbax() -> None:
-    """Report a failed save by the exception it raises only, and not from Orbax's threads too."""
+    """Leave the report of a failed save to the exception it raises; Orbax's threads log it too."""
+
+    def keep(record: Any) -> bool:
+        from_orbax = "orbax" in record.pathname or record.name == "asyncio"
+        return not (from_orbax and record.exc_info)
 
     def unraisable_hook(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":  # by a failed save
             sys.__unraisablehook__(unraisable)
 
-    absl.logging.get_absl_handler().addFilter(_orbax_filter)
+    absl.logging.get_absl_handler().addFilter(keep)
     sys.unraisablehook = unraisable_hook
     warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
 
 
+@contextlib.contextmanager
+def _translate_errors(kind: type[Exception], prefix: str = "") -> Iterator[None]:
+    """Raise any error about files as one line of `kind`."""
+    try:
+        yield
+    except RuntimeError:  # not about files, such as a device without memory
+        raise
+    except Exception as e:  # damaged files make Orbax raise nearly anything
+        raise kind(prefix + " ".join(str(e.__cause__ or e).split())[:300]) from e
+
+
 class SavePolicy:
-    """Decides when a save is due, by steps and by minutes; `clock` returns seconds."""
+    """Decides when a save is due, by steps and by minutes (0: never); `clock` returns seconds."""
 
     def __init__(self, every_steps: int, every_minutes: float, clock: Callable[[], float]):
         self._steps, self._seconds, self._clock = every_steps, 60 * every_minutes, clock
@@ -54,14 +59,11 @@ class SavePolicy:
 
     @property
     def overdue(self) -> bool:
-        """True when `every_minutes` have passed since the last save on this host (0: never)."""
+        """True when `every_minutes` have passed since the last save on this host."""
         return 0 < self._seconds <= self._clock() - self._last
 
     def due(self, step: int, asked: bool) -> bool:
-        """Return True when `every_steps` divides `step` (0: never) or a host `asked` for a save.
-
-        A due save stays due until `saved` is called, so that a postponed save is not lost.
-        """
+        """Return True from the time that `step` is due or a host `asked`, until `saved`."""
         self._due |= asked or (self._steps > 0 and step % self._steps == 0)
         return self._due
 
@@ -72,7 +74,7 @@ class SavePolicy:
 
 def checkpoint_steps(workdir: str) -> list[int]:
     """Return the steps of the finished checkpoints in WORKDIR/checkpoints, in ascending order."""
-    directory = epath.Path(object_storage.absolute(workdir)) / object_storage.CHECKPOINTS
+    directory = epath.Path(object_storage.absolute(workdir)) / CHECKPOINTS
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 
@@ -102,120 +104,108 @@ def checksums(tree: Any) -> dict[str, int]:
     return dict(zip(paths, sums, strict=True))
 
 
-def _verify(tree: Any, expected: Mapping[str, int]) -> None:
-    actual = checksums(tree)
-    if wrong := [path for path, number in actual.items() if expected.get(path) != number]:
-        raise ValueError(
-            f"{len(wrong)} of {len(actual)} arrays differ from what was saved, first {wrong[0]}"
-        )
-
-
-@contextlib.contextmanager
-def translate_errors(kind: type[Exception], prefix: str = "") -> Iterator[None]:
-    """Raise the errors of Orbax and tensorstore about files as `kind`, in one line."""
-    try:
-        yield
-    except Exception as e:
-        # Orbax wraps some errors in a plain Exception; other classes are not about files
-        if type(e) is not Exception and not isinstance(
-            e, OSError | ValueError | KeyError | TypeError | AttributeError
-        ):
-            raise
-        raise kind(prefix + " ".join(str(e.__cause__ or e).split())[:300]) from e
-
-
-class DamagedCheckpoint(Exception):
-    """A checkpoint that cannot be read or differs from what was saved."""
-
-
-class PreservationPolicy(NamedTuple):
-    """Keeps the newest `keep` checkpoints and all whose step `keep_every` divides (0: none).
-
-    The newest `keep` whose step `every_steps` divides stay too: checkpoints that stopped runs add
-    in between must not evict them.
-    """
-
-    keep: int
-    keep_every: int
-    every_steps: int
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Return for each of `checkpoints`, oldest first, whether it stays; Orbax calls this."""
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        regular, milestones = (
-            [step for step in steps if interval and step % interval == 0]
-            for interval in (self.every_steps, self.keep_every)
-        )
-        preserved = {*steps[-self.keep :], *regular[-self.keep :], *milestones}
-        return [step in preserved for step in steps]
+def _verified(restored: Any) -> Any:
+    """Return the state of a restored checkpoint. Raises ValueError if its checksums differ."""
+    actual, expected = checksums(restored["default"]), restored["checksums"]
+    if wrong := [path for path in actual if expected.get(path) != actual[path]]:
+        raise ValueError(f"{len(wrong)} of {len(actual)} arrays have changed, first {wrong[0]}")
+    return restored["default"]
 
 
 class Checkpoints:
-    """The checkpoints of a run, in WORKDIR/checkpoints/STEP; saves are asynchronous and atomic."""
+    """The checkpoints of a run, in WORKDIR/checkpoints/STEP; saves are asynchronous and atomic.
+
+    The `keep` newest stay, those whose step `keep_every` divides (0: none), and the `keep` newest
+    whose step `every_steps` divides: the saves of stopped runs must not evict them. Methods raise
+    UserError (RetryableError in object storage) if a save has failed.
+    """
 
     def __init__(self, workdir: str, keep: int, keep_every: int = 0, every_steps: int = 0):
         _silence_orbax()
         self._workdir, self._every_steps = workdir, every_steps
+        self._keep, self._keep_every = keep, keep_every
         self._manager = ocp.CheckpointManager(
-            f"{object_storage.absolute(workdir)}/{object_storage.CHECKPOINTS}",
-            item_names=(STATE, CHECKSUMS),
+            f"{object_storage.absolute(workdir)}/{CHECKPOINTS}",
+            item_names=("default", "checksums"),
+            # a killed run leaves temporary directories
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=PreservationPolicy(keep, keep_every, every_steps),
-                create=True,
-                cleanup_tmp_directories=True,  # partial saves of a killed run
+                preservation_policy=self, cleanup_tmp_directories=True
             ),
         )
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Return for each of `checkpoints`, oldest first, whether it stays; Orbax calls this."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        regular = [x for x in steps if self._every_steps and x % self._every_steps == 0]
+        milestones = [x for x in steps if self._keep_every and x % self._keep_every == 0]
+        preserved = {*steps[-self._keep :], *regular[-self._keep :], *milestones}
+        return [step in preserved for step in steps]
 
     @property
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any) -> None:
-        """Start to save `state`; do nothing if this step is saved already.
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with _translate_errors(OSError):
+                yield
+        except OSError as e:
+            remote = object_storage.is_remote(self._workdir)
+            kind, todo = (RetryableError, "run") if remote else (UserError, "make room and run")
+            last = max(checkpoint_steps(self._workdir), default="none")
+            failed = f"a checkpoint could not be written to {self._workdir}/checkpoints: {e}"
+            todo = f"step of the last intact one: {last}; {todo} the same command again"
+            raise kind(f"{failed}; {todo}") from e
 
-        Raises UserError (RetryableError in object storage) if the previous save failed.
-        """
-        if step == self._manager.latest_step():
-            return
-        sums = checksums(state)
-        items = {STATE: ocp.args.StandardSave(state), CHECKSUMS: ocp.args.JsonSave(sums)}
-        with self._writing():
-            self._manager.save(step, args=ocp.args.Composite(**items))
+    def save(self, step: int, state: Any) -> None:
+        """Start to save `state`; do nothing if this step is saved already."""
+        if step != self._manager.latest_step():
+            sums = ocp.args.JsonSave(checksums(state))
+            items = ocp.args.Composite(default=ocp.args.StandardSave(state), checksums=sums)
+            with self._writing():
+                self._manager.save(step, args=items)
 
     def check(self) -> None:
-        """Raise UserError if a save that was started has failed."""
+        """Raise the error of a save that was started."""
         with self._writing():
             self._manager.check_for_errors()
 
-    def restore(self, state: Any, shardings: Any, before: int | None = None) -> Any:
-        """Return the newest intact state, as arrays with `shardings`.
+    def wait(self) -> None:
+        """Wait until every save is on disk."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
-        `state` gives shapes and dtypes (abstract arrays). With `before`, only steps below it are
-        considered, those that `every_steps` divides first: a run that was stopped and saved in
-        between then rolls back to the same step as a run that was not. Damaged checkpoints are
-        reported and, once an intact one has been read, moved to WORKDIR/damaged.
-
-        Raises UserError if no checkpoint is left, RetryableError if one of several hosts could not
-        read its part.
-        """
-        target = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            state,
-            shardings,
-        )
+    def close(self) -> None:
+        """Wait for every save, and release the manager's threads."""
         self.wait()
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        if before is not None:
-            steps = [step for step in steps if step < before]
-            if self._every_steps:
-                steps.sort(key=lambda step: step % self._every_steps != 0)  # regular steps first
+        self._manager.close()
+
+    def forget(self, above: int) -> None:
+        """Delete the checkpoints of steps above `above`, which a rollback has abandoned."""
+        for step in self._manager.all_steps():
+            if step > above:
+                self._manager.delete(step)
+
+    def restore(self, state: Any, shardings: Any, before: int | None = None) -> Any:
+        """Return the newest intact state, with the shapes of `state` (abstract) and `shardings`.
+
+        With `before`, only steps below it are tried, those that `every_steps` divides first: a run
+        that was stopped then rolls back to the same step as another. Damaged checkpoints are moved
+        to WORKDIR/damaged. Raises UserError if none is left, RetryableError if a host failed.
+        """
+        struct = jax.ShapeDtypeStruct
+        target = jax.tree.map(lambda x, s: struct(x.shape, x.dtype, sharding=s), state, shardings)
+        self.wait()
+        every = self._every_steps if before is not None else 0
+        steps = [step for step in self._manager.all_steps() if before is None or step < before]
+        steps.sort(key=lambda step: (every > 0 and step % every > 0, -step))
         damaged: dict[int, str] = {}
         for step in steps:
             try:
-                restored = self._read(step, target, others=len(steps) > len(damaged) + 1)
-            except DamagedCheckpoint as e:
+                restored = self._read(step, target, last=step == steps[-1])
+            except OSError as e:
                 damaged[step] = str(e)
                 print(f"checkpoint {step} is damaged: {e}", flush=True)
                 continue
@@ -225,102 +215,53 @@ class Checkpoints:
                 multihost_utils.sync_global_devices("set aside")
                 self._manager.reload()
             return restored
-        if not damaged:
-            raise UserError(
-                f"{self._workdir}/checkpoints has no checkpoint before step {before} to roll back "
-                "to: save more often (checkpoint.every_steps) or keep more (checkpoint.keep)"
-            )
-        raise UserError(
-            f"none of the {len(damaged)} checkpoints in {self._workdir}/checkpoints can be used "
-            f"({'; '.join(f'{step}: {why}' for step, why in damaged.items())}); nothing was "
-            "changed. Bring back a copy of one, or start again in another workdir"
-        )
+        reasons = "; ".join(f"{step}: {why}" for step, why in damaged.items()) or "there is none"
+        limit = "" if before is None else f" before step {before}"
+        missing = f"{self._workdir}/checkpoints has no intact checkpoint{limit} ({reasons})"
+        raise UserError(f"{missing}; nothing was changed. Bring one back, or use another workdir")
 
-    def _read(self, step: int, target: Any, others: bool) -> Any:
-        """Restore and verify `step`; `others` says that older checkpoints could be tried next."""
-        items = {STATE: ocp.args.StandardRestore(target), CHECKSUMS: ocp.args.JsonRestore()}
+    def _read(self, step: int, target: Any, last: bool) -> Any:
+        """Restore and verify `step`, the `last` to try. Raises OSError if it is damaged."""
+        sums = ocp.args.JsonRestore()
+        items = ocp.args.Composite(default=ocp.args.StandardRestore(target), checksums=sums)
         try:
-            with translate_errors(DamagedCheckpoint):
-                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except DamagedCheckpoint as e:
-            if jax.process_count() == 1 or not others:
+            with _translate_errors(OSError):
+                restored = self._manager.restore(step, args=items)
+        except OSError as e:
+            if jax.process_count() == 1 or last:
                 raise
             # other hosts may have read their parts and wait for this one: all must start again
             self._move(step)
             raise RetryableError(f"checkpoint {step} is damaged: {e}; it was set aside") from e
         # outside of the block above: a checksum fails on all hosts alike, without a restart
-        with translate_errors(DamagedCheckpoint):
-            _verify(restored[STATE], restored[CHECKSUMS])
-        return restored[STATE]
+        with _translate_errors(OSError):
+            return _verified(restored)
 
     def _move(self, step: int) -> None:
-        workdir = epath.Path(object_storage.absolute(self._workdir))
-        target = workdir / "damaged" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
-        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = self._manager.directory.parent / "damaged"
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
         with contextlib.suppress(FileNotFoundError):  # another host moved it first
-            (workdir / object_storage.CHECKPOINTS / str(step)).rename(target)
+            (self._manager.directory / str(step)).rename(target)
             print(f"moved it to {target}", flush=True)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Raise a failed save as UserError, or as RetryableError in object storage."""
-        try:
-            with translate_errors(OSError):
-                yield
-        except OSError as e:
-            remote = object_storage.is_remote(self._workdir)
-            last = max(checkpoint_steps(self._workdir), default="none")
-            raise (RetryableError if remote else UserError)(
-                f"a checkpoint could not be written to {self._workdir}/checkpoints: {e}; step of "
-                f"the last intact one: {last}. {'R' if remote else 'Make room and r'}un the same "
-                "command again"
-            ) from e
-
-    def forget(self, above: int) -> None:
-        """Delete the checkpoints of steps above `above`, which a rollback has abandoned."""
-        for step in self._manager.all_steps():
-            if step > above:
-                self._manager.delete(step)
-
-    def wait(self) -> None:
-        """Wait until every save is on disk. Raises UserError if one has failed."""
-        with self._writing():
-            self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Wait for every save, as `wait` does, and release the manager's threads."""
-        self.wait()
-        self._manager.close()
 
 
 def read_arrays(directory: str, step: int, moments: bool) -> dict[str, Any]:
-    """Return the verified state of a checkpoint in `directory` as nested dicts of numpy arrays.
-
-    It has `params` and, with `moments`, `opt_state` reduced to Adam's `mu` and `nu`; shapes need
-    not be known beforehand. Raises UserError if the checkpoint cannot be read.
-    """
-    handlers = {STATE: ocp.PyTreeCheckpointHandler(), CHECKSUMS: ocp.JsonCheckpointHandler()}
+    """Return the verified `params` and, on request, Adam's `mu` and `nu` as nested numpy arrays."""
+    handlers = dict(default=ocp.PyTreeCheckpointHandler(), checksums=ocp.JsonCheckpointHandler())
     manager = ocp.CheckpointManager(os.path.abspath(directory), item_handlers=handlers)
     prefix = f"{directory}/{step} cannot be read: "
-    with contextlib.closing(manager) as reader, translate_errors(UserError, prefix):
-        request = _partial_restore(reader.item_metadata(step)[STATE], moments)
-        items = {STATE: request, CHECKSUMS: ocp.args.JsonRestore()}
-        restored = reader.restore(step, args=ocp.args.Composite(**items))
-        _verify(restored[STATE], restored[CHECKSUMS])
-    return restored[STATE]
-
-
-def _partial_restore(metadata: Any, moments: bool) -> ocp.args.PyTreeRestore:
-    """Request the parameters and, with `moments`, Adam's moments as numpy arrays."""
-    request = {"params": metadata["params"]}
-    if moments:
-        request["opt_state"] = [
-            {key: part[key] for key in ("mu", "nu")} if part and "mu" in part else None
-            for part in metadata["opt_state"] or ()
-        ]
-    arguments = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-        request,
-        is_leaf=lambda x: hasattr(x, "shape"),
-    )
-    return ocp.args.PyTreeRestore(request, restore_args=arguments, partial_restore=True)
+    with contextlib.closing(manager), _translate_errors(UserError, prefix):
+        metadata = manager.item_metadata(step)["default"]
+        request = {"params": metadata["params"]}
+        if moments:
+            request["opt_state"] = [
+                dict(mu=part["mu"], nu=part["nu"]) if part and "mu" in part else None
+                for part in metadata["opt_state"] or ()
+            ]
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), request)
+        state = ocp.args.PyTreeRestore(request, restore_args=as_numpy, partial_restore=True)
+        items = ocp.args.Composite(default=state, checksums=ocp.args.JsonRestore())
+        restored = _verified(manager.restore(step, args=items))
+    adam = next(filter(None, restored.get("opt_state") or ()), {})
+    return {"params": restored["params"], **adam}

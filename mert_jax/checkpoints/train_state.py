@@ -1,7 +1,4 @@
-"""The state that a training checkpoint stores.
-
-Checkpoints on disk contain these classes' field names: a renamed field makes them unreadable.
-"""
+"""The state in training checkpoints: a renamed field makes those on disk unreadable."""
 
 from typing import Any, NamedTuple
 
@@ -11,18 +8,12 @@ import optax
 
 
 class Guard(NamedTuple):
-    """History of accepted and rejected updates, used to detect abnormal gradients.
+    """History of accepted and rejected updates, used to detect abnormal gradients."""
 
-    norms: gradient norms of the last W accepted updates, f32 [W], NaN in unused entries
-    skipped: number of updates rejected since the run began, i32
-    streak: number of consecutive updates rejected up to now, i32
-    rollbacks: number of times the run returned to an earlier checkpoint, i32
-    """
-
-    norms: jax.Array
-    skipped: jax.Array
-    streak: jax.Array
-    rollbacks: jax.Array
+    norms: jax.Array  # gradient norms of the last W accepted updates, f32 [W], NaN where unused
+    skipped: jax.Array  # number of updates rejected since the run began, i32
+    streak: jax.Array  # number of consecutive updates rejected up to now, i32
+    rollbacks: jax.Array  # number of times the run returned to an earlier checkpoint, i32
 
 
 def initial_guard(window: int) -> Guard:
@@ -39,24 +30,11 @@ class AdamState(NamedTuple):
     nu: optax.Params
 
 
-def optimizer_state(adam: AdamState, updates: int | jax.Array) -> tuple[Any, ...]:
-    """Return the state of `optimizer.make`'s chain with these moments after `updates` updates."""
-    empty = optax.EmptyState()
-    return empty, adam, empty, optax.ScaleByScheduleState(jnp.asarray(updates, jnp.int32))
-
-
 class TrainState(NamedTuple):
-    """The complete state of a training run.
+    """The complete state of a training run."""
 
-    step: number of completed steps, i32
-    batch: index of the next batch, i32; ahead of `step` once a rollback has skipped batches
-    params: the student's parameters
-    opt_state: the optimizer's state; () in a converted checkpoint without moments
-    guard: history of accepted and rejected updates
-    """
-
-    step: jax.Array
-    batch: jax.Array
+    step: jax.Array  # number of completed steps, i32
+    batch: jax.Array  # index of the next batch, i32; ahead of `step` after a rollback
     params: Any
-    opt_state: Any
+    opt_state: Any  # () in a converted checkpoint without moments
     guard: Guard

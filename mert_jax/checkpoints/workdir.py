@@ -1,7 +1,6 @@
-"""Reads and writes workdirs: those of runs, and those that `convert --to=orbax` writes.
+"""Reads and writes workdirs, of runs and of `convert --to=orbax`.
 
-WORKDIR/model.json describes the student, WORKDIR/checkpoints/STEP holds a `TrainState`. A run also
-has config.json and metrics.jsonl.
+model.json describes the student, checkpoints/STEP holds a `TrainState`.
 """
 
 import contextlib
@@ -10,23 +9,20 @@ import json
 import os
 
 import jax.numpy as jnp
+import optax
 from flax import traverse_util
 
 from mert_jax import files
 from mert_jax.checkpoints import manager, tensor_names
 from mert_jax.checkpoints.in_memory import About, Checkpoint, architecture, student_of
-from mert_jax.checkpoints.train_state import AdamState, TrainState, initial_guard, optimizer_state
-from mert_jax.constants import CONFIG_FILE, MODEL_FILE
+from mert_jax.checkpoints.train_state import AdamState, TrainState, initial_guard
+from mert_jax.constants import CHECKPOINTS, CONFIG_FILE, MODEL_FILE
 from mert_jax.errors import UserError
 from mert_jax.models.mert_v1 import Student
-from mert_jax.object_storage import CHECKPOINTS
 from mert_jax.tensors import state_dict
 
 # fields of About that model.json stores; the others come from the run's own files
-DESCRIPTION_FIELDS = (
-    *("sample_rate", "do_normalize", "dtype", "flat_moments", "special_codes", "row_orders"),
-    *("teachers", "licence", "data", "lineage"),
-)
+DESCRIPTION_FIELDS = [name for name in About._fields if name not in ("config", "metrics")]
 
 
 def write_description(workdir: str, student: Student, about: About) -> None:
@@ -43,44 +39,26 @@ def read_about(workdir: str) -> About:
     return About(**{key: description[key] for key in DESCRIPTION_FIELDS if key in description})
 
 
-def _locate(path: str) -> tuple[str, int]:
-    """Split WORKDIR (at its newest step) or WORKDIR/checkpoints/STEP into workdir and step.
-
-    Raises UserError without a checkpoint.
-    """
-    if os.path.exists(os.path.join(path, "_CHECKPOINT_METADATA")):
-        step = os.path.basename(os.path.normpath(path))
-        if not step.isdecimal():
-            raise UserError(
-                f"{path} is a checkpoint away from its run: put it at WORKDIR/checkpoints/STEP"
-            )
-        return os.path.dirname(os.path.dirname(os.path.abspath(path))), int(step)
-    steps = manager.checkpoint_steps(path)
-    if not steps:
-        raise UserError(f"{path} has no finished checkpoint in {CHECKPOINTS}/ yet")
-    return path, steps[-1]
-
-
 def read_checkpoint(path: str, moments: bool = True) -> Checkpoint:
-    """Read the newest checkpoint of a workdir, or WORKDIR/checkpoints/STEP itself.
-
-    Raises UserError as `reading.read_checkpoint` does.
-    """
-    workdir, step = _locate(path)
+    """Read the newest checkpoint of a workdir, or WORKDIR/checkpoints/STEP itself."""
+    workdir, step = path, max(manager.checkpoint_steps(path), default=None)
+    if os.path.exists(os.path.join(path, "_CHECKPOINT_METADATA")):
+        parent, name = os.path.split(os.path.abspath(path))
+        if not name.isdecimal():
+            raise UserError(f"{path} is a checkpoint away from its run: move it to its place")
+        workdir, step = os.path.dirname(parent), int(name)
+    if step is None:
+        raise UserError(f"{path} has no finished checkpoint in {CHECKPOINTS}/ yet")
     description = state_dict.read_json(os.path.join(workdir, MODEL_FILE))
     try:
         student, about = student_of(description["student"]), read_about(workdir)
     except (KeyError, TypeError) as e:
         raise UserError(f"{workdir}/{MODEL_FILE} does not describe a student: {e!r}") from e
-    state = manager.read_arrays(os.path.join(workdir, CHECKPOINTS), step, moments)
-    trees = {f"step {step}": state["params"]}
-    # the other parts of the optimizer's state come without arrays
-    for part in filter(None, state.get("opt_state") or ()):
-        trees |= {key: part[key] for key in ("mu", "nu")}
+    trees = manager.read_arrays(os.path.join(workdir, CHECKPOINTS), step, moments)
     shapes = {name: x.shape for name, x in tensor_names.abstract_params(student).items()}
     for label, tree in trees.items():
         flat = traverse_util.flatten_dict(tree, sep="/")
-        tensor_names.check_tensors(flat, shapes, f"{workdir}, {label}")
+        tensor_names.check_tensors(flat, shapes, f"{workdir}, {label} of step {step}")
     params, *adam = trees.values()
     config = os.path.join(workdir, CONFIG_FILE)
     rows = files.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
@@ -94,12 +72,13 @@ def read_checkpoint(path: str, moments: bool = True) -> Checkpoint:
 
 def write_checkpoint(path: str, checkpoint: Checkpoint) -> None:
     """Fill the directory `path` with a workdir of one checkpoint. Raises OSError if that fails."""
-    step = jnp.int32(checkpoint.step)
-    moments = checkpoint.moments
-    opt_state = optimizer_state(AdamState(step, *moments), step) if moments else ()
+    step, moments, opt_state = jnp.int32(checkpoint.step), checkpoint.moments, ()
+    if moments:  # as `optimizer.make` chains them
+        empty, schedule = optax.EmptyState(), optax.ScaleByScheduleState(step)
+        opt_state = empty, AdamState(step, *moments), empty, schedule
+    state = TrainState(step, step, checkpoint.params, opt_state, initial_guard(1))
     try:
         with contextlib.closing(manager.Checkpoints(path, keep=1)) as checkpoints:
-            state = TrainState(step, step, checkpoint.params, opt_state, initial_guard(1))
             checkpoints.save(checkpoint.step, state)
     except (ValueError, RuntimeError) as e:  # what tensorstore raises on a full disk
         raise OSError(errno.EIO, str(e)) from e

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 
 from mert_jax import sharding
 from mert_jax.checkpoints import in_memory
-from mert_jax.checkpoints.reading import read_checkpoint
+from mert_jax.checkpoints.formats import read_checkpoint
 from mert_jax.constants import SAMPLE_RATE
 from mert_jax.errors import UserError
 from mert_jax.extraction import chunking

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from mert_jax import sharding, teachers
 from mert_jax.checkpoints import init_from
+from mert_jax.checkpoints.formats import read_checkpoint
 from mert_jax.checkpoints.in_memory import About
-from mert_jax.checkpoints.reading import read_checkpoint
 from mert_jax.checkpoints.train_state import TrainState
 from mert_jax.constants import HOP_LENGTH, SAMPLE_RATE
 from mert_jax.data import loader

@@ -14,13 +14,13 @@ from mert_jax import sharding
 from mert_jax.checkpoints import manager
 from mert_jax.checkpoints import workdir as workdirs
 from mert_jax.checkpoints.init_from import InitialWeights, apply_initial_weights
+from mert_jax.checkpoints.object_storage import RemoteWorkdir
 from mert_jax.checkpoints.train_state import TrainState
 from mert_jax.data import code_checks
 from mert_jax.data.loader import Batch, Loader, check_unchanged
 from mert_jax.errors import UserError
 from mert_jax.pretraining import build, loop, metrics, run_log, step
 from mert_jax.runtime import goodput, watchdog, workdir_lock
-from mert_jax.runtime.remote_workdir import RemoteWorkdir
 
 
 def pretrain(config: ConfigDict, workdir: str | None, describe: bool = False) -> int:

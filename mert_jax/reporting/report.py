@@ -12,13 +12,13 @@ from typing import Any
 
 import jax
 
-from mert_jax import object_storage
+from mert_jax.checkpoints import object_storage
+from mert_jax.checkpoints.object_storage import RemoteWorkdir
 from mert_jax.errors import UserError
 from mert_jax.files import atomic_write
 from mert_jax.pretraining import metrics
 from mert_jax.reporting import plots, summary
 from mert_jax.runtime import goodput
-from mert_jax.runtime.remote_workdir import RemoteWorkdir
 
 
 def page(

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mert_jax.checkpoints import conversion, fairseq, in_memory, stablehlo, tensor_names
-from mert_jax.checkpoints.reading import read_checkpoint
+from mert_jax.checkpoints import fairseq, formats, in_memory, stablehlo, tensor_names
+from mert_jax.checkpoints.formats import read_checkpoint
 from mert_jax.errors import UserError
 from mert_jax.tensors import state_dict, torch_pickle
 from tests import checkpoint_samples
@@ -38,8 +38,8 @@ def sources(request, tmp_path_factory):
     headless = hf_student(**options)
     hf_folder(folder / "hf", headless, hf_state(headless, np.float16))
     (folder / "hf" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
-    conversion.convert(str(folder / "x.pt"), str(folder / "run"), "orbax")
-    conversion.convert(str(folder / "hf"), str(folder / "run_of_hf"), "orbax")
+    formats.convert(str(folder / "x.pt"), str(folder / "run"), "orbax")
+    formats.convert(str(folder / "hf"), str(folder / "run_of_hf"), "orbax")
     return folder
 
 
@@ -54,7 +54,7 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("source", ["x.pt", "run"])
 def test_fairseq_to_ours_to_fairseq(sources, tmp_path, source, capsys):
-    conversion.convert(str(sources / source), str(tmp_path / "back.pt"), "fairseq")
+    formats.convert(str(sources / source), str(tmp_path / "back.pt"), "fairseq")
     before, after = (
         torch_pickle.read_pickle(path) for path in (sources / "x.pt", tmp_path / "back.pt")
     )
@@ -70,7 +70,7 @@ def test_fairseq_to_ours_to_fairseq(sources, tmp_path, source, capsys):
 
 @pytest.mark.parametrize("source", ["hf", "run_of_hf"])
 def test_hugging_face_to_ours_to_hugging_face(sources, tmp_path, source):
-    conversion.convert(str(sources / source), str(tmp_path / "back"), "hf")
+    formats.convert(str(sources / source), str(tmp_path / "back"), "hf")
     before, after = (
         state_dict.read_tensor_folder(path) for path in (sources / "hf", tmp_path / "back")
     )
@@ -81,7 +81,7 @@ def test_hugging_face_to_ours_to_hugging_face(sources, tmp_path, source):
 
 @pytest.mark.parametrize("source", ["x.pt", "run"])
 def test_fairseq_to_hugging_face(sources, tmp_path, source):
-    conversion.convert(str(sources / source), str(tmp_path / "hf"), "hf")
+    formats.convert(str(sources / source), str(tmp_path / "hf"), "hf")
     assert_official_mapping(sources / "x.pt", tmp_path / "hf", "95m")
 
 
@@ -103,16 +103,16 @@ def assert_official_mapping(file, folder, size: str) -> None:
 
 
 def test_a_directory_without_heads_makes_no_fairseq_file(small, tmp_path):
-    with pytest.raises(UserError, match="this checkpoint has: none"):
-        conversion.convert(small, str(tmp_path / "x.pt"), "fairseq")
+    with pytest.raises(UserError, match="this has: none"):
+        formats.convert(small, str(tmp_path / "x.pt"), "fairseq")
     assert os.listdir(tmp_path) == []
 
 
 def test_moments_and_licence_are_as_asked(sources, tmp_path):
-    conversion.convert(str(sources / "x.pt"), str(tmp_path / "run"), "orbax", "mit", moments=False)
+    formats.convert(str(sources / "x.pt"), str(tmp_path / "run"), "orbax", "mit", moments=False)
     checkpoint = read_checkpoint(tmp_path / "run")
     assert (checkpoint.moments, checkpoint.step, checkpoint.about.licence) == (None, 7, "mit")
-    conversion.convert(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
+    formats.convert(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
     text = (tmp_path / "hf" / "README.md").read_text()
     assert "license: mit" in text
     assert "Goes back to x.pt (fairseq); run (step 7)." in text
@@ -150,7 +150,7 @@ def program(tmp_path_factory):
     model = student(**FLAVOURS["330m"])
     params = jax.tree.map(lambda x: 0.3 * x, checkpoint_samples.params_of(model))
     checkpoint = in_memory.Checkpoint(model, params, None, 0, in_memory.About())
-    stablehlo.write_program(str(folder), checkpoint)
+    stablehlo.write_checkpoint(str(folder), checkpoint)
     return folder, checkpoint
 
 
@@ -210,7 +210,7 @@ def test_a_program_that_computes_something_else_is_not_written(small, tmp_path, 
 
     monkeypatch.setattr(state_dict, "write_tensors", tampered)
     with pytest.raises(UserError, match=r"differs from the student by .*: not written"):
-        conversion.convert(small, str(tmp_path / "hlo"), "stablehlo")
+        formats.convert(small, str(tmp_path / "hlo"), "stablehlo")
     assert os.listdir(tmp_path) == []
 
 
@@ -224,7 +224,7 @@ def test_a_full_disk_leaves_nothing_behind(sources, tmp_path, to):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 1024, before[1]))
         with pytest.raises(UserError, match="out cannot be written"):
-            conversion.convert(str(sources / "x.pt"), str(tmp_path / "out"), to)
+            formats.convert(str(sources / "x.pt"), str(tmp_path / "out"), to)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.listdir(tmp_path) == []
@@ -236,7 +236,7 @@ def test_an_output_that_exists_is_left_alone(small, tmp_path, directory):
     path.mkdir() if directory else path.write_text("mine")
     for to in ("hf", "fairseq", "orbax", "stablehlo"):
         with pytest.raises(UserError, match="out exists already; choose another output"):
-            conversion.convert(small, str(path), to)
+            formats.convert(small, str(path), to)
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(path) == [] if directory else path.read_text() == "mine"
 
@@ -253,7 +253,7 @@ def command(*options, run=("-m", "mert_jax.convert")) -> subprocess.CompletedPro
 def test_the_command(small, tmp_path):
     done = command(f"--input={small}", f"--output={tmp_path / 'o'}", "--to=hf", "--license=mit")
     assert done.returncode == 0, done.stderr
-    assert f"read {small} (huggingface): 2 post-norm layers of 16" in done.stdout
+    assert "read hf (Hugging Face): 2 post-norm layers of 16" in done.stdout
     assert "24000 Hz, waves as they are" in done.stdout
     assert f"wrote {tmp_path / 'o'}" in done.stdout
     assert read_checkpoint(tmp_path / "o").about.licence == "mit"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mert_jax.checkpoints import huggingface, in_memory, model_card, tensor_names
-from mert_jax.checkpoints.reading import read_checkpoint
+from mert_jax.checkpoints.formats import read_checkpoint
 from mert_jax.errors import UserError
 from mert_jax.models import mert_v1
 from mert_jax.tensors import state_dict, torch_pickle
@@ -202,10 +202,10 @@ def test_every_wrong_tensor_is_listed(folder):
         ({"num_hidden_layers": 1}, r"unexpected encoder\.layers\.1\."),
         ({"hidden_size": 32}, r"masked_spec_embed is \[16\], not \[32\]"),
         ({"conv_dim": [8, 8, 9]}, "different widths"),
-        ({"num_attention_heads": 5}, "num_heads=5"),
-        ({"num_attention_heads": "four"}, "num_heads='four'"),
-        ({"num_attention_heads": 0}, "num_heads=0"),
-        ({"num_attention_heads": [4]}, r"num_heads=\[4\]"),
+        ({"num_attention_heads": 5}, "'num_heads': 5"),
+        ({"num_attention_heads": "four"}, "'num_heads': 'four'"),
+        ({"num_attention_heads": 0}, "'num_heads': 0"),
+        ({"num_attention_heads": [4]}, r"'num_heads': \[4\]"),
         ({"conv_stride": [5, 2]}, "no student can have"),
         ({"conv_dim": 8}, "config.json does not describe a student"),
         ({"feat_extract_norm": "layer"}, "feat_extract_norm='layer'"),

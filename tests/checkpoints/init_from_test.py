@@ -153,7 +153,7 @@ def test_another_body_is_refused_with_all_that_differs(options, message):
 
 
 def test_another_sample_rate_is_refused():
-    with pytest.raises(UserError, match="16000 Hz"):
+    with pytest.raises(UserError, match="sample rate is 16000 there and 24000 here"):
         match(checkpoint(student(CODES), sample_rate=16_000), student(CODES))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mert_jax.checkpoints import in_memory, workdir
-from mert_jax.checkpoints.reading import kind_of, read_checkpoint
+from mert_jax.checkpoints.formats import kind_of, read_checkpoint
 from mert_jax.errors import UserError
 from tests import checkpoint_samples
 from tests.checkpoint_samples import FLAVOURS, assert_same, params_of, student
@@ -147,7 +147,7 @@ def test_without_a_sound_model_json_the_student_is_not_known(run, content, messa
         ({"num_layers": 3}, r"encoder/layers/layer_norm/bias is \[2, 16\], not \[3, 16\]"),
         ({"hidden_size": 32}, r"masked_spec_embed is \[16\], not \[32\]"),
         ({"heads": []}, "unexpected cqt_proj/bias"),
-        ({"num_heads": 5}, "num_heads=5"),
+        ({"num_heads": 5}, "'num_heads': 5"),
         ({"conv_kernels": [10, 3]}, "no student can have"),
         ({"conv_dim": "eight"}, "no student can have"),
     ],
@@ -205,12 +205,12 @@ def test_kinds(run, tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
     (tmp_path / "x.pt").write_text("")
-    assert kind_of(run) == "workdir"
-    assert kind_of(run / "checkpoints" / "5") == "workdir"
-    assert kind_of(tmp_path / "hf") == "huggingface"
+    assert kind_of(run) == "orbax"
+    assert kind_of(run / "checkpoints" / "5") == "orbax"
+    assert kind_of(tmp_path / "hf") == "hf"
     assert kind_of(tmp_path / "x.pt") == "fairseq"
     (run / "config.json").write_text("{}")
-    assert kind_of(run) == "workdir"
+    assert kind_of(run) == "orbax"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_a_disk_that_takes_no_more(dataset, finished, tmp_path):
     assert done.returncode == 2
     (said,) = done.stderr.splitlines()  # no tracebacks from Orbax's threads
     assert "a checkpoint could not be written" in said
-    assert "step of the last intact one: 3. Make room and run the same command again" in said
+    assert "step of the last intact one: 3; make room and run the same command again" in said
     assert manager.checkpoint_steps(str(workdir)) == [0, 3]
     done = run("train", *flags(dataset, workdir))
     assert done.returncode == 0, done.stderr

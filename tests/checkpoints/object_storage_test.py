@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mert_jax import object_storage
-from mert_jax.checkpoints import conversion, manager
-from mert_jax.checkpoints.reading import read_checkpoint
+from mert_jax.checkpoints import formats, manager, object_storage
+from mert_jax.checkpoints.formats import read_checkpoint
+from mert_jax.checkpoints.object_storage import RemoteWorkdir
 from mert_jax.errors import RetryableError, UserError
-from mert_jax.runtime.remote_workdir import RemoteWorkdir
 from tests.object_store import BUCKET, serving, upload
 from tests.runs import ENVIRONMENT, command, flags, rows
 
@@ -171,10 +170,10 @@ def test_a_remote_run_is_killed_resumed_and_read(line, dataset, finished, tmp_pa
     assert read_checkpoint(f"{workdir}/checkpoints/3").step == 3
     a, b = (x.params["encoder"]["layer_norm"]["scale"] for x in (local, remote))
     assert (a == b).all()
-    conversion.convert(workdir, str(tmp_path / "hf"), "hf")
+    formats.convert(workdir, str(tmp_path / "hf"), "hf")
     assert read_checkpoint(str(tmp_path / "hf")).params.keys() <= remote.params.keys()
     with pytest.raises(UserError, match="on a local disk"):
-        conversion.convert(workdir, f"{BUCKET}/hf", "hf")
+        formats.convert(workdir, f"{BUCKET}/hf", "hf")
 
 
 @pytest.mark.slow
