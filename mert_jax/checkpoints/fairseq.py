@@ -14,14 +14,13 @@ import numpy as np
 from scipy.signal import get_window
 
 from mert_jax.checkpoints import tensor_names
-from mert_jax.checkpoints.in_memory import About, Checkpoint, common_width
+from mert_jax.checkpoints.in_memory import About, Checkpoint
 from mert_jax.constants import SAMPLE_RATE
 from mert_jax.errors import UserError
 from mert_jax.models.mert_v1 import Head, Student
 from mert_jax.teachers import cqt
 from mert_jax.tensors import state_dict, torch_pickle
 
-Orders = tuple[tuple[int, ...], ...]
 SPECIAL = 4  # rows of a codebook before its codes: <s>, <pad>, </s>, <unk>
 FMIN, OCTAVES = 32.7, 7  # of the CQT head
 ORDERS = "mert_jax_row_orders"  # extra state of files that we write without their dictionaries
@@ -87,7 +86,7 @@ def student(config: Mapping, state: Mapping, path: str = "the checkpoint") -> St
         raise UserError(f"{path}: settings contradict the tensors: {'; '.join(lines)}")
     settings = dict(encoder_attention_heads=12, layer_norm_first=False) | dict(config) | sizes
     return Student(
-        conv_dim=common_width(channels),
+        conv_dim=channels[0],
         conv_kernels=kernels,
         conv_strides=strides,
         heads=tuple(heads),
@@ -97,7 +96,7 @@ def student(config: Mapping, state: Mapping, path: str = "the checkpoint") -> St
     )
 
 
-def row_orders(content: Mapping, task: Mapping, head: Head, path: str) -> Orders:
+def row_orders(content: Mapping, task: Mapping, head: Head, path: str) -> tuple:
     """Return for each codebook the file's row of each of ours, () if all are in our order.
 
     Our rows are the special ones, then code 0, 1, ... A fairseq dictionary numbers codes as its

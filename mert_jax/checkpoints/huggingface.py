@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mert_jax.checkpoints import model_card, tensor_names
-from mert_jax.checkpoints.in_memory import About, Checkpoint, common_width
+from mert_jax.checkpoints.in_memory import About, Checkpoint
 from mert_jax.constants import SAMPLE_RATE
 from mert_jax.errors import UserError
 from mert_jax.models.mert_v1 import Student
@@ -42,13 +42,13 @@ def student(config: Mapping[str, Any]) -> Student:
     config = DEFAULTS | dict(config)
     try:
         return Student(
-            conv_dim=common_width(config["conv_dim"]),
+            conv_dim=config["conv_dim"][0],
             conv_kernels=tuple(config["conv_kernel"]),
             conv_strides=tuple(config["conv_stride"]),
             project_equal_widths=True,
             **{field: config[key] for key, (field, _) in FIELDS.items()},
         )
-    except TypeError as e:  # a number in place of a list
+    except (TypeError, IndexError) as e:  # a number in place of a list, or nothing in it
         raise UserError(f"config.json does not describe a student: {e}") from e
 
 

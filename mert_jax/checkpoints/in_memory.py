@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mert_jax.constants import SAMPLE_RATE
-from mert_jax.errors import UserError
 from mert_jax.models.mert_v1 import Head, Student
 
 # fields of a student that give its weights' shapes and meaning; the others are about training
@@ -61,10 +60,3 @@ def student_of(numbers: dict[str, Any]) -> Student:
     fields = {name: numbers[name] for name in ARCHITECTURE}
     fields |= {name: tuple(numbers[name]) for name in ("conv_kernels", "conv_strides")}
     return Student(**fields, heads=tuple(Head(**head) for head in numbers["heads"]))
-
-
-def common_width(channels: Any) -> int:
-    """Return the width that all convolutions share. Raises UserError if they differ."""
-    if len(set(channels)) != 1:
-        raise UserError(f"conv layers of different widths are not supported: {list(channels)}")
-    return channels[0]

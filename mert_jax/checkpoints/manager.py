@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import absl.logging
@@ -48,28 +48,6 @@ def _translate_errors(kind: type[Exception], prefix: str = "") -> Iterator[None]
         raise
     except Exception as e:  # damaged files make Orbax raise nearly anything
         raise kind(prefix + " ".join(str(e.__cause__ or e).split())[:300]) from e
-
-
-class SavePolicy:
-    """Decides when a save is due, by steps and by minutes (0: never); `clock` returns seconds."""
-
-    def __init__(self, every_steps: int, every_minutes: float, clock: Callable[[], float]):
-        self._steps, self._seconds, self._clock = every_steps, 60 * every_minutes, clock
-        self._last, self._due = clock(), False
-
-    @property
-    def overdue(self) -> bool:
-        """True when `every_minutes` have passed since the last save on this host."""
-        return 0 < self._seconds <= self._clock() - self._last
-
-    def due(self, step: int, asked: bool) -> bool:
-        """Return True from the time that `step` is due or a host `asked`, until `saved`."""
-        self._due |= asked or (self._steps > 0 and step % self._steps == 0)
-        return self._due
-
-    def saved(self) -> None:
-        """Record a completed save and restart the timer."""
-        self._last, self._due = self._clock(), False
 
 
 def checkpoint_steps(workdir: str) -> list[int]:

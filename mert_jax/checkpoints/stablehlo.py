@@ -20,7 +20,7 @@ from mert_jax.errors import UserError
 from mert_jax.models.mert_v1 import hidden_states
 from mert_jax.tensors import state_dict
 
-PROGRAM, PARAMS, SIGNATURE = "model.stablehlo", "params.safetensors", "signature.json"
+PROGRAM, PARAMS = "model.stablehlo", "params.safetensors"
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4
 
@@ -45,7 +45,7 @@ def write_checkpoint(path: str, checkpoint: Checkpoint) -> None:
         platforms=PLATFORMS,
         student=in_memory.architecture(student),
     )
-    (folder / SIGNATURE).write_text(json.dumps(signature, indent=1))
+    (folder / "signature.json").write_text(json.dumps(signature, indent=1))
     check_program(path, checkpoint)
 
 

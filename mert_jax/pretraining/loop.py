@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
-from mert_jax.checkpoints.manager import Checkpoints, SavePolicy
+from mert_jax.checkpoints.manager import Checkpoints
 from mert_jax.errors import RESTART
 from mert_jax.pretraining.metrics import Speed
 from mert_jax.pretraining.run_log import SAVE, BadStreak, StepDecision
@@ -67,18 +67,19 @@ class Saver:
         """Call `before` ahead of each save, to write what a checkpoint relies on."""
         self._checkpoints, self._clock = checkpoints, clock
         self._speed, self._before = speed, before
-        steps, minutes = intervals.save_every_steps, intervals.save_every_minutes
-        self._policy = SavePolicy(steps, minutes, time.monotonic)
+        self._steps, self._seconds = intervals.save_every_steps, 60 * intervals.save_every_minutes
+        self._last, self._due = time.monotonic(), False
         self.check = checkpoints.check
 
     @property
     def overdue(self) -> bool:
         """True once the minutes between saves have passed, by this host's clock."""
-        return self._policy.overdue
+        return 0 < self._seconds <= time.monotonic() - self._last
 
     def due(self, step: int, requested: bool) -> bool:
         """Return True from the time a save is due or requested until it is made."""
-        return self._policy.due(step, requested)
+        self._due |= requested or (self._steps > 0 and step % self._steps == 0)
+        return self._due
 
     def save(self, step: int, state: Any) -> None:
         """Start saving `state`."""
@@ -86,7 +87,7 @@ class Saver:
             self._before()
             self._checkpoints.save(step, state)
         self._clock.saved(step)
-        self._policy.saved()
+        self._last, self._due = time.monotonic(), False
         self._speed.pause()
 
     def wait(self) -> None:

@@ -62,9 +62,7 @@ def lock_workdir(
             return file
         with open(path) as f:
             before = json.load(f)
-    except UserError:
-        raise
-    except (OSError, ValueError) as e:  # ValueError: neither JSON nor text
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"--workdir={workdir} cannot be used: {e}") from e
     old, new = (flatten_dict(x, sep=".") for x in (before, json.loads(json.dumps(config))))
     old = {key: x for key, x in old.items() if key not in REMOVED or x != REMOVED[key]}

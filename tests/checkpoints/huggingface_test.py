@@ -201,7 +201,7 @@ def test_every_wrong_tensor_is_listed(folder):
         ({"num_hidden_layers": 3}, r"missing encoder\.layers\.2\.attention\.q_proj\.weight"),
         ({"num_hidden_layers": 1}, r"unexpected encoder\.layers\.1\."),
         ({"hidden_size": 32}, r"masked_spec_embed is \[16\], not \[32\]"),
-        ({"conv_dim": [8, 8, 9]}, "different widths"),
+        ({"conv_dim": []}, "config.json does not describe a student"),
         ({"num_attention_heads": 5}, "'num_heads': 5"),
         ({"num_attention_heads": "four"}, "'num_heads': 'four'"),
         ({"num_attention_heads": 0}, "'num_heads': 0"),

@@ -1,4 +1,4 @@
-"""When a run saves, what it restores, and damaged checkpoints."""
+"""What a run keeps and restores, and damaged checkpoints."""
 
 import os
 import shutil
@@ -11,54 +11,6 @@ import pytest
 from mert_jax import sharding
 from mert_jax.checkpoints import manager
 from mert_jax.errors import UserError
-
-
-class Clock:
-    """Seconds that pass only when told to."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def due(policy, steps, clock=None):
-    """Return those of `steps`, 50 s each, after which a training loop saves."""
-    saved = []
-    for step in steps:
-        if clock:
-            clock.now += 50
-        if policy.due(step, policy.overdue):
-            policy.saved()
-            saved.append(step)
-    return saved
-
-
-def test_saves_by_steps():
-    policy = manager.SavePolicy(3, 0, Clock())
-    assert due(policy, range(1, 10)) == [3, 6, 9]
-
-
-def test_saves_by_minutes_since_the_last_save_of_either_kind():
-    clock = Clock()
-    policy = manager.SavePolicy(100, 2.0, clock)
-    # 150 s: by minutes; step 100: by steps, from where two minutes count anew
-    assert due(policy, range(97, 105), clock) == [99, 100, 103]
-
-
-def test_a_postponed_save_stays_due():
-    policy = manager.SavePolicy(3, 0, Clock())
-    assert [policy.due(step, asked=step == 7) for step in range(1, 6)] == [False] * 2 + [True] * 3
-    policy.saved()
-    assert [policy.due(step, asked=step == 7) for step in (7, 8)] == [True] * 2
-
-
-def test_zero_never_saves():
-    clock = Clock()
-    policy = manager.SavePolicy(0, 0, clock)
-    clock.now += 1e6
-    assert not due(policy, range(1, 100))
 
 
 def saved(workdir, *numbers, **options) -> manager.Checkpoints:
