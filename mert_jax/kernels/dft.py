@@ -1,14 +1,9 @@
-"""Discrete Fourier transforms of blocks, by FFT and by matrix products.
-
-A TPU has no FFT: its compiler turns one into matrix products, for minutes. The products written out
-here compile in seconds, run faster, and leave out the lines that the caller does not need.
+"""Discrete Fourier transforms of blocks, by matrix products where there is no FFT.
 
 Shapes: blocks [B, hop * M] of real samples, whose spectra are seen as rows of M lines.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,25 +15,25 @@ Complex = tuple[Array, Array]  # real and imaginary parts, each float32
 _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-class Fourier(NamedTuple):
-    """One way to compute the transforms.
-
-    rows: (blocks [B, hop * M], hop, first, last) -> rows [first, last) of their spectra, [B, last -
-    first, M], periodic in the row. inverse: (spectra [B, F, M], start, stop) -> points [start,
-    stop) of their inverse transforms, [B, F, stop - start].
-    """
-
-    rows: Callable[[Array, int, int, int], Complex]
-    inverse: Callable[[Complex, int, int], Complex]
+def spectrum_rows(blocks: Array, hop: int, first: int, last: int) -> Complex:
+    """Return `spectrum_rows_plain`."""
+    sizes = dict(hop=hop, first=first, last=last)
+    plain = functools.partial(spectrum_rows_plain, **sizes)
+    # TPU: its compiler turns an FFT into matrix products, for minutes; those written out here
+    # compile in seconds, run faster and leave out the lines that the caller does not need
+    by_products = functools.partial(spectrum_rows_by_products, **sizes)
+    return jax.lax.platform_dependent(blocks, tpu=by_products, default=plain)
 
 
-def turn(x: Complex, angle: np.ndarray) -> Complex:
-    """Return x exp(-i angle) of complex numbers x [B, I, J] and angles [I, J]."""
-    cos, sin = (f(angle)[None].astype(np.float32) for f in (np.cos, np.sin))
-    return x[0] * cos + x[1] * sin, x[1] * cos - x[0] * sin
+def inverse(spectra: Complex, start: int, stop: int) -> Complex:
+    """Return `inverse_plain`."""
+    plain = functools.partial(inverse_plain, start=start, stop=stop)
+    by_products = functools.partial(inverse_by_products, start=start, stop=stop)
+    return jax.lax.platform_dependent(spectra, tpu=by_products, default=plain)
 
 
-def _rows_by_fft(blocks: Array, hop: int, first: int, last: int) -> Complex:
+def spectrum_rows_plain(blocks: Array, hop: int, first: int, last: int) -> Complex:
+    """Return rows [first, last) of the spectra, [B, last - first, M]; rows repeat every `hop`."""
     size = blocks.shape[-1]
     points = size // hop
     spectrum = jnp.fft.rfft(blocks)
@@ -52,13 +47,14 @@ def _rows_by_fft(blocks: Array, hop: int, first: int, last: int) -> Complex:
     return lines.real, lines.imag
 
 
-def _inverse_by_fft(spectra: Complex, start: int, stop: int) -> Complex:
+def inverse_plain(spectra: Complex, start: int, stop: int) -> Complex:
+    """Return points [start, stop) of the inverse transforms of `spectra` [B, F, M]."""
     points = jnp.fft.ifft(jax.lax.complex(*spectra))[..., start:stop]
     return points.real, points.imag
 
 
-def _rows_by_products(blocks: Array, hop: int, first: int, last: int) -> Complex:
-    """Two steps of Cooley and Tukey, which compute the rows asked for only.
+def spectrum_rows_by_products(blocks: Array, hop: int, first: int, last: int) -> Complex:
+    """Return `spectrum_rows_plain` by two steps of Cooley and Tukey.
 
     With w(x) = exp(-2 pi i x), sample p hop + h and line r M + m of hop * M meet at
     w(p m / M) w(h m / (hop M)) w(h r / hop).
@@ -71,24 +67,27 @@ def _rows_by_products(blocks: Array, hop: int, first: int, last: int) -> Complex
     return _complex_product("bmh,hr->brm", x, _roots(h, np.arange(first, last), hop))
 
 
-def _inverse_by_products(spectra: Complex, start: int, stop: int) -> Complex:
+def inverse_by_products(spectra: Complex, start: int, stop: int) -> Complex:
+    """Return `inverse_plain` by one product."""
     points = spectra[0].shape[-1]
     cos, sin = _roots(np.arange(points), np.arange(start, stop), points)
     return _complex_product("bkm,mt->bkt", spectra, (cos / points, -sin / points))
 
 
+def turn(x: Complex, angle: np.ndarray) -> Complex:
+    """Return x exp(-i angle) of complex numbers x [B, I, J] and angles [I, J]."""
+    cos, sin = (f(angle)[None].astype(np.float32) for f in (np.cos, np.sin))
+    return x[0] * cos + x[1] * sin, x[1] * cos - x[0] * sin
+
+
 def _roots(i: np.ndarray, j: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Real and imaginary parts of exp(-2 pi sqrt(-1) i j / n), each f32[I, J]."""
+    """Return the real and imaginary parts of exp(-2 pi sqrt(-1) i j / n), each f32[I, J]."""
     angle = (2 * np.pi / n) * (np.outer(i, j) % n)
     return np.cos(angle).astype(np.float32), -np.sin(angle).astype(np.float32)
 
 
 def _complex_product(axes: str, x: Complex, matrix: tuple[np.ndarray, np.ndarray]) -> Complex:
-    """The einsum of x [B, I, J] with a complex matrix, both parts of x as rows of one product."""
+    """Return the einsum of x [B, I, J] with a complex matrix, both parts of x in one product."""
     rows = len(x[0])
     real, imag = (_product(axes, jnp.concatenate(x), part) for part in matrix)
     return real[:rows] - imag[rows:], real[rows:] + imag[:rows]
-
-
-BY_FFT = Fourier(_rows_by_fft, _inverse_by_fft)
-BY_PRODUCTS = Fourier(_rows_by_products, _inverse_by_products)
