@@ -412,7 +412,7 @@ def encodec_checkpoint(kind: str, peer, folder: Path) -> str:
 
 @pytest.mark.parametrize("kind", ["hugging_face", "official"])
 def test_a_full_size_encodec(kind, encodec_peer, tmp_path, record_property):
-    peer, wave, their_latents, their_codes, their_decoded = encodec_peer
+    peer, wave, their_latents, their_codes, _ = encodec_peer
     path = encodec_checkpoint(kind, peer, tmp_path)
     teacher = teachers.make("rvq_vae", checkpoint=path)
     network = rvq_vae.encoder(teacher.params)
@@ -432,25 +432,21 @@ def test_a_full_size_encodec(kind, encodec_peer, tmp_path, record_property):
     used = [len(np.unique(codes[..., k])) for k in range(8)]
     assert min(used) > 20, f"too few codes to tell the books apart: {used}"
 
-    params = encodec.read_encodec(path)
-    summed = quantize.residual_decode(jnp.asarray(their_codes), params["codebooks"][:8])
-    decoder = jax.jit(codec.Decoder().apply)
-    decoded = np.asarray(decoder({"params": params["decoder"]}, summed))
-    assert np.abs(decoded - their_decoded).max() <= 3e-5 * max(1, np.abs(their_decoded).max())
-
 
 def test_transformers_reads_the_encodec_we_write(encodec_peer, tmp_path):
     import transformers
 
-    peer, wave, latents, codes, decoded = encodec_peer
+    peer, wave, latents, codes, _ = encodec_peer
     params = encodec.from_state({name: x.numpy() for name, x in peer.state_dict().items()})
-    books = params["codebooks"][:8]
-    encodec.write_encodec(str(tmp_path), params | {"codebooks": books})
-    ours = transformers.EncodecModel.from_pretrained(tmp_path).eval()
-    found_codes, found = encodec_codes(ours, wave)
+    books, decoder = params["codebooks"][:8], codec.Decoder()
+    weights = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 8, 128)))["params"]
+    # biases too, so that a mix-up shows
+    weights = jax.tree.map(lambda x: x + 0.02 * np.sin(np.arange(x.size)).reshape(x.shape), weights)
+    encodec.write_encodec(str(tmp_path), params | {"codebooks": books, "decoder": weights})
+    theirs = transformers.EncodecModel.from_pretrained(tmp_path).eval()
+    found_codes, found = encodec_codes(theirs, wave)
     clear = clear_codes(latents, books)[1]
     np.testing.assert_array_equal(found_codes[clear], codes[clear])
-    same = (found_codes == codes).all((1, 2))  # a clip without a flip
-    assert same.any()
-    scale = max(1, np.abs(decoded).max())
-    assert np.abs(found - decoded)[same].max() <= 3e-5 * scale
+    summed = quantize.residual_decode(jnp.asarray(found_codes), jnp.asarray(books))
+    decoded = np.asarray(jax.jit(decoder.apply)({"params": weights}, summed))
+    assert np.abs(found - decoded).max() <= 3e-5 * max(1, np.abs(decoded).max())

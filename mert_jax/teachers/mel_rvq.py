@@ -24,34 +24,24 @@ NAME = "mel_rvq"
 SETTINGS = dict(books=8, size=1024, dim=16, n_mels=128, n_fft=2048, hop=HOP_LENGTH)
 
 
-def features(params: Any, wave: Array, *, hop: int) -> Array:
-    """Return log-mel [B, N // hop + 1, F] of `wave` [B, N], each band normalised over the dataset.
-
-    MuQ has one mean and one deviation for all bands.
-    """
-    log_mel = spectrograms.log_mel(wave.astype(jnp.float32), params["mel_filters"], hop)
-    return spectrograms.standardise(log_mel, params["mean"][None, None], params["std"][None, None])
-
-
 def encode(params: Any, features: Array) -> tuple[Array, Array]:
     """Return codes int32 [..., K] of `features` [..., F], and the residual's square [..., K].
 
-    Each level projects the residual of the previous one to d dimensions and subtracts the nearest
-    row, projected back (tencent-ailab/MuQ, `rvq.py`, where nearest is by angle, not Euclidean).
+    Each level projects the residual of the last one and subtracts the nearest row, projected back
+    (tencent-ailab/MuQ, `rvq.py`, where nearest is by angle, not Euclidean).
     """
     # the projections have orthonormal columns: the row nearest in d dimensions is nearest in F too
-    codebooks = jnp.einsum(
-        "kvd,kfd->kvf",
-        params["codebooks"],
-        params["projections"],
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    pair = params["codebooks"], params["projections"]
+    codebooks = jnp.einsum("kvd,kfd->kvf", *pair, precision=jax.lax.Precision.HIGHEST)
     return quantize.residual_encode(features, codebooks)
 
 
 def apply(params: Any, wave: Array, *, hop: int) -> Array:
     """Return codes int32[B, N // hop + 1, K] of `wave` [B, N]."""
-    return encode(params, features(params, wave, hop=hop))[0]
+    log_mel = spectrograms.log_mel(wave.astype(jnp.float32), params["mel_filters"], hop)
+    # over the dataset and band by band; MuQ has one mean and one deviation for all bands
+    mean, std = params["mean"][None, None], params["std"][None, None]
+    return encode(params, spectrograms.standardise(log_mel, mean, std))[0]
 
 
 def filters(settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -63,27 +53,17 @@ def filters(settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a fitted file's arrays."""
     num_codebooks, bands, dim = settings["books"], settings["n_mels"], settings["dim"]
-    return {
-        "mean": (bands,),
-        "std": (bands,),
-        "projections": (num_codebooks, bands, dim),
-        "codebooks": (num_codebooks, settings["size"], dim),
-    }
+    projections, codebooks = (num_codebooks, bands, dim), (num_codebooks, settings["size"], dim)
+    return dict(mean=(bands,), std=(bands,), projections=projections, codebooks=codebooks)
 
 
 def make(*, checkpoint: str | None = None, books: int | None = None) -> Teacher:
-    """Make the teacher that `fit_teacher` wrote to `checkpoint`, or its first `books` codebooks.
-
-    Raises UserError if the file has fewer.
-    """
+    """Make the teacher that `fit_teacher` wrote to `checkpoint`, or its first `books` codebooks."""
     tensors, settings = fitted_file.load(checkpoint, NAME, shapes)
-    available = settings["books"]
-    books = available if books is None else books
-    if not 1 <= books <= available:
-        raise UserError(
-            f"teacher {NAME!r}: books={books}, but {checkpoint} has {available}; take 1 to "
-            f"{available}"
-        )
+    most = settings["books"]
+    books = most if books is None else books
+    if not 1 <= books <= most:
+        raise UserError(f"{NAME}: books={books}, but {checkpoint} has {most}; take 1 to {most}")
     tensors |= {key: tensors[key][:books] for key in ("projections", "codebooks")}
     bound = functools.partial(apply, hop=settings["hop"])
     return Teacher(bound, filters(settings) | tensors, settings["size"])

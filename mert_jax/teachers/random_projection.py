@@ -22,36 +22,26 @@ NAME = "random_projection"
 
 
 def apply(params: Any, wave: Array, *, hop: int) -> Array:
-    """Return codes int32[B, N // hop + 1, K] of `wave` [B, N].
+    """Return codes int32[B, N // hop + 1, K] of `wave` [B, N] (Chiu, arXiv 2202.01855, eq. 1).
 
-    K fixed random matrices project normalised log-mel frames; a code is the nearest row of a fixed
-    codebook of unit vectors (Chiu et al., arXiv 2202.01855, eq. 1).
-    """
-    # rows have unit length, so normalising the projected vectors would not change the nearest one
-    vectors = project(params, features(params, wave, hop=hop))
-    return jax.vmap(quantize.nearest)(vectors, params["codebooks"]).transpose(2, 1, 0)
-
-
-def features(params: Any, wave: Array, *, hop: int) -> Array:
-    """Return log-mel [B, N // hop + 1, F] of `wave` [B, N], normalised band by band.
-
-    Normalised over the dataset if `params` have its mean and std (MusicFM has one of each for all
-    bands). Otherwise over the clip: the student's group norm removes the level of a clip and of its
-    bands, so codes must not depend on them.
+    Random matrices project normalised log-mel frames; a code is the nearest row of a codebook.
     """
     log_mel = spectrograms.log_mel(wave.astype(jnp.float32), params["mel_filters"], hop)
-    if "mean" in params:
+    if "mean" in params:  # of the dataset (MusicFM has one mean and one deviation for all bands)
         mean, std = params["mean"][None, None], params["std"][None, None]
     else:
+        # of the clip: the student's group norm removes the level of a clip and of its bands, so
+        # codes must not depend on them
         mean, std = log_mel.mean(1, keepdims=True), log_mel.std(1, keepdims=True)
-    return spectrograms.standardise(log_mel, mean, std)
+    # rows have unit length, so normalising the projected vectors would not change the nearest one
+    vectors = project(params, spectrograms.standardise(log_mel, mean, std))
+    return jax.vmap(quantize.nearest)(vectors, params["codebooks"]).transpose(2, 1, 0)
 
 
 def project(params: Any, features: Array) -> Array:
     """Return `features` [B, T, F] projected by each random matrix, [K, T, B, d]."""
-    return jnp.einsum(
-        "btf,kfd->ktbd", features, params["projections"], precision=jax.lax.Precision.HIGHEST
-    )
+    pair = features, params["projections"]
+    return jnp.einsum("btf,kfd->ktbd", *pair, precision=jax.lax.Precision.HIGHEST)
 
 
 def shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -72,26 +62,21 @@ def make(
 ) -> Teacher:
     """Make `books` independent codebooks of `size` random unit vectors, drawn from `seed`.
 
-    Projections are Xavier normal, codebooks normalised standard normal (arXiv 2202.01855); the
-    other sizes are MusicFM's (minzwon/musicfm). `checkpoint`, written by `fit_teacher`, holds the
-    dataset's mean and std. Raises UserError if it was fitted with other `n_mels`, `n_fft` or `hop`.
+    The other sizes are MusicFM's (minzwon/musicfm). `checkpoint` holds the dataset's mean and std.
+    Raises UserError if `fit_teacher` made it with other `n_mels`, `n_fft` or `hop`.
     """
     tensors = {}
     if checkpoint:
         tensors, settings = fitted_file.load(checkpoint, NAME, shapes)
         for key, value in dict(n_mels=n_mels, n_fft=n_fft, hop=hop).items():
-            if settings.get(key) != value:
-                raise UserError(
-                    f"{checkpoint} was fitted with {key}={settings.get(key)}, and the teacher has "
-                    f"{key}={value}; set {key}={settings.get(key)} or leave the checkpoint out"
-                )
+            if (fitted := settings.get(key)) != value:
+                problem = f"{checkpoint} was fitted with {key}={fitted}, and the teacher has"
+                raise UserError(f"{problem} {key}={value}; set {key}={fitted} or leave it out")
+    # projections are Xavier normal, codebooks normalised standard normal (arXiv 2202.01855)
     rng = np.random.default_rng(seed)
     projections = rng.normal(0, (2 / (n_mels + dim)) ** 0.5, (books, n_mels, dim))
     codebooks = rng.normal(size=(books, size, dim))
     codebooks /= np.linalg.norm(codebooks, axis=-1, keepdims=True)
-    params = {
-        "mel_filters": spectrograms.mel_filters(SAMPLE_RATE, n_fft, n_mels),
-        "projections": projections.astype(np.float32),
-        "codebooks": codebooks.astype(np.float32),
-    }
-    return Teacher(functools.partial(apply, hop=hop), params | tensors, size)
+    drawn = dict(projections=projections.astype(np.float32), codebooks=codebooks.astype(np.float32))
+    filters = {"mel_filters": spectrograms.mel_filters(SAMPLE_RATE, n_fft, n_mels)}
+    return Teacher(functools.partial(apply, hop=hop), filters | drawn | tensors, size)

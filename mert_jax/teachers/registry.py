@@ -11,15 +11,10 @@ TEACHERS = {module.__name__.rpartition(".")[2]: module.make for module in MODULE
 
 
 def make(name: str, **options) -> Teacher:
-    """Make the teacher `name` ("cqt", "kmeans", ...) with the options of its module's `make`.
-
-    Raises UserError for an unknown name or option.
-    """
+    """Make the teacher `name` with its module's options. Raises UserError for an unknown one."""
     if name not in TEACHERS:
         raise UserError(f"unknown teacher {name!r}; choose one of {', '.join(TEACHERS)}")
     known = inspect.signature(TEACHERS[name]).parameters
-    if unknown := sorted(set(options) - set(known)):
-        raise UserError(
-            f"teacher {name!r} has no option {', '.join(unknown)}; it has {', '.join(known)}"
-        )
+    if unknown := ", ".join(sorted(set(options) - set(known))):
+        raise UserError(f"teacher {name!r} has no option {unknown}; it has {', '.join(known)}")
     return TEACHERS[name](**options)

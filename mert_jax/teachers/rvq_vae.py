@@ -9,6 +9,7 @@ from mert_jax.constants import HOP_LENGTH
 from mert_jax.errors import UserError
 from mert_jax.models import encodec, quantize
 from mert_jax.teachers import encodec_checkpoint
+from mert_jax.teachers.fitted_file import COMMAND
 from mert_jax.teachers.teacher import Teacher
 
 # 0.51 s. Measured with a fitted codec on two sets of music: without context, about half of the
@@ -32,24 +33,18 @@ def apply(params: Any, wave: jax.Array) -> jax.Array:
 def make(*, checkpoint: str | None = None, books: int = 0, context: int = CONTEXT) -> Teacher:
     """Make the teacher of an EnCodec's first `books` codebooks (0: at most 8).
 
-    checkpoint: the official file, a Hugging Face directory or the output of `fit_teacher`;
-    context: samples that training puts before a clip (see `CONTEXT`). Raises UserError if the
-    checkpoint is not a complete 24 kHz EnCodec or has fewer codebooks, and if `context` is not a
-    multiple of 320.
+    Raises UserError for a checkpoint with fewer, and a `context` that is not a multiple of 320.
     """
     if not checkpoint:
         raise UserError(
-            "teacher 'rvq_vae' needs checkpoint=PATH: EnCodec's encodec_24khz-d7cc33bc.th, a "
-            "Hugging Face EnCodec directory, or your own codec from python -m mert_jax.fit_teacher "
-            "--teacher=rvq_vae --data=DIR --output=DIR"
+            "rvq_vae needs checkpoint=PATH: EnCodec's encodec_24khz-d7cc33bc.th, a Hugging Face "
+            f"EnCodec directory, or your own codec, the --output of {COMMAND} --teacher=rvq_vae"
         )
     if context < 0 or context % HOP_LENGTH:
         raise UserError(f"context={context}; it must be a multiple of {HOP_LENGTH}")
     params = encodec_checkpoint.read_encodec(checkpoint)
-    available = len(params["codebooks"])
-    if not 0 <= books <= available:
-        raise UserError(
-            f"books={books}, but {checkpoint} has {available} codebooks; take 1 to {available}"
-        )
+    most = len(params["codebooks"])
+    if not 0 <= books <= most:
+        raise UserError(f"books={books}, but {checkpoint} has {most} codebooks; take 1 to {most}")
     params = {"encoder": params["encoder"], "codebooks": params["codebooks"][: books or 8]}
     return Teacher(apply, params, params["codebooks"].shape[1], context)

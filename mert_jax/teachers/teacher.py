@@ -12,15 +12,13 @@ class Teacher(NamedTuple):
     """A frozen function from audio to the targets of a student.
 
     apply: (params, wave f32[B, N]) -> codes int32[B, T, K], learned by cross-entropy, or features
-    f32[B, T, F], learned by regression. params: every array it needs, none depending on N. size: V
-    of codes, F of features. context: samples before a clip that `apply` has to hear for the clip's
-    targets to equal those of the whole recording.
+    f32[B, T, F], learned by regression.
     """
 
     apply: Callable[[Any, jax.Array], jax.Array]
-    params: Any
-    size: int
-    context: int = 0
+    params: Any  # every array that `apply` needs, none depending on N
+    size: int  # V of codes, F of features
+    context: int = 0  # samples before a clip that make its targets those of the whole recording
 
 
 def fingerprint(teacher: Teacher) -> str:

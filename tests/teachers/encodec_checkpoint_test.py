@@ -45,13 +45,17 @@ def official_names(state: dict) -> dict:
     return official
 
 
+def read_back() -> dict:
+    return {name: params()[name] for name in ("encoder", "codebooks")}
+
+
 def assert_equal(ours: dict, theirs: dict) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
 
 
-def test_round_trip(checkpoint):
+def test_encoder_and_codebooks_make_a_round_trip(checkpoint):
     for path in (checkpoint, checkpoint / "model.safetensors"):
-        assert_equal(encodec_checkpoint.read_encodec(str(path)), params())
+        assert_equal(encodec_checkpoint.read_encodec(str(path)), read_back())
 
 
 def test_official_names_are_read(state, tmp_path):
@@ -59,14 +63,13 @@ def test_official_names_are_read(state, tmp_path):
     assert "decoder.model.3.convtr.convtr.weight_g" in official
     assert "encoder.model.1.block.1.conv.conv.weight_v" in official
     save_file(official, tmp_path / "official.safetensors")
-    assert_equal(encodec_checkpoint.read_encodec(str(tmp_path / "official.safetensors")), params())
+    ours = encodec_checkpoint.read_encodec(str(tmp_path / "official.safetensors"))
+    assert_equal(ours, read_back())
 
 
 def test_an_encoder_alone_is_enough(state):
     encoder = {name: x for name, x in state.items() if not name.startswith("decoder")}
-    ours = encodec_checkpoint.from_state(encoder)
-    assert set(ours) == {"encoder", "codebooks"}
-    assert_equal(ours["encoder"], params()["encoder"])
+    assert_equal(encodec_checkpoint.from_state(encoder), read_back())
 
 
 def test_all_wrong_tensors_are_named(state):
@@ -79,10 +82,11 @@ def test_all_wrong_tensors_are_named(state):
         encodec_checkpoint.from_state(broken, "my.th")
     for words in (
         "my.th",
-        "2 tensors missing (encoder.layers.13.lstm.weight_hh_l1, encoder.layers.6.conv.bias)",
-        "1 unexpected (encoder.layers.99.conv.bias)",
-        "1 of another shape",
-        "encoder.layers.15.conv.bias (3,) instead of (8,)",
+        "4 tensors differ",
+        "encoder.layers.13.lstm.weight_hh_l1 is missing, not float32",
+        "encoder.layers.6.conv.bias is missing, not float32",
+        "encoder.layers.99.conv.bias is float32 [3], not expected",
+        "encoder.layers.15.conv.bias is float32 [3], not float32 [8]",
     ):
         assert words in str(e.value)
 
@@ -95,17 +99,11 @@ def test_another_model_is_refused():
 def test_the_48_khz_encodec_is_refused(state):
     name = "encoder.layers.0.conv.parametrizations.weight.original1"
     stereo = state | {name: np.repeat(state[name], 2, 1)}
-    with pytest.raises(UserError, match=r"stereo.*48 kHz"):
+    with pytest.raises(UserError, match=r"float32 \[2, 2, 7\], not float32 \[2, 1, 7\]"):
         encodec_checkpoint.from_state(stereo)
 
 
-def test_the_32_khz_encodec_is_refused(state, tmp_path):
-    other = dict(state)
-    for layer, ratio in zip((3, 6, 9, 12), (4, 4, 5, 8), strict=True):
-        name = f"encoder.layers.{layer}.conv.parametrizations.weight.original1"
-        other[name] = np.ones((*other[name].shape[:2], 2 * ratio), np.float32)
-    with pytest.raises(UserError, match="640 samples a frame"):
-        encodec_checkpoint.from_state(other)
+def test_another_sampling_rate_is_refused(tmp_path):
     encodec_checkpoint.write_encodec(str(tmp_path), params())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"sampling_rate": 32_000}))

@@ -94,8 +94,9 @@ def test_all_wrong_arrays_are_named(tmp_path):
     wrong = {"log_mel_centres": np.zeros((30, 9)), "other": np.zeros(2)}
     fitted_file.write_fitted(str(tmp_path), "kmeans", wrong, kmeans.SETTINGS | SIZES)
     message = (
-        "chroma_centres is missing; other is not expected; "
-        r"log_mel_centres is float32 \[30, 9\], not float32 \[30, 229\]"
+        r"chroma_centres is missing, not float32 \[20, 264\]; "
+        r"log_mel_centres is float32 \[30, 9\], not float32 \[30, 229\]; "
+        r"other is float32 \[2\], not expected"
     )
     with pytest.raises(UserError, match=message):
         teachers.make("kmeans", checkpoint=str(tmp_path))
