@@ -6,6 +6,7 @@ Shapes: B clips, N samples, T frames, D width, L layers.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -22,8 +23,7 @@ from mert_jax.checkpoints import in_memory
 from mert_jax.checkpoints.formats import read_checkpoint
 from mert_jax.constants import SAMPLE_RATE
 from mert_jax.errors import UserError
-from mert_jax.extraction import chunking
-from mert_jax.extraction.chunking import Segment
+from mert_jax.extraction.chunking import Chunker, Segment, batches
 from mert_jax.extraction.group_norm import Moments
 from mert_jax.models.mert_v1 import hidden_states
 from mert_jax.tensors import state_dict
@@ -33,27 +33,18 @@ BLOCK = 1 << 20  # samples of a wave that are converted to float64 at a time
 
 
 class EmbeddingSettings(NamedTuple):
-    """Settings of an embedding: the cutting of recordings and the hidden states that are kept.
+    """The cutting of recordings, in seconds, and the hidden states that are kept."""
 
-    layers: 0 is the encoder's input, () means all. pool: "none", or "mean" over time. chunk:
-    seconds embedded at once; longer recordings are cut into such chunks, each frame with `context`
-    seconds on both sides. window: seconds of clips that count as separate recordings, 0 for none.
-    batch: seconds of audio on a device at a time.
-    """
-
-    layers: tuple[int, ...] = ()
-    pool: str = "none"
-    chunk: float = 60.0
-    context: float = 2.0
-    window: float = 0.0
-    batch: float = 60.0
+    layers: tuple[int, ...] = ()  # 0 is the encoder's input, () means all
+    pool: str = "none"  # or "mean" over time
+    chunk: float = 60.0  # of longer recordings, embedded at once
+    context: float = 2.0  # on both sides of each frame of a chunk
+    window: float = 0.0  # clips that count as separate recordings, 0 for none
+    batch: float = 60.0  # of audio on a device at a time
 
 
 class Model:
-    """A student for inference, as `mert_jax.load` returns it; call it with waves.
-
-    sample_rate: Hz of the audio it hears. frame_rate: frames a second. num_layers: L.
-    """
+    """A student for inference, as `mert_jax.load` returns it: call it with waves in [-1, 1]."""
 
     def __init__(self, checkpoint: in_memory.Checkpoint):
         body = in_memory.without_heads(checkpoint)
@@ -61,7 +52,7 @@ class Model:
         self.sample_rate = self.about.sample_rate
         self.frame_rate = self.sample_rate / self.student.hop_length
         self.num_layers = self.student.num_layers
-        self._embedders: dict[EmbeddingSettings, Embedder] = {}  # with their compiled programs
+        self._embedder = functools.cache(functools.partial(Embedder, self))  # with its programs
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -80,8 +71,7 @@ class Model:
         """Return hidden states f32 [L + 1, T, D] of a wave f32 [N], [L + 1, B, T, D] of [B, N].
 
         First the encoder's input, then every layer's output, the last one after the final norm if
-        there is one. Waves are in [-1, 1] at `sample_rate`. Raises UserError for another shape, and
-        for a wave that is too short or not finite.
+        there is one. Raises UserError for another shape, and as `embed` does.
         """
         wave = np.asarray(wave, np.float32)
         if wave.ndim not in (1, 2):
@@ -92,67 +82,47 @@ class Model:
         return np.stack(states, 1) if wave.ndim == 2 else states[0]
 
     def embed(self, waves: Iterable[np.ndarray], **settings: Any) -> Iterator[np.ndarray]:
-        """Yield hidden states f32 [layers, T, D] of each wave f32 [N], in order.
+        """Yield hidden states f32 [layers, T, D] ([layers, D] for means) of each wave f32 [N].
 
-        Waves have the model's own rate; keywords are fields of EmbeddingSettings; `pool="mean"`
-        gives [layers, D]. Raises UserError for a wave that is too short or not finite, and as
-        `Embedder` does.
+        Waves have the model's own rate; keywords are fields of EmbeddingSettings. Raises UserError
+        for a wave that is too short or not finite, and as `Embedder` does.
         """
         chosen = EmbeddingSettings(**settings)
-        if chosen not in self._embedders:
-            self._embedders[chosen] = Embedder(self, chosen)
-        embedder = self._embedders[chosen]
-        results: list[_Result] = []
-
-        def segments() -> Iterator[Segment]:
-            for number, wave in enumerate(waves):
-                if not np.isfinite(wave).all():
-                    raise UserError(f"wave {number} has values that are not finite")
-                moments = embedder.chunker.moments()
-                for start in range(0, len(wave), BLOCK):
-                    moments.add(wave[start : start + BLOCK])
-                frames = len(embedder.chunker.times(moments.samples))
-                if not frames:
-                    shortest = self.student.receptive_field
-                    raise UserError(
-                        f"wave {number} has {len(wave)} samples; a frame needs {shortest}"
-                    )
-                results.append(_Result(frames, chosen.pool))
-                yield from embedder.chunker.segments([wave], moments, number)
-
-        done = 0
-        for segment, states in embedder.run(segments()):
-            results[segment.recording_id].add(segment, states)
-            while done < len(results) and not results[done].missing:
-                yield results[done].states
-                results[done].states = None
+        embedder, mean = self._embedder(chosen), chosen.pool == "mean"
+        states, missing, done = {}, {}, 0  # by the wave's number
+        for segment, part in embedder.run(self._segments(embedder.chunker, waves)):
+            (number, length), count = segment.recording_id, segment.last - segment.first
+            if number not in states:
+                shape = part.shape if mean else (len(part), length, part.shape[-1])
+                states[number], missing[number] = np.zeros(shape, np.float32), length
+            if mean:
+                states[number] += part / np.float32(length)
+            else:
+                states[number][:, segment.at : segment.at + count] = part
+            missing[number] -= count
+            while missing.get(done) == 0:
+                yield states.pop(done)
+                del missing[done]
                 done += 1
 
-
-class _Result:
-    """The hidden states of a recording, [layers, frames, D] or their mean, as segments arrive."""
-
-    def __init__(self, frames: int, pool: str):
-        self.frames, self.missing, self.mean = frames, frames, pool == "mean"
-        self.states: Any = None
-
-    def add(self, segment: Segment, states: np.ndarray) -> None:
-        count = segment.last - segment.first
-        if self.states is None:
-            shape = states.shape if self.mean else (len(states), self.frames, states.shape[-1])
-            self.states = np.zeros(shape, np.float32)
-        if self.mean:
-            self.states += states / np.float32(self.frames)
-        else:
-            self.states[:, segment.at : segment.at + count] = states
-        self.missing -= count
+    def _segments(self, chunker: Chunker, waves: Iterable[np.ndarray]) -> Iterator[Segment]:
+        """Yield the segments of waves, identified by the wave's number and number of frames."""
+        for number, wave in enumerate(waves):
+            if not np.isfinite(wave).all():
+                raise UserError(f"wave {number} has values that are not finite")
+            if len(wave) < (shortest := self.student.receptive_field):
+                raise UserError(f"wave {number} has {len(wave)} samples; a frame needs {shortest}")
+            moments = chunker.moments()
+            for start in range(0, len(wave), BLOCK):
+                moments.add(wave[start : start + BLOCK])
+            frames = len(chunker.times(len(wave)))
+            yield from chunker.segments([wave], moments, (number, frames))
 
 
 class Embedder:
-    """Runs a model over segments of recordings, on all devices of this process.
+    """Runs a model over segments that `chunker` cuts, on all devices; returns its `layers`.
 
-    layers: the hidden states that it returns. chunker: cuts recordings. Raises UserError for
-    settings that contradict each other or the model.
+    Raises UserError for settings that contradict each other or the model.
     """
 
     def __init__(self, model: Model, settings: EmbeddingSettings):
@@ -165,29 +135,25 @@ class Embedder:
             raise UserError(f"layer {wrong[0]} of a model with 0 (its input) to {model.num_layers}")
         chunk, context = round(settings.chunk * rate), round(settings.context * rate)
         if not 0 <= 2 * context < chunk:
-            raise UserError(
-                f"chunks of {settings.chunk:g} s have no room for {settings.context:g} s of "
-                "context on both sides; make them longer, or the context shorter"
-            )
+            lengths = f"chunks of {settings.chunk:g} s have no room for {settings.context:g} s"
+            raise UserError(f"{lengths} of context on both sides; lengthen or shorten one of them")
         window = round(settings.window * model.sample_rate)
         if window and window < student.receptive_field:
             raise UserError(f"windows of {window} samples; a frame needs {student.receptive_field}")
-        front = model.params["feature_encoder"]
-        kernel, norm = np.asarray(front["conv_layers_0"]["kernel"])[:, 0], front["layer_norm"]
-        scale, bias = np.asarray(norm["scale"]), np.asarray(norm["bias"])
-        self.chunker = chunking.Chunker(
-            *(student.hop_length, student.receptive_field, chunk, context, window),
-            moments=lambda: Moments(len(kernel), student.conv_strides[0]),
-            norm=lambda moments: moments.norm(kernel, scale, bias, model.about.do_normalize),
-        )
+        front = jax.tree.map(np.asarray, model.params["feature_encoder"])
+        conv = front["conv_layers_0"]["kernel"][:, 0], student.conv_strides[0]
+        affine = front["layer_norm"]["scale"], front["layer_norm"]["bias"]
+        moments = functools.partial(Moments, *conv, *affine, model.about.do_normalize)
+        sizes = student.hop_length, student.receptive_field, chunk, context, window
+        self.chunker = Chunker(*sizes, moments)
         self._mesh = sharding.make_mesh(-1, 1, 1, jax.local_devices())
         # layers above the highest requested one are not computed; the last hidden state of a
         # pre-norm student comes after the final norm, which the ones below lack
         depth = min(max(layers) + student.pre_norm, model.num_layers)
         self._student = student.clone(num_layers=depth)
         encoder = model.params["encoder"]
-        lower = jax.tree.map(lambda x: x[:depth], encoder["layers"])
-        params = model.params | {"encoder": encoder | {"layers": lower}}
+        lower = {"layers": jax.tree.map(lambda x: x[:depth], encoder["layers"])}
+        params = model.params | {"encoder": encoder | lower}
         self._params = sharding.placed(params, sharding.replicated(self._mesh))
         self._forward = jax.jit(self._states)
 
@@ -203,61 +169,45 @@ class Embedder:
         return jnp.einsum("lbtd,bt->lbd", states, weight.astype(states.dtype))
 
     def run(self, segments: Iterable[Segment]) -> Iterator[tuple[Segment, np.ndarray]]:
-        """Yield segments with the hidden states of their kept frames, f32 [layers, frames, D].
+        """Yield segments, in another order, with kept states [layers, frames, D] or their sum."""
+        # each batch once the next one is dispatched, so that the devices are never idle
+        computed = itertools.chain(self._batches(segments), [None])
+        for (batch, states), _ in itertools.pairwise(computed):
+            states = np.asarray(states)
+            for i, x in enumerate(batch):
+                yield x, states[:, i] if states.ndim == 3 else states[:, i, x.first : x.last]
 
-        With `pool="mean"`, their sum [layers, D]. The order differs from that of `segments`, as
-        those of one length are batched.
-        """
+    def _batches(self, segments: Iterable[Segment]) -> Iterator[tuple[list[Segment], jax.Array]]:
+        """Yield batches of segments with their hidden states in computation."""
         devices, batch_frames = self._mesh.size, self.settings.batch * self.model.frame_rate
 
-        # powers of two, so that smaller batches have few sizes, each of which is compiled once
+        def rows_of(number: float) -> int:
+            # powers of two a device, so that there are few sizes, each of which is compiled once
+            return devices << max(int(math.log2(number)), 0)
+
         def batch_size(frames: int) -> int:
-            return devices << max(int(math.log2(batch_frames / frames)), 0)
+            return rows_of(batch_frames / frames)
 
-        def length(segment: Segment) -> int:
-            return chunking.bucket(segment.frames)
-
-        previous = None
-        for frames, group in chunking.batches(segments, length, batch_size, WAITING):
+        for frames, group in batches(segments, batch_size, WAITING):
             while group:
-                rows = devices << int(math.log2(max(len(group) / devices, 1)))
-                rows = min(batch_size(frames), rows)
+                rows = min(batch_size(frames), rows_of(len(group) / devices))
                 batch, group = group[:rows], group[rows:]
-                states = self._dispatch(batch, frames, rows)
-                if previous:  # while the devices compute the next ones
-                    yield from self._split(*previous)
-                previous = batch, states
-        if previous:
-            yield from self._split(*previous)
+                yield batch, self._dispatch(batch, frames, rows)
 
     def _dispatch(self, batch: list[Segment], frames: int, rows: int) -> jax.Array:
         wave = np.zeros((rows, self.chunker.num_samples(frames)), np.float32)
         for i, segment in enumerate(batch):
             wave[i, : len(segment.wave)] = segment.wave
-        padded = [*batch, *[batch[0]] * (rows - len(batch))]
-        inputs = [
-            wave,
-            np.array([segment.frames for segment in padded]),
-            np.array([(segment.first, segment.last) for segment in padded]),
-            np.array([(segment.norm.mean, segment.norm.scale) for segment in padded], np.float32),
-            np.stack([segment.norm.factor for segment in padded]),
-            np.stack([segment.norm.shift for segment in padded]),
+        columns = [
+            (x.frames, (x.first, x.last), np.float32(x.norm[:2]), x.norm.factor, x.norm.shift)
+            for x in [*batch, *[batch[0]] * (rows - len(batch))]
         ]
+        inputs = [wave, *map(np.stack, zip(*columns, strict=True))]
         with jax.set_mesh(self._mesh), jax.default_matmul_precision("highest"):
             inputs = jax.device_put(inputs, NamedSharding(self._mesh, sharding.BATCH))
             return self._forward(self._params, *inputs)
 
-    def _split(
-        self, batch: list[Segment], states: jax.Array
-    ) -> Iterator[tuple[Segment, np.ndarray]]:
-        states = np.asarray(states)
-        for i, x in enumerate(batch):
-            yield x, states[:, i] if states.ndim == 3 else states[:, i, x.first : x.last]
-
 
 def load(path: str) -> Model:
-    """Return the model of a workdir, a Hugging Face directory or a fairseq file.
-
-    Raises UserError as `read_checkpoint` does.
-    """
+    """Return the model of a workdir, a Hugging Face directory or a fairseq file."""
     return Model(read_checkpoint(path, moments=False))

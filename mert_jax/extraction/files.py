@@ -1,16 +1,17 @@
 """Embeds audio files side by side: decoded ahead, cut into segments, written when complete."""
 
 import collections
-import itertools
+import functools
 import os
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from mert_jax.data.decoding import Header, SkippedFile, decode
+from mert_jax.data.decoding import SkippedFile, decode
 from mert_jax.data.preparation.sources import SourceFile
 from mert_jax.data.preparation.workers import cpus
 from mert_jax.extraction.chunking import Chunker, Segment
@@ -25,7 +26,7 @@ class Recording(NamedTuple):
     """A decoded file; one longer than a chunk has no `wave` f32 [N] and is decoded again."""
 
     source: SourceFile
-    header: Header
+    sample_rate: int
     moments: Moments
     wave: np.ndarray | None
 
@@ -42,25 +43,23 @@ def read_recording(source: SourceFile, chunker: Chunker, sample_rate: int) -> Re
     if moments.samples < chunker.field:
         raise SkippedFile("too short", f"{moments.samples} samples; {chunker.field} make a frame")
     wave = np.concatenate(blocks) if moments.samples <= longest else None
-    return Recording(source, header, moments, wave)
+    return Recording(source, header.sample_rate, moments, wave)
 
 
 def read_ahead(
-    sources: Iterable[SourceFile], chunker: Chunker, sample_rate: int
+    read: Callable[[SourceFile], Recording], sources: Iterable[SourceFile]
 ) -> Iterator[tuple[SourceFile, Future]]:
     """Yield each source with its future Recording, while threads decode the next ones."""
-    queue: collections.deque[tuple[SourceFile, Future]] = collections.deque()
-    threads = min(cpus(), MAX_THREADS)
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for source in sources:
-                future = pool.submit(read_recording, source, chunker, sample_rate)
-                queue.append((source, future))
-                if len(queue) > 2 * threads:
-                    yield queue.popleft()
-            yield from queue
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    queue, threads = collections.deque(), min(cpus(), MAX_THREADS)
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for source in sources:
+            queue.append((source, pool.submit(read, source)))
+            if len(queue) > 2 * threads:
+                yield queue.popleft()
+        yield from queue
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def segments(recording: Recording, chunker: Chunker, sample_rate: int) -> Iterator[Segment]:
@@ -70,25 +69,25 @@ def segments(recording: Recording, chunker: Chunker, sample_rate: int) -> Iterat
         yield from chunker.segments([recording.wave], moments, path)
         return
     with decode(path, sample_rate) as (_, blocks):
-        yield from chunker.segments(itertools.chain(blocks, _ended()), moments, path)
-
-
-def _ended() -> Iterator[np.ndarray]:
-    raise SkippedFile("changed", "shorter when it was read again")
-    yield
+        yield from chunker.segments(blocks, moments, path)
 
 
 class StatesFile:
-    """Collects hidden states [layers, frames, D] in a file at `path`, or their mean in memory.
+    """Collects the hidden states of a recording in a file at `path`, or their mean in memory.
 
     No more than a segment of the hidden states is in memory. Raises OSError for a full disk.
     """
 
-    def __init__(self, path: str, frames: int, pool: str, dtype: np.dtype):
-        self._path, self._dtype = path, dtype
-        self.frames, self.missing = frames, frames
-        self._sum = 0.0 if pool == "mean" else None
-        self._file, self._start = None, 0
+    def __init__(self, embedder: Embedder, recording: Recording, path: str, dtype: np.dtype):
+        model, samples = embedder.model, recording.moments.samples
+        times, seconds = embedder.chunker.times(samples), samples / model.sample_rate
+        self.source, self.frames, self.missing = recording.source, len(times), len(times)
+        self._row = dict(seconds=seconds, frames=len(times), sample_rate=recording.sample_rate)
+        self._path, self._dtype, self._file, self._start = path, dtype, None, 0
+        self._arrays = {"layers": np.array(embedder.layers), "frame_rate": model.frame_rate}
+        self._sum = 0.0 if embedder.settings.pool == "mean" else None
+        if self._sum is None:
+            self._arrays["times"] = times / model.sample_rate
 
     def add(self, segment: Segment, states: np.ndarray) -> None:
         """Add the output of `Embedder.run`. Raises SkippedFile for values too large for `dtype`."""
@@ -104,10 +103,10 @@ class StatesFile:
             header = dict(descr=self._dtype.str, fortran_order=False, shape=shape)
             np.lib.format.write_array_header_1_0(self._file, header)
             self._start = self._file.tell()
-        for layer in range(layers):
+        for layer, rows in enumerate(states):
             offset = (layer * self.frames + segment.at) * width * self._dtype.itemsize
             self._file.seek(self._start + offset)
-            self._file.write(states[layer].tobytes())
+            self._file.write(rows.tobytes())
 
     def _cast(self, states: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -117,20 +116,19 @@ class StatesFile:
             raise SkippedFile("overflow", f"{largest:.4g} does not fit into {self._dtype.name}")
         return cast
 
-    def finish(self, path: str, **arrays: Any) -> None:
-        """Write the .npz at `path`, of the hidden states and other `arrays`."""
-        if self._sum is not None:
-            arrays = {"hidden_states": self._cast(self._sum / self.frames), **arrays}
-        packed = f"{self._path}.npz"
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
-            if self._file:
-                self._file.close()
-                archive.write(self._path, "hidden_states.npy")
-            for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w") as file:
-                    np.lib.format.write_array(file, np.asarray(array))
+    def finish(self, output: str, name: str) -> Row:
+        """Write the .npz `name` in `output`, and return its row for the log."""
+        if self._sum is None:
+            self._file.close()
+            states = np.load(self._path, mmap_mode="r")
+        else:
+            states = self._cast(self._sum / self.frames)
+        path, packed = os.path.join(output, name), f"{self._path}.npz"
+        np.savez(packed, hidden_states=states, **self._arrays)
         self.discard()
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         os.replace(packed, path)
+        return self.source._asdict() | {"output": name} | self._row
 
     def discard(self) -> None:
         """Remove the temporary file."""
@@ -140,70 +138,48 @@ class StatesFile:
 
 
 def embed_files(
-    embedder: Embedder,
-    sources: Sequence[SourceFile],
-    names: Mapping[SourceFile, str],
-    output: str,
-    staging: str,
-    dtype: np.dtype,
-    on_progress: Callable[[float, float], None],
-) -> Iterator[tuple[SourceFile, Row | SkippedFile]]:
-    """Yield each source with its row for the log, or with the reason why it is skipped.
+    embedder: Embedder, names: Mapping[SourceFile, str], output: str, dtype: np.dtype, bar: tqdm
+) -> Iterator[Row | tuple[SourceFile, SkippedFile]]:
+    """Yield a row for the log for each source, or the source with the reason why it is skipped.
 
-    names: of the results in `output`. on_progress: called with the bytes of a source and the
-    seconds of audio that are done. Raises OSError if the results cannot be written.
+    The results have `names` in `output`. Raises OSError if they cannot be written.
     """
     chunker, rate = embedder.chunker, embedder.model.sample_rate
-    started: dict[str, tuple[Recording, StatesFile]] = {}
+    staging = os.path.join(output, ".staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    os.makedirs(staging)
+    started: dict[str, StatesFile] = {}
     failures: list[tuple[SourceFile, SkippedFile]] = []
 
     def fail(source: SourceFile, error: SkippedFile) -> None:
         if source.path in started:
-            started.pop(source.path)[1].discard()
+            started.pop(source.path).discard()
         failures.append((source, error))
 
     def all_segments() -> Iterator[Segment]:
         # the largest first, so that none of them runs alone at the end
-        order = sorted(sources, key=lambda source: (-source.size, source.path))
-        for number, (source, future) in enumerate(read_ahead(order, chunker, rate)):
+        order = sorted(names, key=lambda source: (-source.size, source.path))
+        read = functools.partial(read_recording, chunker=chunker, sample_rate=rate)
+        for number, (source, future) in enumerate(read_ahead(read, order)):
             try:
-                recording = future.result()
-                frames = len(chunker.times(recording.moments.samples))
-                path = os.path.join(staging, str(number))
-                file = StatesFile(path, frames, embedder.settings.pool, dtype)
-                started[source.path] = recording._replace(wave=None), file
+                recording, path = future.result(), os.path.join(staging, str(number))
+                started[source.path] = StatesFile(embedder, recording, path, dtype)
                 yield from segments(recording, chunker, rate)
             except SkippedFile as e:
                 fail(source, e)
 
     for segment, states in embedder.run(all_segments()):
-        if segment.recording_id in started:  # or the file has failed after this segment
-            recording, file = started[segment.recording_id]
-            source, seconds = recording.source, recording.moments.samples / rate
-            share = (segment.last - segment.first) / file.frames
-            on_progress(share * source.size, share * seconds)
+        if file := started.get(segment.recording_id):  # or it has failed after this segment
+            bar.update((segment.last - segment.first) / file.frames * file.source.size)
             try:
                 file.add(segment, states)
                 if not file.missing:
-                    row = _finish(embedder, recording, file, output, names[source])
-                    del started[source.path]
-                    yield source, row
+                    row = file.finish(output, names[file.source])
+                    del started[file.source.path]
+                    yield row
             except SkippedFile as e:
-                fail(source, e)
+                fail(file.source, e)
         while failures:
             yield failures.pop()
     yield from failures
-
-
-def _finish(
-    embedder: Embedder, recording: Recording, file: StatesFile, output: str, name: str
-) -> Row:
-    samples, rate = recording.moments.samples, embedder.model.sample_rate
-    path = os.path.join(output, name)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    arrays = {"layers": np.array(embedder.layers), "frame_rate": embedder.model.frame_rate}
-    if embedder.settings.pool == "none":
-        arrays["times"] = embedder.chunker.times(samples) / rate
-    file.finish(path, **arrays)
-    row = dict(output=name, seconds=samples / rate, frames=file.frames)
-    return recording.source._asdict() | row | {"sample_rate": recording.header.sample_rate}
+    shutil.rmtree(staging)

@@ -3,8 +3,7 @@
 import collections
 import json
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mert_jax import progress
-from mert_jax.data.decoding import SkippedFile
 from mert_jax.data.preparation.sources import SourceFile, SourceList, find_sources
 from mert_jax.errors import UserError
 from mert_jax.extraction.embedder import Embedder, EmbeddingSettings, Model, load
@@ -30,8 +28,8 @@ def extract(
 ) -> dict[str, Any]:
     """Embed the audio files of `inputs` and return the report.
 
-    Raises UserError for a checkpoint that cannot be read, for inputs without usable audio, for an
-    `output` made with other settings, and for a disk that is full or cannot be written.
+    Raises UserError for inputs without usable audio, an `output` made with other settings or that
+    cannot be written, and as `load` does.
     """
     sources = find_sources(inputs, exclude=output)
     if not sources.sources:
@@ -41,10 +39,8 @@ def extract(
         with directory_lock(output):
             return _extract(model, sources, output, settings, np.dtype(dtype))
     except OSError as e:
-        raise UserError(
-            f"cannot write {output}: {e.strerror or e}; free some space or give another --output, "
-            "then run the command again (finished files are kept)"
-        ) from e
+        problem = f"cannot write {output}: {e.strerror or e}; free some space or give another one"
+        raise UserError(f"{problem}, then run again (finished files are kept)") from e
 
 
 def _extract(
@@ -56,73 +52,58 @@ def _extract(
     del recorded["batch"]  # changes the results by rounding only
     _check_settings(output, recorded)
     names = output_names([source.name for source in sources.sources])
-    names = dict(zip(sources.sources, names, strict=True))
-    rows, failed = _embed(embedder, output, names, dtype)
+    rows, failed = _embed(embedder, output, dict(zip(sources.sources, names, strict=True)), dtype)
     if settings.pool == "mean" and rows:
         _write_table(sorted(rows, key=lambda row: row["name"]), output, embedder.layers)
-    failures = [row for row in sources.left_out if row[1] != NOT_AUDIO]
-    failures += sorted((source.name, e.reason, e.detail) for source, e in failed.items())
+    failed = [x for x in sources.left_out if x[1] != NOT_AUDIO] + sorted(failed)
     report = {
         "files": len(sources.sources) + len(sources.left_out),
         "embedded": len(rows),
         "seconds": sum(row["seconds"] for row in rows),
-        "failed": [dict(zip(("name", "reason", "detail"), x, strict=True)) for x in failures],
+        "failed": [dict(zip(("name", "reason", "detail"), x, strict=True)) for x in failed],
         "not_audio": [name for name, reason, _ in sources.left_out if reason == NOT_AUDIO],
         "upsampled": [row["name"] for row in rows if row["sample_rate"] < model.sample_rate],
         "settings": recorded,
     }
     _write_json(os.path.join(output, REPORT), report)
     if not rows:
-        raise UserError(f"none of {len(failures)} files can be used; {': '.join(failures[0])}")
+        raise UserError(f"none of {len(failed)} files can be used; {': '.join(failed[0])}")
     return report
 
 
 def _embed(
-    embedder: Embedder, output: str, names: dict[SourceFile, str], dtype: np.dtype
-) -> tuple[list[Row], dict[SourceFile, SkippedFile]]:
+    embedder: Embedder, output: str, names: Mapping[SourceFile, str], dtype: np.dtype
+) -> tuple[list[Row], list[tuple[str, str, str]]]:
     """Embed what is not finished; return the rows of all embedded files, and the failures."""
-    log = os.path.join(output, FILES)
-    finished = {row["path"]: row for row in read_jsonl(log)}
-    rows, todo, failed = [], [], {}
+    path = os.path.join(output, FILES)
+    finished = {row["path"]: row for row in read_jsonl(path)}
+    rows, failed, todo = [], [], {}
     for source, name in names.items():
-        row = finished.get(source.path)
-        same = row and (row["size"], row["mtime_ns"], row["output"]) == (*source[2:], name)
+        row = finished.get(source.path, {})
+        same = (source._asdict() | {"output": name}).items() <= row.items()
         if same and os.path.exists(os.path.join(output, name)):
             rows.append(row)
         else:
-            todo.append(source)
+            todo[source] = name
     if rows:
         progress.note(f"{len(rows)} of {len(names)} files are done already")
-    staging = os.path.join(output, ".staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    os.makedirs(staging)
-    log, seconds_done = JsonlFile(log, lambda row: True), 0.0
+    log = JsonlFile(path, lambda row: True)
     with progress.bar("embedding", sum(source.size for source in todo), "B") as bar:
-
-        def on_progress(size: float, seconds: float) -> None:
-            nonlocal seconds_done
-            seconds_done += seconds
-            speed = seconds_done / max(bar.format_dict["elapsed"], 1e-3)
-            bar.set_postfix_str(f"{len(rows)} files, {speed:.1f}x real time", refresh=False)
-            bar.update(size)
-
-        outcomes = embed_files(embedder, todo, names, output, staging, dtype, on_progress)
-        for source, outcome in outcomes:
-            if isinstance(outcome, SkippedFile):
-                failed[source] = outcome
-            else:
+        for outcome in embed_files(embedder, todo, output, dtype, bar):
+            if isinstance(outcome, dict):
                 log.write(outcome)
                 rows.append(outcome)
+            else:
+                source, error = outcome
+                failed.append((source.name, error.reason, error.detail))
     log.close()
-    shutil.rmtree(staging)
     return rows, failed
 
 
 def output_names(names: Sequence[str]) -> list[str]:
-    """Return the name of the .npz of each file; no two are the same.
+    """Return the name of the .npz of each file: with its suffix replaced, if that is enough.
 
-    The suffix is replaced by .npz, or kept before it where two files differ by their suffixes only;
-    names that still coincide are numbered.
+    The suffix is kept where two files differ by it only; names that still coincide are numbered.
     """
     stems = [os.path.splitext(name)[0] for name in names]
     counts, used = collections.Counter(stems), collections.Counter()
@@ -137,36 +118,29 @@ def output_names(names: Sequence[str]) -> list[str]:
 def _check_settings(output: str, settings: dict[str, Any]) -> None:
     path = os.path.join(output, SETTINGS)
     if not os.path.exists(path):
-        _write_json(path, settings)
-        return
+        return _write_json(path, settings)
     with open(path) as file:
         before = json.load(file)
     for key, value in settings.items():
         if before.get(key) != value:
-            raise UserError(
-                f"{output} was made with {key}={before.get(key)}, now {key}={value}; give another "
-                f"--output, or remove {output}"
-            )
+            difference = f"{output} was made with {key}={before.get(key)}, now {key}={value}"
+            raise UserError(f"{difference}; give another --output, or remove {output}")
 
 
 def _write_table(rows: list[Row], output: str, layers: Sequence[int]) -> None:
     """Write the mean hidden states of all files as vectors, a column `layer_L` for each layer."""
-    columns = ("name", "seconds", "frames")
     writer = None
     with atomic_write(os.path.join(output, TABLE), replace=True) as path:
         for start in range(0, len(rows), TABLE_ROWS):
-            group, states = rows[start : start + TABLE_ROWS], []
-            for row in group:
-                with np.load(os.path.join(output, row["output"])) as arrays:
-                    states.append(arrays["hidden_states"])
-            arrays = {name: pa.array([row[name] for row in group]) for name in columns}
+            group = rows[start : start + TABLE_ROWS]
+            states = [np.load(os.path.join(output, x["output"]))["hidden_states"] for x in group]
+            columns = {x: [row[x] for row in group] for x in ("name", "seconds", "frames")}
             for layer, vectors in zip(layers, np.stack(states, 1), strict=True):
-                flat = pa.array(vectors.reshape(-1))
-                vectors = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[-1])
-                arrays[f"layer_{layer}"] = vectors
-            batch = pa.table(arrays)
-            writer = writer or pq.ParquetWriter(path, batch.schema)
-            writer.write_table(batch)
+                flat, width = pa.array(vectors.reshape(-1)), vectors.shape[-1]
+                columns[f"layer_{layer}"] = pa.FixedSizeListArray.from_arrays(flat, width)
+            table = pa.table(columns)
+            writer = writer or pq.ParquetWriter(path, table.schema)
+            writer.write_table(table)
         writer.close()
 
 
@@ -177,19 +151,15 @@ def _write_json(path: str, value: Any) -> None:
 
 def summary(report: dict[str, Any], output: str) -> str:
     """Return the report in a few lines."""
-    hours, upsampled = report["seconds"] / 3600, report["upsampled"]
-    lines = [
-        f"{report['embedded']} of {report['files']} files ({hours:.2f} h) embedded in {output}"
-    ]
+    hours, upsampled, failed = report["seconds"] / 3600, report["upsampled"], report["failed"]
+    files = f"{report['embedded']} of {report['files']} files"
+    lines = [f"{files} ({hours:.2f} h) embedded in {output}"]
     if upsampled:
-        lines.append(
-            f"  {len(upsampled)} have a lower sample rate than the model's, and lack the high "
-            f"frequencies; first {upsampled[0]}"
-        )
+        lack = "have a lower sample rate than the model's, and lack the high frequencies"
+        lines.append(f"  {len(upsampled)} {lack}; first {upsampled[0]}")
     if report["not_audio"]:
         lines.append(f"  {len(report['not_audio'])} are not audio, by their names")
-    for file in report["failed"][:MAX_PRINTED]:
-        lines.append(f"  failed: {file['name']}: {file['reason']}, {file['detail']}")
-    if (more := len(report["failed"]) - MAX_PRINTED) > 0:
+    lines += [f"  failed: {x['name']}: {x['reason']}, {x['detail']}" for x in failed[:MAX_PRINTED]]
+    if (more := len(failed) - MAX_PRINTED) > 0:
         lines.append(f"  and {more} more failures, listed in {os.path.join(output, REPORT)}")
     return "\n".join(lines)

@@ -8,21 +8,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mert_jax.extraction import chunking
-from mert_jax.extraction.group_norm import Moments
 
 HOP, FIELD = 20, 40
+
+
+class Length:
+    """Stands in for Moments: the norm of a wave is its length."""
+
+    samples = 0
+
+    def add(self, block):
+        self.samples += len(block)
+
+    def norm(self):
+        return self.samples
+
+
+def chunker(window=0, chunk=30, context=5):
+    return chunking.Chunker(HOP, FIELD, chunk, context, window, Length)
 
 
 @given(frames=st.integers(1, 3000), length=st.integers(3, 400), data=st.data())
 def test_chunks_keep_every_frame_once_with_its_context(frames, length, data):
     context = data.draw(st.integers(0, (length - 1) // 2))
-    pieces = chunking.chunks(frames, length, context)
-    kept = [frame for _, _, first, last in pieces for frame in range(first, last)]
+    pieces = chunker(0, length, context).pieces((frames - 1) * HOP + FIELD)
+    kept = [start // HOP + t for start, _, first, last in pieces for t in range(first, last)]
     assert kept == list(range(frames))
     for start, stop, first, last in pieces:
-        assert stop - start == min(length, frames)
-        assert start <= max(first - context, 0)
-        assert stop >= min(last + context, frames)
+        before, number = start // HOP, (stop - start - FIELD) // HOP + 1
+        assert number == min(length, frames)
+        assert first >= min(context, before + first)
+        assert number - last >= min(context, frames - before - last)
 
 
 @given(frames=st.integers(1, 20_000))
@@ -52,32 +68,27 @@ def test_cut_is_slicing(blocks, starts, size):
 def test_batches_hold_every_item_once_and_none_waits_for_long(keys, waiting):
     drawn = []
 
-    def items():
+    def segments():
         for i, key in enumerate(keys):
             drawn.append(i)
-            yield key, i
+            yield chunking.Segment(None, None, key, 0, key, 0, i)
 
     seen = []
-    for name, group in chunking.batches(items(), lambda item: item[0], lambda key: key, waiting):
-        assert 0 < len(group) <= name
-        assert {key for key, _ in group} == {name}
+    for frames, group in chunking.batches(segments(), lambda frames: frames, waiting):
+        assert 0 < len(group) <= frames
+        assert {segment.frames for segment in group} == {frames}
+        numbers = [segment.recording_id for segment in group]
         if len(drawn) < len(keys):
-            assert len(drawn) - 1 - min(i for _, i in group) <= waiting
-        seen += [i for _, i in group]
+            assert len(drawn) - 1 - min(numbers) <= waiting
+        seen += numbers
     assert sorted(seen) == list(range(len(keys)))
-
-
-def chunker(window=0):
-    return chunking.Chunker(
-        HOP, FIELD, 30, 5, window, lambda: Moments(10, 5), lambda moments: moments.samples
-    )
 
 
 @pytest.mark.parametrize("window", [0, 100, 130])
 @pytest.mark.parametrize("samples", [FIELD, 139, 600, 1301, 2_600])
 def test_segments_are_all_frames_of_a_recording(samples, window):
     wave = np.arange(samples, dtype=np.float32)
-    moments = Moments(10, 5)
+    moments = Length()
     moments.add(wave)
     blocks = iter(np.array_split(wave, 7))
     segments = list(chunker(window).segments(blocks, moments, "recording"))

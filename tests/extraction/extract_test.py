@@ -103,11 +103,11 @@ def test_half_precision_and_its_limit(model, folder, tmp_path, monkeypatch):
     full, half = (arrays(tmp_path / name / "a.npz")["hidden_states"] for name in ("full", "half"))
     assert half.dtype == np.float16
     np.testing.assert_allclose(half, full, rtol=1e-3, atol=1e-6)
-    original = embedder.Embedder._split
+    original = embedder.Embedder.run
     monkeypatch.setattr(
         embedder.Embedder,
-        "_split",
-        lambda self, batch, states: ((row, x * 1e6) for row, x in original(self, batch, states)),
+        "run",
+        lambda self, segments: ((row, x * 1e6) for row, x in original(self, segments)),
     )
     with pytest.raises(UserError, match=r"overflow.*does not fit into float16"):
         run(model, folder, tmp_path / "over", dtype="float16")
@@ -129,13 +129,13 @@ def test_long_files_are_embedded_in_chunks_or_windows(model, folder, tmp_path):
 
 def test_a_stopped_run_resumes(model, folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    original, paths = StatesFile.finish, []
+    original, names = StatesFile.finish, []
 
-    def finish(self, path, **arrays):
-        if len(paths) == 2:
+    def finish(self, output, name):
+        if len(names) == 2:
             raise KeyboardInterrupt
-        paths.append(path)
-        original(self, path, **arrays)
+        names.append(name)
+        return original(self, output, name)
 
     monkeypatch.setattr(StatesFile, "finish", finish)
     with pytest.raises(KeyboardInterrupt):

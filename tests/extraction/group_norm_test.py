@@ -20,11 +20,11 @@ def parts(samples: int, level: float, offset: float):
     return wave, kernel, scale, bias
 
 
-def moments_of(wave, cuts=()):
-    moments = Moments(TAPS, STRIDE)
+def norm_of(wave, kernel, scale, bias, normalised, cuts=()):
+    moments = Moments(kernel, STRIDE, scale, bias, normalised)
     for block in np.split(wave, sorted(cuts)):
         moments.add(block)
-    return moments
+    return moments.norm()
 
 
 @settings(max_examples=60, deadline=None)
@@ -37,7 +37,7 @@ def moments_of(wave, cuts=()):
 )
 def test_the_norm_is_that_of_the_whole_wave(samples, level, offset, normalised, cuts):
     wave, kernel, scale, bias = parts(samples, level, offset)
-    norm = moments_of(wave, [min(c, samples) for c in cuts]).norm(kernel, scale, bias, normalised)
+    norm = norm_of(wave, kernel, scale, bias, normalised, [min(c, samples) for c in cuts])
     heard = wave.astype(np.float64)
     if normalised:
         heard = (heard - heard.mean()) / np.sqrt(heard.var() + 1e-7)
@@ -51,7 +51,7 @@ def test_the_norm_is_that_of_the_whole_wave(samples, level, offset, normalised, 
 
 def test_the_norm_is_that_of_the_student():
     wave, kernel, scale, bias = parts(4_000, 0.1, 0.0)
-    norm = moments_of(wave).norm(kernel, scale, bias, False)
+    norm = norm_of(wave, kernel, scale, bias, False)
     expected = normed_convolution_plain(wave[None], kernel, scale, bias, STRIDE)[0]
     convolved = np.lib.stride_tricks.sliding_window_view(wave, TAPS)[::STRIDE] @ kernel
     np.testing.assert_allclose(convolved * norm.factor + norm.shift, expected, atol=1e-5)
@@ -60,6 +60,6 @@ def test_the_norm_is_that_of_the_student():
 @pytest.mark.parametrize("cuts", [(), (3,), (1, 2, 3), (399, 400)])
 def test_blocks_do_not_matter(cuts):
     wave, kernel, scale, bias = parts(401, 0.1, 0.01)
-    at_once, cut = (moments_of(wave, c).norm(kernel, scale, bias, True) for c in ((), cuts))
+    at_once, cut = (norm_of(wave, kernel, scale, bias, True, c) for c in ((), cuts))
     np.testing.assert_allclose(at_once.factor, cut.factor, rtol=1e-6)
     np.testing.assert_allclose(at_once.shift, cut.shift, rtol=1e-6)
