@@ -3,9 +3,9 @@
     python -m mert_jax.fit_teacher --teacher=kmeans --data=DATA --output=DIR
 
 DATA is the output of `mert_jax.prepare`. DIR gets teacher.safetensors (for
-`teachers.make("kmeans", checkpoint=DIR)` and `--config.teacher.kmeans.checkpoint=DIR`), report.json
-and report.png: how many codes are in use, and how much of the frames' variance the codebooks leave,
-on the train split and on held-out tracks. The same seed, data and sizes give the same bytes.
+`teachers.make("kmeans", checkpoint=DIR)` and `--config.teacher.kmeans.checkpoint=DIR`), and
+report.json: how many codes are in use, and how much of the frames' variance the codebooks leave, on
+the train split and on held-out tracks. The same seed, data and sizes give the same bytes.
 
     python -m mert_jax.fit_teacher --teacher=rvq_vae --config=configs/codec.py \
         --data=DATA --output=DIR
@@ -21,7 +21,7 @@ from absl import flags
 
 from mert_jax import cli, progress
 from mert_jax.errors import UserError
-from mert_jax.fitting import cluster_run, codec_run
+from mert_jax.fitting import codec_run, fitters
 from mert_jax.fitting.fitters import FITTERS
 from mert_jax.fitting.sampling import Sampler
 from mert_jax.teachers import fitted_file
@@ -63,12 +63,12 @@ def main() -> int:
     """Run the command and return its exit code."""
     _check_flags()
     if _TEACHER.value == CODEC:
-        cluster_run.check_writable(_OUTPUT.value)
+        fitters.check_writable(_OUTPUT.value)
         config = cli.config_of(_CONFIG) or codec_run.get_config()
         return codec_run.run(config, _DATA.value, _OUTPUT.value, _SEED.value)
     try:
         sampler = Sampler(_DATA.value, _SEED.value, _FRAMES.value)
-        report = cluster_run.fit(_TEACHER.value, sampler, _OUTPUT.value, _ITERATIONS.value)
+        report = fitters.fit(_TEACHER.value, sampler, _OUTPUT.value, _ITERATIONS.value)
     except KeyboardInterrupt:
         progress.note(f"stopped; nothing was written to {_OUTPUT.value}")
         return 130

@@ -18,7 +18,7 @@ TOLERANCE = 5e-4  # stop when a step lowers the error by less than this fraction
 def first_centres(x: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """Return `size` rows of `x` [n, d], far from one another (greedy k-means++).
 
-    Each is the best of a few candidates, drawn with a probability proportional to their squared
+    Each is the best of a few that are drawn with a probability proportional to their squared
     distance to the nearest earlier one (Arthur and Vassilvitskii 2007).
     """
     x = x[rng.choice(len(x), min(len(x), SAMPLE * size), replace=False)]
@@ -44,20 +44,17 @@ def _draw(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarr
     return rng.choice(len(weights), count, p=weights / total if total > 0 else None)
 
 
-def fit(
-    x: np.ndarray, size: int, rng: np.random.Generator, iterations: int, name: str
-) -> np.ndarray:
+def fit(x: np.ndarray, size: int, seed: list[int], iterations: int, name: str) -> np.ndarray:
     """Return centres f32 [V, d] of `x` [n, d], after at most `iterations` steps.
 
-    A centre that loses all its vectors is moved to one with a large error. `name` labels the
-    progress bar.
+    A centre that loses all its vectors is moved to one with a large error.
     """
+    rng = np.random.default_rng(seed)
     centres = jnp.asarray(first_centres(x, size, rng))
     count = -(-len(x) // CHUNK)
     # equal chunks: fewer vectors than there are chunks are left out
     chunks = jnp.asarray(x[: len(x) // count * count].reshape(count, -1, x.shape[-1]))
-    step = jax.jit(quantize.kmeans_step)
-    previous = np.inf
+    step, previous = jax.jit(quantize.kmeans_step), np.inf
     with progress.bar(name, iterations, "step") as bar:
         for _ in range(iterations):
             centres, members, squares = step(chunks, centres)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from mert_jax.constants import FULL_SCALE, SAMPLE_RATE
@@ -20,11 +19,11 @@ from mert_jax.models import encodec, spectrograms
 Array = jax.Array
 MEL_SCALES = (512, 1024, 2048)  # transform lengths, 21 to 85 ms, hop a quarter
 MEL_BANDS = 64
+_mel_filters = functools.cache(spectrograms.mel_filters)
 
 
 class CodecState(NamedTuple):
-    """The state of training: number of updates, params {"encoder", "decoder"}, optimiser state, and
-    haiku's state of the quantiser (codebooks and their moving averages)."""
+    """Number of updates, params {"encoder", "decoder"}, states of optimiser and haiku quantiser."""
 
     step: Array
     params: Any
@@ -34,28 +33,26 @@ class CodecState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """The settings of a codec and its training, as in `codec_run.get_config`."""
+    """A codec and its training; the default is EnCodec at 24 kHz (arXiv 2210.13438, 3.2, 4.5)."""
 
-    filters: int
-    dim: int
-    books: int
-    size: int
-    learning_rate: float
-    total_steps: int
-    clip_norm: float
-    wave_weight: float
-    commitment: float
-    decay: float
-    dead_below: float
+    filters: int = 32  # channels of the first convolution; the LSTM has 16 times as many
+    dim: int = 128
+    books: int = 8
+    size: int = 1024
+    total_steps: int = 200_000
+    learning_rate: float = 3e-4
+    clip_norm: float = 1.0
+    wave_weight: float = 10.0  # of the waveform distance; that of the log-mel distance is 1
+    commitment: float = 0.25
+    decay: float = 0.99  # of the codebooks' moving averages
+    dead_below: float = 0.1  # codes used less than this fraction of the average are moved
 
     @property
     def encoder(self) -> encodec.Encoder:
-        """The network from waves to latents."""
         return encodec.Encoder(self.filters, self.dim)
 
     @property
     def decoder(self) -> encodec.Decoder:
-        """The network from latents to waves."""
         return encodec.Decoder(self.filters)
 
     @property
@@ -67,7 +64,6 @@ class Codec:
 
     @property
     def quantizer(self) -> hk.TransformedWithState:
-        """The residual quantiser, `_quantize` as a pair of pure functions."""
         return hk.transform_with_state(functools.partial(_quantize, self))
 
 
@@ -88,11 +84,9 @@ def _quantize(codec: Codec, latents: Array, is_training: bool) -> dict[str, Any]
 def init(codec: Codec, key: Array) -> CodecState:
     """Return the state of a new run."""
     keys = jax.random.split(key, 3)
-    latents = jnp.zeros((1, 8, codec.encoder.dim))
-    params = {
-        "encoder": codec.encoder.init(keys[0], jnp.zeros((1, 3200)))["params"],
-        "decoder": codec.decoder.init(keys[1], latents)["params"],
-    }
+    latents = jnp.zeros((1, 8, codec.dim))
+    encoder = codec.encoder.init(keys[0], jnp.zeros((1, 3200)))["params"]
+    params = {"encoder": encoder, "decoder": codec.decoder.init(keys[1], latents)["params"]}
     _, quantizer = codec.quantizer.init(keys[2], latents, True)
     return CodecState(jnp.zeros((), jnp.int32), params, codec.optimizer.init(params), quantizer)
 
@@ -103,27 +97,18 @@ def codebooks(quantizer: Mapping[str, Any]) -> Array:
     return jnp.stack([quantizer[f"book_{k}"]["embeddings"].T for k in range(num_codebooks)])
 
 
-@functools.cache
-def _mel_filters() -> tuple[np.ndarray, ...]:
-    return tuple(spectrograms.mel_filters(SAMPLE_RATE, n_fft, MEL_BANDS) for n_fft in MEL_SCALES)
-
-
 def mel_distance(wave: Array, other: Array) -> Array:
     """Return the mean difference of the log-mel spectra of two waves [B, N], nats [B]."""
     distances = []
-    for n_fft, filters in zip(MEL_SCALES, _mel_filters(), strict=True):
-        log_mel = functools.partial(
-            spectrograms.log_mel, filters=jnp.asarray(filters), hop=n_fft // 4
-        )
-        distances.append(jnp.abs(log_mel(wave) - log_mel(other)).mean((1, 2)))
+    for n_fft in MEL_SCALES:
+        filters = jnp.asarray(_mel_filters(SAMPLE_RATE, n_fft, MEL_BANDS))
+        ours, theirs = (spectrograms.log_mel(x, filters, n_fft // 4) for x in (wave, other))
+        distances.append(jnp.abs(ours - theirs).mean((1, 2)))
     return sum(distances) / len(distances)
 
 
 def si_sdr(wave: Array, other: Array) -> Array:
-    """Return the scale-invariant signal-to-distortion ratio of `other` to `wave` [B, N], dB [B].
-
-    Le Roux et al., arXiv 1811.02508, eq. 3.
-    """
+    """Return the SI-SDR of `other` to `wave` [B, N], dB [B] (Le Roux, arXiv 1811.02508, eq. 3)."""
 
     def power(x: Array) -> Array:
         return jnp.maximum(jnp.sum(jnp.square(x), -1), 1e-8)
@@ -132,16 +117,12 @@ def si_sdr(wave: Array, other: Array) -> Array:
     return 10 * jnp.log10(power(target) / power(other - target))
 
 
-def train_step(
-    state: CodecState, clips: Array, key: Array, codec: Codec
-) -> tuple[CodecState, dict[str, Array]]:
+def train_step(state: CodecState, clips: Array, key: Array, codec: Codec) -> tuple[CodecState, Any]:
     """Make one update on int16 `clips` [B, N]; return the state and the metrics.
 
-    The loss is log-mel distance, waveform distance and commitment (EnCodec, arXiv 2210.13438,
-    section 3.4, without the adversary).
+    The loss is that of EnCodec (arXiv 2210.13438, section 3.4) without the adversary.
     """
-    key = jax.random.fold_in(key, state.step)
-    wave = clips.astype(jnp.float32) / FULL_SCALE
+    key, wave = jax.random.fold_in(key, state.step), clips.astype(jnp.float32) / FULL_SCALE
 
     def loss_fn(params: Any) -> tuple[Array, tuple]:
         latents = codec.encoder.apply({"params": params["encoder"]}, wave)
@@ -163,33 +144,29 @@ def train_step(
     return CodecState(state.step + 1, params, opt_state, quantizer), metrics
 
 
-def revive(
-    quantizer: Mapping[str, Any], entered: list[Array], key: Array, dead_below: float
-) -> tuple[dict[str, Any], Array]:
+def revive(quantizer: Any, entered: list[Array], key: Array, dead_below: float) -> tuple[Any, Any]:
     """Move codes used less than `dead_below` times the average to vectors that entered their book.
 
-    Their moving averages become those of a code of average use. Returns the state and the number
-    revived in each codebook [K].
+    Returns the state, where they are of average use, and how many moved in each codebook [K].
     """
     quantizer, revived = dict(quantizer), []
     for k, vectors in enumerate(entered):
-        book = quantizer[f"book_{k}"]["embeddings"]
-        size_name, sum_name = (f"book_{k}/~/ema_{name}" for name in ("cluster_size", "dw"))
-        sizes, sums = quantizer[size_name], quantizer[sum_name]
-        usual = vectors.shape[0] / book.shape[1]
-        dead = sizes["average"] < dead_below * usual
-        drawn = jax.random.randint(jax.random.fold_in(key, k), dead.shape, 0, vectors.shape[0])
+        book, sizes, sums = (f"book_{k}{x}" for x in ("", "/~/ema_cluster_size", "/~/ema_dw"))
+        used = quantizer[sizes]["average"]
+        usual = len(vectors) / len(used)
+        dead = used < dead_below * usual
+        drawn = jax.random.randint(jax.random.fold_in(key, k), dead.shape, 0, len(vectors))
         new = vectors[drawn].T
         # haiku divides `hidden` by this to correct for its start at zero
-        debias = sizes["hidden"].sum() / jnp.maximum(sizes["average"].sum(), 1e-8)
+        debias = quantizer[sizes]["hidden"].sum() / jnp.maximum(used.sum(), 1e-8)
+        moved = {
+            book: {"embeddings": new},
+            sizes: {"average": usual, "hidden": usual * debias},
+            sums: {"average": usual * new, "hidden": usual * debias * new},
+        }
+        for name, arrays in moved.items():
+            old = quantizer[name]
+            at = {x: jnp.broadcast_to(dead, old[x].shape) for x in arrays}
+            quantizer[name] = old | {x: jnp.where(at[x], arrays[x], old[x]) for x in arrays}
         revived.append(dead.sum())
-        quantizer[f"book_{k}"] = {"embeddings": jnp.where(dead[None], new, book)}
-        quantizer[size_name] = sizes | {
-            "average": jnp.where(dead, usual, sizes["average"]),
-            "hidden": jnp.where(dead, usual * debias, sizes["hidden"]),
-        }
-        quantizer[sum_name] = sums | {
-            "average": jnp.where(dead[None], usual * new, sums["average"]),
-            "hidden": jnp.where(dead[None], usual * debias * new, sums["hidden"]),
-        }
     return quantizer, jnp.stack(revived)

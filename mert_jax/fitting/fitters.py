@@ -1,131 +1,146 @@
-"""Fits of the teachers that are clusters or statistics: kmeans, mel_rvq and random_projection.
+"""Fits of the teachers that are clusters or statistics: their files, and reports beside them.
 
-Each fitter draws frames of the train split, computes the teacher's arrays, and measures them on
-both splits. Shapes: n frames, F bands, K codebooks of V rows of d dimensions.
+Shapes: n frames, F bands, K codebooks of V rows of d dimensions.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mert_jax.constants import HOP_LENGTH
+from mert_jax.data.code_checks import perplexity
 from mert_jax.errors import UserError
-from mert_jax.fitting import clusters, figures
-from mert_jax.fitting.figures import Book
+from mert_jax.files import atomic_write
+from mert_jax.fitting import clusters
 from mert_jax.fitting.sampling import Sampler
-from mert_jax.models import quantize, spectrograms
-from mert_jax.teachers import kmeans, mel_rvq, random_projection
+from mert_jax.models import spectrograms
+from mert_jax.teachers import fitted_file, kmeans, mel_rvq, random_projection
 
-Array = jax.Array
+Figures = list[dict[str, Any]]  # of each codebook on one split, see `_figures`
+CHUNK = 4096  # frames encoded at a time
+LINE = "{name:<9}{size:>5} codes, {dead:>4} unused, perplexity {perplexity:.1f}, error {error:.1%}"
 
 
 class Fitted(NamedTuple):
-    """A fitted teacher: its arrays, the settings of their sizes, and its codebooks' figures by
-    split ("train" and, if the dataset has one, "validation")."""
+    """A fitted teacher: arrays, settings of their sizes, features [n, F] of waves that it was
+    fitted to, those of the train split, and a function that measures codebooks on features."""
 
     tensors: Mapping[str, np.ndarray]
-    settings: Mapping[str, Any]
-    figures: Mapping[str, list[Book]]
+    settings: dict[str, Any]
+    features: Callable[[jax.Array], Any]
+    frames: Any
+    measure: Callable[[Any], Figures]
 
 
-def fit_kmeans(sampler: Sampler, iterations: int, **sizes) -> Fitted:
-    """Cluster log-mel and chroma frames; `sizes` replace some of `kmeans.SETTINGS`."""
-    settings = kmeans.SETTINGS | sizes
-    names, centres = ("log_mel", "chroma"), [settings["mel_size"], settings["chroma_size"]]
-    sampler.check(max(centres))
-    features = functools.partial(kmeans.features, kmeans.filters(settings), hop=settings["hop"])
-    frames = sampler.draw("train", features)
-    tensors = {}
-    for k, (name, x, size) in enumerate(zip(names, frames, centres, strict=True)):
-        rng = np.random.default_rng([sampler.seed, k])
-        tensors[f"{name}_centres"] = clusters.fit(x, size, rng, iterations, name)
+def fit(teacher: str, sampler: Sampler, output: str, iterations: int, **sizes: int) -> dict:
+    """Fit `teacher`, write its file and report into `output`, and return the report.
 
-    def measure(x: tuple[np.ndarray, ...]) -> list[Book]:
-        codes, squares = figures.encode(functools.partial(kmeans.encode, tensors), x)
-        variances = [figures.variance(each) for each in x]
-        return figures.measure(codes, squares, names, centres, variances)
-
-    return Fitted(tensors, settings, _by_split(measure, sampler, features, frames))
-
-
-def fit_mel_rvq(sampler: Sampler, iterations: int, **sizes) -> Fitted:
-    """Fit normalisation, then projection and codebook of one level after another.
-
-    `sizes` replace some of `mel_rvq.SETTINGS`. Raises UserError if `dim` is above `n_mels`.
+    `sizes` replace default settings. Raises UserError for too little music or a wrong `output`.
     """
+    check_writable(output)
+    file = os.path.join(output, fitted_file.FILE)
+    if os.path.exists(file) and (other := fitted_file.read_header(file)["teacher"]) != teacher:
+        raise UserError(f"{file} holds teacher {other!r}; remove it, or give another --output")
+    started = time.monotonic()
+    fitted = FITTERS[teacher](sampler, iterations, **sizes)
+    figures = {"train": fitted.measure(fitted.frames)}
+    if sampler.has_validation:
+        figures["validation"] = fitted.measure(sampler.draw("validation", fitted.features))
+    drawn = {"seed": sampler.seed, "fingerprint": sampler.metadata["fingerprint"]}
+    settings = fitted.settings | drawn
+    report = {
+        "teacher": teacher,
+        "settings": settings,
+        "frames": {split: sampler.available(split) for split in figures},
+        "iterations": iterations,
+        "seconds": round(time.monotonic() - started, 1),
+        "figures": figures,
+    }
+    fitted_file.write_fitted(output, teacher, fitted.tensors, settings)
+    with atomic_write(os.path.join(output, "report.json"), replace=True) as path:
+        Path(path).write_text(json.dumps(report, indent=1) + "\n")
+    for split, books in figures.items():
+        for book in books:
+            print(f"{split:<11}{LINE.format(**book)}")
+    return report
+
+
+def check_writable(output: str) -> None:
+    """Raise UserError before minutes of fitting if `output` cannot be written."""
+    if "://" in output:
+        raise UserError(f"--output={output}: give a directory of a local disk, and copy it later")
+    path = Path(output).absolute()
+    existing = next(x for x in (path, *path.parents) if x.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"cannot write {output}: {existing} is not a writable directory")
+
+
+def fit_kmeans(sampler: Sampler, iterations: int, **sizes: int) -> Fitted:
+    """Cluster log-mel and chroma frames."""
+    settings = kmeans.SETTINGS | sizes
+    sizes = {"log_mel": settings["mel_size"], "chroma": settings["chroma_size"]}
+    sampler.check(max(sizes.values()))
+    features = functools.partial(kmeans.features, kmeans.filters(settings), hop=settings["hop"])
+    frames, tensors = sampler.draw("train", features), {}
+    for k, (x, (name, size)) in enumerate(zip(frames, sizes.items(), strict=True)):
+        tensors[f"{name}_centres"] = clusters.fit(x, size, [sampler.seed, k], iterations, name)
+
+    def measure(x: tuple[np.ndarray, ...]) -> Figures:
+        variances = [each.var(0, dtype=np.float64).sum() for each in x]
+        return _figures(sizes, functools.partial(kmeans.encode, tensors), x, variances)
+
+    return Fitted(tensors, settings, features, frames, measure)
+
+
+def fit_mel_rvq(sampler: Sampler, iterations: int, **sizes: int) -> Fitted:
+    """Fit normalisation, then projection and codebook of one level after another."""
     settings = mel_rvq.SETTINGS | sizes
-    num_codebooks, size, dim = settings["books"], settings["size"], settings["dim"]
-    if dim > settings["n_mels"]:
+    if (dim := settings["dim"]) > settings["n_mels"]:
         raise UserError(f"dim {dim} is more than the {settings['n_mels']} mel bands; lower it")
-    sampler.check(size)
-    features = _log_mel(mel_rvq.filters(settings), settings)
+    sampler.check(settings["size"])
+    filters = mel_rvq.filters(settings)["mel_filters"]
+    features = functools.partial(spectrograms.log_mel, filters=filters, hop=settings["hop"])
     frames = sampler.draw("train", features)
-    tensors = _statistics(frames)
-    names = [f"level {k}" for k in range(num_codebooks)]
-    projections, codebooks, residual = [], [], _standardise(frames, tensors)
-    for k in range(num_codebooks):
+    tensors, levels = _statistics(frames), []
+    residual = _standardise(frames, tensors)
+    sizes = {f"level {k}": settings["size"] for k in range(settings["books"])}
+    for k, (name, size) in enumerate(sizes.items()):
         projection = principal_columns(residual, dim)
-        rng = np.random.default_rng([sampler.seed, k])
-        codebook = clusters.fit(residual @ projection, size, rng, iterations, names[k])
+        vectors = residual @ projection
+        codebook = clusters.fit(vectors, size, [sampler.seed, k], iterations, name)
         level = {"projections": projection[None], "codebooks": codebook[None]}
-        codes, _ = figures.encode(functools.partial(mel_rvq.encode, level), residual)
+        codes, _ = _encode(functools.partial(mel_rvq.encode, level), residual)
         residual = residual - codebook[codes[:, 0]] @ projection.T
-        projections.append(projection)
-        codebooks.append(codebook)
-    tensors |= {"projections": np.stack(projections), "codebooks": np.stack(codebooks)}
+        levels.append(level)
+    tensors |= jax.tree.map(lambda *x: np.concatenate(x), *levels)
 
-    def measure(x: np.ndarray) -> list[Book]:
+    def measure(x: np.ndarray) -> Figures:
         x = _standardise(x, tensors)
-        codes, squares = figures.encode(functools.partial(mel_rvq.encode, tensors), x)
-        variances = [figures.variance(x)] * num_codebooks
-        return figures.measure(codes, squares, names, [size] * num_codebooks, variances)
+        variances = [x.var(0, dtype=np.float64).sum()] * len(sizes)
+        return _figures(sizes, functools.partial(mel_rvq.encode, tensors), x, variances)
 
-    return Fitted(tensors, settings, _by_split(measure, sampler, features, frames))
+    return Fitted(tensors, settings, features, frames, measure)
 
 
 def fit_random_projection(sampler: Sampler, iterations: int) -> Fitted:
-    """Compute the mean and deviation of each mel band; `iterations` is not used.
-
-    The figures are those of the default projections and codebooks, the errors those of the
-    directions of the projected frames.
-    """
-    settings = dict(n_mels=128, n_fft=2048, hop=320)
+    """Compute the mean and deviation of each mel band; `iterations` is not used."""
+    settings = dict(n_mels=128, n_fft=2048, hop=HOP_LENGTH)
     sampler.check(1)
-    params = random_projection.make(**settings).params
-    features = _log_mel(params, settings)
+    filters = random_projection.make(**settings).params["mel_filters"]
+    features = functools.partial(spectrograms.log_mel, filters=filters, hop=HOP_LENGTH)
     frames = sampler.draw("train", features)
-    tensors = _statistics(frames)
-    num_codebooks, size = params["codebooks"].shape[:2]
-    names = [f"book {k}" for k in range(num_codebooks)]
-
-    def directions(x: Array) -> Array:
-        vectors = random_projection.project(params, x[None, None])[:, 0, 0]  # [K, d]
-        return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-6)
-
-    def encode(x: Array) -> tuple[Array, Array]:
-        vectors = directions(x)
-        codes = jax.vmap(quantize.nearest)(vectors, params["codebooks"])
-        rows = jnp.asarray(params["codebooks"])[np.arange(num_codebooks), codes]
-        return codes, jnp.sum(jnp.square(vectors - rows), -1)
-
-    def measure(x: np.ndarray) -> list[Book]:
-        x = _standardise(x, tensors)
-        codes, squares = figures.encode(encode, x)
-        unit = np.asarray(jax.jit(jax.vmap(directions))(x))
-        variances = [figures.variance(unit[:, k]) for k in range(num_codebooks)]
-        return figures.measure(codes, squares, names, [size] * num_codebooks, variances)
-
-    return Fitted(tensors, settings, _by_split(measure, sampler, features, frames))
+    return Fitted(_statistics(frames), settings, features, frames, lambda x: [])
 
 
-FITTERS: dict[str, Callable[[Sampler, int], Fitted]] = {
-    kmeans.NAME: fit_kmeans,
-    mel_rvq.NAME: fit_mel_rvq,
-    random_projection.NAME: fit_random_projection,
-}
+FITTERS = dict(kmeans=fit_kmeans, mel_rvq=fit_mel_rvq, random_projection=fit_random_projection)
 
 
 def principal_columns(x: np.ndarray, dim: int) -> np.ndarray:
@@ -142,17 +157,9 @@ def principal_columns(x: np.ndarray, dim: int) -> np.ndarray:
     return (columns * np.sign(largest)).astype(np.float32)
 
 
-def _log_mel(params: Mapping[str, Any], settings: Mapping[str, Any]) -> Callable[[Array], Array]:
-    filters, hop = params["mel_filters"], settings["hop"]
-    return functools.partial(spectrograms.log_mel, filters=filters, hop=hop)
-
-
 def _statistics(x: np.ndarray) -> dict[str, np.ndarray]:
-    """Mean and std f32 [F] of the rows of `x` [n, F]."""
-    return {
-        "mean": x.mean(0, dtype=np.float64).astype(np.float32),
-        "std": x.std(0, dtype=np.float64).astype(np.float32),
-    }
+    moments = {"mean": x.mean(0, dtype=np.float64), "std": x.std(0, dtype=np.float64)}
+    return {name: values.astype(np.float32) for name, values in moments.items()}
 
 
 def _standardise(x: np.ndarray, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -160,11 +167,22 @@ def _standardise(x: np.ndarray, tensors: Mapping[str, np.ndarray]) -> np.ndarray
     return np.asarray(spectrograms.standardise(jnp.asarray(x), mean, std))
 
 
-def _by_split(
-    measure: Callable[[Any], list[Book]], sampler: Sampler, features: Callable, frames: Any
-) -> dict[str, list[Book]]:
-    """Figures of the train split's `frames` and, if there are any, of held-out ones."""
-    by_split = {"train": measure(frames)}
-    if sampler.has_validation:
-        by_split["validation"] = measure(sampler.draw("validation", features))
-    return by_split
+def _encode(function: Callable[[Any], Any], x: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and squared errors [n, K] of arrays [n, F]; `function` encodes one row."""
+    by_chunks = jax.jit(lambda x: jax.lax.map(function, x, batch_size=CHUNK))
+    return jax.tree.map(np.asarray, by_chunks(x))
+
+
+def _figures(
+    sizes: Mapping[str, int], function: Callable[[Any], Any], x: Any, variances: Iterable[float]
+) -> Figures:
+    """For each codebook: name, size, perplexity of its codes, error (fraction of the variance left
+    after it), number of dead codes, never used, and counts of codes, most frequent first."""
+    (codes, squares), books = _encode(function, x), []
+    for k, ((name, size), variance) in enumerate(zip(sizes.items(), variances, strict=True)):
+        counts = np.sort(np.bincount(codes[:, k], minlength=size))[::-1]
+        error = float(squares[:, k].mean(dtype=np.float64) / max(variance, 1e-12))
+        used, dead = float(perplexity(counts)), int((counts == 0).sum())
+        figures = dict(perplexity=used, error=error, dead=dead, counts=counts.tolist())
+        books.append(dict(name=name, size=size) | figures)
+    return books

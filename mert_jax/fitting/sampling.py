@@ -20,10 +20,7 @@ ENOUGH = 10  # frames for each centre
 
 
 class Sampler:
-    """Draws random frames of the crops that training would use.
-
-    It draws at most `frames` of them (a quarter of that for validation), which bounds the memory.
-    """
+    """Draws at most `frames` frames (a quarter for validation) of the crops of training."""
 
     def __init__(self, directory: str, seed: int, frames: int):
         self._directory, self.seed, self._frames = directory, seed, frames
@@ -31,7 +28,6 @@ class Sampler:
 
     @property
     def has_validation(self) -> bool:
-        """True if the dataset has held-out tracks."""
         return bool(self.metadata["splits"].get("validation", {}).get("records"))
 
     def available(self, split: str) -> int:
@@ -45,28 +41,17 @@ class Sampler:
         frames, enough = self.available("train"), ENOUGH * centres
         need = f"{enough} ({enough / 75 / 60:.1f} minutes of music, --frames={enough})"
         if frames < centres:
-            raise UserError(
-                f"{frames} frames of {self._directory} cannot make a codebook of {centres}; it "
-                f"needs {need}: prepare more music or raise --frames"
-            )
+            few = f"{frames} frames of {self._directory} cannot make a codebook of {centres}"
+            raise UserError(f"{few}; it needs {need}: prepare more music or raise --frames")
         if frames < enough:
-            progress.note(
-                f"warning: {frames} frames are few for a codebook of {centres}, which may not fit "
-                f"other music; {need} are enough"
-            )
+            few = f"warning: {frames} frames are few for a codebook of {centres}"
+            progress.note(f"{few}, which may not fit other music; {need} are enough")
 
     def draw(self, split: str, features: Callable[[jax.Array], Any]) -> Any:
-        """Return frames f32 [n, F] of a split for each array [B, T, F] in `features(wave [B, N])`.
-
-        split: "train" or "validation".
-        """
+        """Return frames f32 [n, F] of a split, for each array [B, T, F] of `features` of waves."""
         source = records.open_source(self._directory, split)
-        stream = pipeline.train_stream(
-            [source],
-            num_samples=self.metadata["overlap_samples"],
-            batch_size=CLIPS,
-            seed=self.seed,
-        )
+        sizes = dict(num_samples=self.metadata["overlap_samples"], batch_size=CLIPS)
+        stream = pipeline.train_stream([source], **sizes, seed=self.seed)
         stream = bad_records.count_bad_records(stream, bad_records.BadRecords(None, [source]))
         rng = np.random.default_rng([self.seed, split == "train"])
         total, drawn, parts, compute = self.available(split), 0, [], jax.jit(features)

@@ -9,19 +9,8 @@ from mert_jax.fitting import codec_step
 from mert_jax.models import quantize
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
-CODEC = codec_step.Codec(
-    filters=2,
-    dim=8,
-    books=2,
-    size=16,
-    learning_rate=1e-3,
-    total_steps=100,
-    clip_norm=1.0,
-    wave_weight=10.0,
-    commitment=0.25,
-    decay=0.9,
-    dead_below=0.1,
-)
+SIZES = dict(filters=2, dim=8, books=2, size=16)
+CODEC = codec_step.Codec(**SIZES, learning_rate=1e-3, total_steps=100, decay=0.9)
 
 
 def clips() -> np.ndarray:
