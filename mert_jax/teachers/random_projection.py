@@ -33,15 +33,10 @@ def apply(params: Any, wave: Array, *, hop: int) -> Array:
         # of the clip: the student's group norm removes the level of a clip and of its bands, so
         # codes must not depend on them
         mean, std = log_mel.mean(1, keepdims=True), log_mel.std(1, keepdims=True)
+    pair = spectrograms.standardise(log_mel, mean, std), params["projections"]
     # rows have unit length, so normalising the projected vectors would not change the nearest one
-    vectors = project(params, spectrograms.standardise(log_mel, mean, std))
+    vectors = jnp.einsum("btf,kfd->ktbd", *pair, precision=jax.lax.Precision.HIGHEST)
     return jax.vmap(quantize.nearest)(vectors, params["codebooks"]).transpose(2, 1, 0)
-
-
-def project(params: Any, features: Array) -> Array:
-    """Return `features` [B, T, F] projected by each random matrix, [K, T, B, d]."""
-    pair = features, params["projections"]
-    return jnp.einsum("btf,kfd->ktbd", *pair, precision=jax.lax.Precision.HIGHEST)
 
 
 def shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
