@@ -444,9 +444,9 @@ def test_transformers_reads_the_encodec_we_write(encodec_peer, tmp_path):
     weights = jax.tree.map(lambda x: x + 0.02 * np.sin(np.arange(x.size)).reshape(x.shape), weights)
     encodec.write_encodec(str(tmp_path), params | {"codebooks": books, "decoder": weights})
     theirs = transformers.EncodecModel.from_pretrained(tmp_path).eval()
-    found_codes, found = encodec_codes(theirs, wave)
+    their_codes, reconstruction = encodec_codes(theirs, wave)
     clear = clear_codes(latents, books)[1]
-    np.testing.assert_array_equal(found_codes[clear], codes[clear])
-    summed = quantize.residual_decode(jnp.asarray(found_codes), jnp.asarray(books))
+    np.testing.assert_array_equal(their_codes[clear], codes[clear])
+    summed = quantize.residual_decode(jnp.asarray(their_codes), jnp.asarray(books))
     decoded = np.asarray(jax.jit(decoder.apply)({"params": weights}, summed))
-    assert np.abs(found - decoded).max() <= 3e-5 * max(1, np.abs(decoded).max())
+    assert np.abs(reconstruction - decoded).max() <= 3e-5 * max(1, np.abs(decoded).max())

@@ -102,8 +102,8 @@ def mel_distance(wave: Array, other: Array) -> Array:
     distances = []
     for n_fft in MEL_SCALES:
         filters = jnp.asarray(_mel_filters(SAMPLE_RATE, n_fft, MEL_BANDS))
-        ours, theirs = (spectrograms.log_mel(x, filters, n_fft // 4) for x in (wave, other))
-        distances.append(jnp.abs(ours - theirs).mean((1, 2)))
+        a, b = (spectrograms.log_mel(x, filters, n_fft // 4) for x in (wave, other))
+        distances.append(jnp.abs(a - b).mean((1, 2)))
     return sum(distances) / len(distances)
 
 
