@@ -30,6 +30,15 @@ pytestmark = pytest.mark.peers
 MUSIC = Path(__file__).parent.parent / "launch" / "music"
 torch = pytest.importorskip("torch", reason="torch is missing; pip install mert_jax[peers]")
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _optimised():
+    """Run what users run: the other tests switch most of XLA's optimisations off."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 SIZES = {
     "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12),
     "large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),

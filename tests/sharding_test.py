@@ -16,8 +16,6 @@ from mert_jax.pretraining import build, step
 from tests import small
 from tests.small_run import music
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def run(mesh, **overrides):
     """Losses and gradient norms of five steps of two micro-batches on `mesh` (data, fsdp, tensor),

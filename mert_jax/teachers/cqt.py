@@ -118,24 +118,30 @@ def _blocks(wave: Array, hop: int, points: int, margin: int) -> tuple[Array, int
 
 
 def make(
-    *, hop: int = HOP_LENGTH, fmin: float = 32.7, n_bins: int = 336, bins_per_octave: int = 48
+    *,
+    sample_rate: int = SAMPLE_RATE,
+    hop: int = HOP_LENGTH,
+    fmin: float = 32.7,
+    n_bins: int = 336,
+    bins_per_octave: int = 48,
 ) -> Teacher:
     """Make nnAudio's CQT1992v2 (KinWaiCheuk/nnAudio, `features/cqt.py`); the defaults are MERT's.
 
     Raises UserError if a size is not positive or the highest bin is above half the sample rate.
     """
-    sizes = dict(hop=hop, fmin=fmin, n_bins=n_bins, bins_per_octave=bins_per_octave)
+    sizes = dict(sample_rate=sample_rate, hop=hop, fmin=fmin, n_bins=n_bins)
+    sizes |= dict(bins_per_octave=bins_per_octave)
     if min(sizes.values()) <= 0:
         raise UserError(f"the CQT needs sizes above 0, not {sizes}")
-    lengths, frequencies = lengths_and_frequencies(SAMPLE_RATE, fmin, n_bins, bins_per_octave)
-    if frequencies[-1] > SAMPLE_RATE / 2:
-        highest = f"the highest CQT bin is {frequencies[-1]:.0f} Hz, above half of {SAMPLE_RATE} Hz"
+    lengths, frequencies = lengths_and_frequencies(sample_rate, fmin, n_bins, bins_per_octave)
+    if frequencies[-1] > sample_rate / 2:
+        highest = f"the highest CQT bin is {frequencies[-1]:.0f} Hz, above half of {sample_rate} Hz"
         raise UserError(f"{highest}; lower n_bins ({n_bins}) or fmin ({fmin})")
     margin = -(-int(lengths[0] + 1) // (2 * hop))
     points = next_fast_len(max(480, 4 * margin), real=True)
     octave_and_parity = 2 * (np.arange(n_bins) // bins_per_octave) + lengths % 2
     by_band = [np.flatnonzero(octave_and_parity == k) for k in np.unique(octave_and_parity)]
-    pairs = [_band(bins, lengths, frequencies / SAMPLE_RATE, hop, points) for bins in by_band]
+    pairs = [_band(bins, lengths, frequencies / sample_rate, hop, points) for bins in by_band]
     bands, params = zip(*pairs, strict=True)
     bound = functools.partial(apply, hop=hop, points=points, margin=margin, bands=bands)
     return Teacher(bound, list(params), n_bins)

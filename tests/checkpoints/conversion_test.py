@@ -23,8 +23,6 @@ from mert_jax.tensors import state_dict, torch_pickle
 from tests import checkpoint_samples
 from tests.checkpoint_samples import FLAVOURS, GOLDEN, hf_folder, hf_state, hf_student, student
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(scope="module", params=FLAVOURS)
 def sources(request, tmp_path_factory):
@@ -184,7 +182,6 @@ def test_the_program_runs_without_this_package(program, tmp_path):
         text=True,
         timeout=120,
         cwd=tmp_path,
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     )
     assert done.returncode == 0, done.stderr
     wave = np.random.default_rng(5).normal(0, 0.1, (3, 777)).astype(np.float32)

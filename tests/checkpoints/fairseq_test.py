@@ -21,7 +21,6 @@ from tests.checkpoint_samples import (
     student,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 BOOKS, CODES = 2, 64
 
 

@@ -14,8 +14,6 @@ from mert_jax.tensors import state_dict, torch_pickle
 from tests import checkpoint_samples
 from tests.checkpoint_samples import FLAVOURS, GOLDEN, assert_same, hf_folder, hf_state, hf_student
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(scope="module", params=FLAVOURS)
 def flavour(request):

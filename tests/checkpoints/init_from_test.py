@@ -16,8 +16,6 @@ from mert_jax.errors import UserError
 from mert_jax.models import mert_v1
 from mert_jax.pretraining import optimizer, step
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 CODES, CQT = mert_v1.Head("rvq_vae", 12, 2), mert_v1.Head("cqt", 5)
 TEACHERS = {"rvq_vae": "a codec", "cqt": "a transform"}
 

@@ -2,12 +2,9 @@
 
 import jax
 import numpy as np
-import pytest
 
 from mert_jax.checkpoints import tensor_names
 from tests.checkpoint_samples import assert_same, params_of, pos_conv_kernel, student
-
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def test_fairseq_there_and_back():

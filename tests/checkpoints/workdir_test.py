@@ -14,7 +14,6 @@ from mert_jax.errors import UserError
 from tests import checkpoint_samples
 from tests.checkpoint_samples import FLAVOURS, assert_same, params_of, student
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 ABOUT = in_memory.About(
     sample_rate=16_000,
     do_normalize=True,

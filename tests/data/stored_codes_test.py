@@ -26,7 +26,6 @@ from mert_jax.teachers.teacher import Teacher
 from tests import small
 from tests.codec_samples import music, params, write_codec
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 # longer than a piece of the encoder and than a record, and shorter than the codec's padding
 SECONDS = {"long": 23.3337, "short": 2.05, "shorter": 0.07}
 
@@ -42,7 +41,7 @@ class Bar:
 
 def prepare(*flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "mert_jax.prepare", *flags]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | {"XLA_FLAGS": ""}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 

@@ -12,7 +12,6 @@ from mert_jax.extraction import embedder
 from mert_jax.models.mert_v1 import hidden_states
 from tests.extraction.small_student import RATE, checkpoint, music
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 CONTEXT = 8 / RATE  # the reach of the positional convolution
 
 

@@ -20,8 +20,6 @@ from mert_jax.extraction.folder import extract, output_names
 from tests.extraction.small_student import RATE, checkpoint, music
 from tests.runs import ENVIRONMENT
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -3,12 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from mert_jax.fitting import codec_step
 from mert_jax.models import quantize
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 SIZES = dict(filters=2, dim=8, books=2, size=16)
 CODEC = codec_step.Codec(**SIZES, learning_rate=1e-3, total_steps=100, decay=0.9)
 

@@ -21,17 +21,15 @@ from mert_jax.models import spectrograms
 from mert_jax.teachers import fitted_file
 
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-# small programs take longer to compile than to run
-QUICKLY = ENVIRONMENT | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def command(module: str, *flags: str) -> list[str]:
     return [sys.executable, "-m", f"mert_jax.{module}", *flags]
 
 
-def start(*flags: str, env: dict[str, str] = ENVIRONMENT) -> subprocess.Popen:
+def start(*flags: str) -> subprocess.Popen:
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command("fit_teacher", *flags), env=env, **pipes)
+    return subprocess.Popen(command("fit_teacher", *flags), env=ENVIRONMENT, **pipes)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +191,7 @@ def codec(dataset, tmp_path_factory) -> tuple[str, str]:
     output = str(tmp_path_factory.mktemp("codec"))
     flags = [*CODEC, f"--data={dataset}", f"--output={output}"]
     for steps in (3, 6):
-        process = start(*flags, f"--config.total_steps={steps}", env=QUICKLY)
+        process = start(*flags, f"--config.total_steps={steps}")
         printed = process.communicate()
         assert process.returncode == 0, printed
     return output, printed[0]

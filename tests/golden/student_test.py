@@ -1,6 +1,5 @@
 """The student in fairseq's flavour against the official code, in float32 and in float64."""
 
-import contextlib
 import functools
 import os
 import re
@@ -49,19 +48,6 @@ def target_cqt(wave: bytes, rows: int, bins: int, sample_rate: int, hop: int) ->
         return cqt_definition.magnitudes(audio, **options)
     teacher = teachers.make("cqt", **options)
     return np.asarray(jax.jit(teacher.apply)(teacher.params, jnp.asarray(audio, jnp.float32)))
-
-
-@contextlib.contextmanager
-def compiled_quickly():
-    """Without most of XLA's optimisations: small programs compile for longer than they run.
-
-    The full-size peer in peers_test.py and the training tests run what the optimiser makes.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
@@ -130,8 +116,7 @@ def student_run(file: str) -> dict[str, np.ndarray]:
         )
         return loss, (sums, dict(seen))
 
-    with compiled_quickly():
-        grads, (sums, seen) = gradient(params)
+    grads, (sums, seen) = gradient(params)
     return results(student, grads, sums, seen, case, mask, padding, temperature, sources)
 
 

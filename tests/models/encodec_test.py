@@ -9,7 +9,6 @@ import pytest
 
 from mert_jax.models import encodec
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 ENCODER = encodec.Encoder(filters=2, dim=8)
 PIECE = 3200
 

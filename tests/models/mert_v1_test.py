@@ -16,8 +16,6 @@ from mert_jax import teachers
 from mert_jax.models import mert_v1
 from mert_jax.pretraining import build, step
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 PARAMETERS = Path(__file__).parents[1] / "parameters.json"
 OFFICIAL_CONVOLUTIONS = ((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2))
 FLAVOURS = pytest.mark.parametrize("pre_norm", [False, True], ids=["post_norm", "pre_norm"])

@@ -13,8 +13,6 @@ from mert_jax.pretraining import build, losses, metrics, step
 from tests import small
 from tests.small_run import SAMPLES, Run, music
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(scope="module")
 def run():

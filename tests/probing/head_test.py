@@ -8,7 +8,6 @@ import pytest
 
 from mert_jax.probing import head, objectives
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 CLASSES = objectives.Objective(3, objectives.cross_entropy, objectives.correct)
 QUICK = head.HeadSettings(epochs=8, batch_size=16, rates=(1e-3, 3e-2), seeds=2)
 

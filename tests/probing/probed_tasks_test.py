@@ -10,7 +10,6 @@ from mert_jax.tasks.registry import TABLE, get_task
 from tests.labelled_music import WRITERS, with_ffmpeg
 from tests.probing.probe_test import QUICK, some_layers
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 # what has to be exceeded where the best there is would be 1, for "sdr" dB
 LEAST = {"EMO": 0.4, "GTZANBeatTracking": 0.8, "MUSDB18": 5.0}
 # whose reader and kind are another's: each set has its own programs to compile

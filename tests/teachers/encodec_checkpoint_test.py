@@ -14,8 +14,6 @@ from mert_jax.errors import UserError
 from mert_jax.teachers import encodec_checkpoint
 from tests.codec_samples import BOOKS, SIZE, params
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
