@@ -46,16 +46,12 @@ def config_of(flag: flags.FlagHolder) -> Any:
 
 
 def run(main: Callable[[], int | None], command_flags: flags.FlagValues = flags.FLAGS) -> None:
-    """Parse the command's flags and absl's, call `main`, and exit with the code that it returns.
-
-    A UserError ends in one line and its exit code; any other exception keeps its traceback.
-    """
+    """Parse all flags, call `main`, and exit with its code or, after one line, a UserError's."""
 
     def guarded(argv: list[str]) -> int | None:
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; options are written --name=value (see --help)")
-        # the libraries log a lot at INFO; --verbosity=0 shows it
-        if not flags.FLAGS["verbosity"].present:
+        if not flags.FLAGS["verbosity"].present:  # libraries log a lot at INFO
             logging.set_verbosity(logging.WARNING)
         try:
             return main()

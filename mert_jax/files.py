@@ -16,10 +16,10 @@ Row = dict[str, Any]
 
 @contextlib.contextmanager
 def atomic_write(path: str, replace: bool = False) -> Iterator[str]:
-    """Yield a temporary path beside `path`, to write a file or make a directory at, and rename it.
+    """Yield a temporary path beside `path` for a file or directory, and rename it at the end.
 
-    Leave nothing behind after an exception. Raises UserError if `path` exists (unless `replace`)
-    or cannot be written.
+    An exception leaves nothing behind. Raises UserError if `path` exists (unless `replace`) or
+    cannot be written.
     """
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
@@ -30,10 +30,8 @@ def atomic_write(path: str, replace: bool = False) -> Iterator[str]:
         yield temporary
         os.replace(temporary, path)
     except OSError as e:
-        raise UserError(
-            f"{path} cannot be written: {e}; make room or choose another place, and run the "
-            "command again"
-        ) from e
+        todo = "make room or choose another place, and run the command again"
+        raise UserError(f"{path} cannot be written: {e}; {todo}") from e
     finally:
         if os.path.isdir(temporary):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -43,26 +41,19 @@ def atomic_write(path: str, replace: bool = False) -> Iterator[str]:
 
 @contextlib.contextmanager
 def directory_lock(directory: str) -> Iterator[None]:
-    """Make `directory` if needed and hold it for this process.
-
-    Raises UserError if another process holds it, OSError if it cannot be made.
-    """
+    """Make `directory` if needed and lock it. Raises UserError if another process has locked it."""
     os.makedirs(directory, exist_ok=True)
     with open(os.path.join(directory, ".lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"another process is writing {directory}; wait for it, or give another --output"
-            ) from None
+            todo = "wait for it, or give another --output"
+            raise UserError(f"another process is writing {directory}; {todo}") from None
         yield
 
 
 def read_jsonl(path: str) -> list[Row]:
-    """Return the rows of a file, [] if there is none, without a last line that a crash cut off.
-
-    Raises UserError for any other line that is not JSON.
-    """
+    """Return the rows of a file, [] if there is none, without a last line that a crash cut off."""
     if not os.path.exists(path):
         return []
     rows = []
@@ -84,31 +75,32 @@ def finite_or_none(value: Any) -> Any:
 
 
 class JsonlFile:
-    """Appends rows to `path`, flushing each, after dropping the rows that `keep` rejects."""
+    """Appends rows to `path` (None: nowhere) after dropping the rows that `keep` rejects."""
 
-    def __init__(self, path: str, keep: Callable[[Row], bool]):
+    def __init__(self, path: str | None, keep: Callable[[Row], bool]):
         self._path, self._file = path, None
         self.drop(keep)
 
     def drop(self, keep: Callable[[Row], bool]) -> None:
         """Rewrite the file with only the rows that `keep` accepts; do nothing if there is none."""
         self.close()
-        if os.path.exists(self._path):
+        if self._path and os.path.exists(self._path):
             rows = [row for row in read_jsonl(self._path) if keep(row)]
             with atomic_write(self._path, replace=True) as path, open(path, "w") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def write(self, row: Row) -> None:
-        """Append a row. Raises UserError if the disk is full."""
+        """Append a row and flush it. Raises UserError if the disk is full."""
+        if self._path is None:
+            return
         try:
             if self._file is None:
                 self._file = open(self._path, "a")  # noqa: SIM115 (closed by close)
             self._file.write(json.dumps({k: finite_or_none(v) for k, v in row.items()}) + "\n")
             self._file.flush()
         except OSError as e:
-            raise UserError(
-                f"{self._path} cannot be written: {e}; make room and run the same command again"
-            ) from e
+            todo = "make room and run the same command again"
+            raise UserError(f"{self._path} cannot be written: {e}; {todo}") from e
 
     def close(self) -> None:
         """Close the file."""

@@ -4,21 +4,15 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """A kind of device as jax counts them (a TPU of two cores is one).
+    """A kind of device as jax counts them (a TPU of two cores is one); GPUs have the first two."""
 
-    kinds: prefixes of jax's `device_kind`. flops: peak dense bf16 FLOP/s. For TPUs also: capacity
-    (bytes of HBM that a program may use), bandwidth (of HBM, bytes a second), links (bytes a second
-    sent over all links to other chips), clock (Hz), accelerator (Cloud TPU's name of a slice,
-    before the number of `cores`).
-    """
-
-    kinds: tuple[str, ...]
-    flops: float
-    capacity: float = 0.0
-    bandwidth: float = 0.0
-    links: float = 0.0
-    clock: float = 0.0
-    accelerator: str = ""
+    kinds: tuple[str, ...]  # prefixes of jax's `device_kind`
+    flops: float  # peak dense bf16 FLOP/s
+    capacity: float = 0.0  # bytes of HBM that a program may use
+    bandwidth: float = 0.0  # of HBM, bytes a second
+    links: float = 0.0  # bytes a second sent over all links to other chips
+    clock: float = 0.0  # Hz
+    accelerator: str = ""  # Cloud TPU's name of a slice, before the number of `cores`
     cores: int = 1
 
 
@@ -46,7 +40,5 @@ GPUS = {
 
 def peak_flops(device_kind: str) -> float | None:
     """Return the peak dense bf16 FLOP/s of a `device_kind` of jax, None if unknown (CPUs)."""
-    for chip in [*TPUS.values(), *GPUS.values()]:
-        if device_kind.startswith(chip.kinds):
-            return chip.flops
-    return None
+    chips = [*TPUS.values(), *GPUS.values()]
+    return next((chip.flops for chip in chips if device_kind.startswith(chip.kinds)), None)

@@ -7,11 +7,9 @@ from tqdm import tqdm
 
 def bar(description: str, total: int, unit: str) -> tqdm:
     """Return a bar of `total` units, for use in a with statement."""
-    # a log file needs fewer lines than a terminal
-    interval = 0.2 if sys.stderr.isatty() else 10
-    scale = unit in ("B", "s") or total >= 10_000
-    options = dict(unit_scale=scale, mininterval=interval, smoothing=0.05)
-    return tqdm(desc=description, total=total, unit=unit, **options)
+    interval = 0.2 if sys.stderr.isatty() else 10  # a log file needs fewer lines than a terminal
+    options = dict(unit_scale=unit in ("B", "s") or total >= 10_000, mininterval=interval)
+    return tqdm(desc=description, total=total, unit=unit, smoothing=0.05, **options)
 
 
 def note(message: str) -> None:

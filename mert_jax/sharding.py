@@ -1,5 +1,6 @@
 """The device mesh, and the layout of parameters and batches on it."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,10 +21,7 @@ BATCH = PartitionSpec(("data", "fsdp"))
 def make_mesh(
     data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """Return a mesh of `devices`, by default of all; one size may be -1, which means the rest.
-
-    Raises UserError if the product of the sizes is not the number of devices.
-    """
+    """Return a mesh of `devices` (None: all); one size may be -1, the rest. Raises UserError."""
     sizes, number = [data, fsdp, tensor], len(devices or jax.devices())
     if sizes.count(-1) == 1:
         rest = number // max(math.prod(s for s in sizes if s != -1), 1)
@@ -40,35 +38,26 @@ def check_batch(micro_batch: int, mesh: Mesh) -> None:
     """Raise UserError if the clips of a micro-batch cannot be split over the mesh."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if micro_batch % shards:
-        raise UserError(
-            f"micro-batches of {micro_batch} clips (batch_size / accumulation) cannot be split "
-            f"over mesh.data * mesh.fsdp = {shards} shards; make them a multiple of it"
-        )
+        clips = f"{micro_batch} clips (batch_size / accumulation)"
+        over = f"mesh.data * mesh.fsdp = {shards} shards; make them a multiple of it"
+        raise UserError(f"micro-batches of {clips} cannot be split over {over}")
 
 
 def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Return `spec` in mesh axes, without those that do not divide their dimension."""
-    axes = [RULES.get(name) for name in spec] + [None] * (len(shape) - len(spec))
-    return PartitionSpec(
-        *(
-            axis if axis and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(axes, shape, strict=True)
-        )
-    )
+    pairs = itertools.zip_longest(map(RULES.get, spec), shape)
+    fits = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in pairs]
+    return PartitionSpec(*fits)
 
 
 def state_shardings(init: Callable[[], Any], mesh: Mesh) -> Any:
-    """Return the shardings of the state that `init` returns, without computing it.
-
-    The state must still have flax's logical axis names.
-    """
+    """Return the shardings of the state that `init` returns, with flax's logical axis names."""
     boxed = jax.eval_shape(init)
-    specs = nn.get_partition_spec(boxed)
-    return jax.tree.map(
-        lambda leaf, spec: NamedSharding(mesh, _fitting(spec or (), leaf.shape, mesh)),
-        nn.unbox(boxed),
-        specs,
-    )
+
+    def place(leaf: Any, spec: PartitionSpec | None) -> NamedSharding:
+        return NamedSharding(mesh, _fitting(spec or (), leaf.shape, mesh))
+
+    return jax.tree.map(place, nn.unbox(boxed), nn.get_partition_spec(boxed))
 
 
 def on_each_shard(
@@ -76,13 +65,12 @@ def on_each_shard(
 ) -> jax.Array:
     """Return `function(x, *replicated)`, computed by each device on its own rows of `x` [B, ...].
 
-    Without a mesh, or if it does not divide B, the function is called once. The loops of a
-    `differentiable` function must not begin with constants that become rows of `x`.
+    The loops of a `differentiable` function must not begin with constants that become rows of `x`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return function(x, *replicated)
-    specs = (BATCH, *(PartitionSpec() for _ in replicated))
+    specs = (BATCH, *[PartitionSpec()] * len(replicated))
     options = dict(in_specs=specs, out_specs=BATCH, check_vma=differentiable)
     return jax.shard_map(function, **options)(x, *replicated)
 
@@ -95,14 +83,12 @@ def rows_of_host(number: int, mesh: Mesh) -> np.ndarray:
 
 def global_batch(rows: np.ndarray, number: int, mesh: Mesh) -> jax.Array:
     """Return the global array [`number`, ...] of which `rows` are those of `rows_of_host`."""
-    numbers = rows_of_host(number, mesh)
+    numbers, shape = rows_of_host(number, mesh), (number, *rows.shape[1:])
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         return rows[np.searchsorted(numbers, np.arange(number)[index[0]])]
 
-    return jax.make_array_from_callback(
-        (number, *rows.shape[1:]), NamedSharding(mesh, BATCH), shard
-    )
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, BATCH), shard)
 
 
 def placed(tree: Any, sharding: NamedSharding) -> Any:

@@ -1,7 +1,6 @@
 """Pretrain a student: `python -m mert_jax.train --config=configs/base.py --workdir=DIR`.
 
-Weights come from WORKDIR's newest intact checkpoint, else from the config's `init_from`, else from
-initialisation.
+Weights are those of WORKDIR's newest intact checkpoint, else of the config's `init_from`, or new.
 """
 
 from absl import flags
@@ -17,23 +16,18 @@ define = cli.Define(FLAGS)
 _CONFIG = define.config_file("config", None, "Recipe, such as configs/base.py.")
 _WORKDIR = define.string("workdir", None, "Where checkpoints and metrics go.")
 _DESCRIBE = define.bool("describe", False, "Print every parameter and exit.")
-_COORDINATOR = define.string(
-    "coordinator", None, "HOST:PORT of process 0, unless TPU or Slurm provide it."
-)
+_COORDINATOR = define.string("coordinator", None, "HOST:PORT of process 0; not on TPU or Slurm.")
 _NUM_PROCESSES = define.integer("num_processes", None, "Number of processes, with --coordinator.")
 _PROCESS_ID = define.integer("process_id", None, "Number of this process, from 0.")
-_CONNECT_SECONDS = define.float(
-    "connect_seconds", 300.0, "How long to wait for the other processes."
-)
+_CONNECT_SECONDS = define.float("connect_seconds", 300.0, "How long to wait for the processes.")
 
 
 def main() -> int:
     """Train to `total_steps` and return the exit code."""
     config = build.check(cli.config_of(_CONFIG))
     timeout = _CONNECT_SECONDS.value
-    cluster = distributed.find_cluster(
-        _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, timeout
-    )
+    processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    cluster = distributed.find_cluster(*processes, timeout)
     with distributed.connect(cluster, timeout):
         return pretrain(config, _WORKDIR.value, _DESCRIBE.value)
 

@@ -34,9 +34,9 @@ def run(mesh, **overrides):
         shardings = sharding.state_shardings(init, mesh)
         state = jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
         first = jax.tree.map(np.asarray, state.params)
-        update, _ = step.compiled(
-            objective, optimizer, config.accumulation, config.group, 10.0, shardings
-        )
+        sizes = dict(accumulation=config.accumulation, group=config.group)
+        options = dict(optimizer=optimizer, norm_factor=10.0, **sizes)
+        update, _ = step.compiled(shardings, objective, **options)
         params = {name: t.params for name, t in made.items()}
         params = sharding.placed(params, sharding.replicated(mesh))
         audio = np.asarray(music(config.batch_size))

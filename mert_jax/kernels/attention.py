@@ -37,9 +37,7 @@ def attention_plain(
     return jnp.einsum("bhts,bshd->bthd", weights.astype(value.dtype), value)
 
 
-def attention(
-    query: Array, key: Array, value: Array, padding: Array | None, bits: Bits | None, rate: float
-) -> Array:
+def attention(query, key, value, padding, bits, rate):
     """Return `attention_plain`, in blocks of queries where the clips are long."""
     frames = query.shape[1]
     # an exported program's number of frames is a symbol, which cannot be compared
@@ -49,9 +47,7 @@ def attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attention_recomputed(
-    query: Array, key: Array, value: Array, padding: Array | None, bits: Bits | None, rate: float
-) -> Array:
+def attention_recomputed(query, key, value, padding, bits, rate):
     """Return `attention_plain`; the backward pass computes the weights again.
 
     It takes them from their logarithmic sums, and the sum over a row of weight times gradient from
@@ -60,16 +56,13 @@ def attention_recomputed(
     return _forward(query, key, value, padding, bits, rate)[0]
 
 
-def attention_in_blocks(
-    query: Array, key: Array, value: Array, padding: Array | None, bits: Bits | None, rate: float
-) -> Array:
+def attention_in_blocks(query, key, value, padding, bits, rate):
     """Return `attention_plain`, `BLOCK` queries at a time: memory grows with T, not T x T."""
     clips, frames, heads, width = query.shape
     number = -(-frames // BLOCK)
 
     def split(x: Array, axis: int) -> Array:
-        ends = [(0, 0)] * x.ndim
-        ends[axis] = (0, number * BLOCK - frames)
+        ends = [(0, number * BLOCK - frames if i == axis else 0) for i in range(x.ndim)]
         shape = *x.shape[:axis], number, BLOCK, *x.shape[axis + 1 :]
         return jnp.moveaxis(jnp.pad(x, ends).reshape(shape), axis, 0)
 
@@ -84,25 +77,23 @@ def attention_in_blocks(
 
 
 def _forward(query, key, value, padding, bits, rate):
-    weighted = functools.partial(weighted_mean, rate=rate)
-    result, log_total = _each_head(weighted, padding, bits, query, key, value)
-    result = checkpoint_name(result, ATTENDED)
-    log_total = checkpoint_name(log_total, ATTENDED)
+    results = _each_head(weighted_mean, rate, padding, bits, query, key, value)
+    result, log_total = (checkpoint_name(x, ATTENDED) for x in results)
     return result, (query, key, value, padding, bits, result, log_total)
 
 
 def _backward(rate, residuals, gradient):
     query, key, value, padding, bits, result, log_total = residuals
-    gradients = functools.partial(_gradients, rate=rate)
-    arrays = (query, key, value, result, gradient, log_total)
-    return *_each_head(gradients, padding, bits, *arrays), None, None
+    arrays = query, key, value, result, gradient, log_total
+    return *_each_head(_gradients, rate, padding, bits, *arrays), None, None
 
 
 attention_recomputed.defvjp(_forward, _backward)
 
 
-def _each_head(function, padding, bits, *arrays):
+def _each_head(function, rate, padding, bits, *arrays):
     """Call `function` on all heads at once; on a single CPU device, head by head."""
+    function = functools.partial(function, rate=rate)
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1  # several devices would each run the whole loop
     on_cpu = functools.partial(head_by_head, function) if alone else function
@@ -112,8 +103,8 @@ def _each_head(function, padding, bits, *arrays):
 def head_by_head(function, padding, bits, *arrays):
     """Return `function(padding, bits, *arrays)`, computed on one head of one clip at a time.
 
-    CPU: XLA takes several times as long for a batch of matrix products as for one after another,
-    and twice as long where a loop instead of the program goes over the heads.
+    CPU: XLA takes several times as long for a batch of matrix products, and twice as long where a
+    loop instead of the program goes over the heads.
     """
     rows, columns = bits or (None, None)
 
@@ -145,9 +136,8 @@ def weighted_mean(padding, bits, query, key, value, rate):
     logits = scores(query, key, padding)
     largest = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - largest)
-    on_tpu = totals
-    if bits is not None:  # without dropout XLA would share exp, and store it
-        on_tpu = functools.partial(totals_by_product, like=value)
+    # without dropout XLA would share exp, and store it
+    on_tpu = totals if bits is None else functools.partial(totals_by_product, like=value)
     total = jax.lax.platform_dependent(logits, largest, tpu=on_tpu, default=totals)
     weights = apply_dropout(weights, bits, rate).astype(value.dtype)
     full = full_precision(value.dtype)
@@ -167,10 +157,9 @@ def totals_by_product(logits: Array, largest: Array, like: Array) -> Array:
 
     TPU: the matrix unit adds up a row in a tenth of the vector unit's time.
     """
-    # behind a barrier, so that exp is computed in front of each product and never stored
-    logits, largest, ones = jax.lax.optimization_barrier(
-        (logits.astype(like.dtype), largest, jnp.ones_like(like))
-    )
+    arrays = logits.astype(like.dtype), largest, jnp.ones_like(like)
+    # so that exp is computed in front of each product and never stored
+    logits, largest, ones = jax.lax.optimization_barrier(arrays)
     weights = jnp.exp(logits.astype(largest.dtype) - largest).astype(like.dtype)
     total = _weighted_rows(weights, ones, preferred_element_type=largest.dtype)
     return _swap_heads(total[..., :1])
@@ -190,22 +179,19 @@ def _gradients(padding, bits, query, key, value, result, gradient, log_total, ra
     return by_query, by_key, by_value
 
 
-# Products without transposes, for which TPUs took more time and memory.
+# Products of one head or all, without transposes, for which TPUs took more time and memory.
 
 
-def _row_products(x: Array, y: Array) -> Array:
-    """Return x y^T of one head or all: [T, d] -> [T, T], or [B, T, H, d] -> [B, H, T, T]."""
+def _row_products(x: Array, y: Array) -> Array:  # x y^T
     return jnp.einsum("td,sd->ts" if x.ndim == 2 else "bthd,bshd->bhts", x, y)
 
 
 def _weighted_rows(weights: Array, x: Array, preferred_element_type: Any = None) -> Array:
-    """Return weights x of one head or all, shaped as `x`."""
     subscripts = "ts,sd->td" if x.ndim == 2 else "bhts,bshd->bthd"
     return jnp.einsum(subscripts, weights, x, preferred_element_type=preferred_element_type)
 
 
-def _weighted_columns(weights: Array, x: Array) -> Array:
-    """Return weights^T x of one head or all, shaped as `x`."""
+def _weighted_columns(weights: Array, x: Array) -> Array:  # weights^T x
     return jnp.einsum("ts,td->sd" if x.ndim == 2 else "bhts,bthd->bshd", weights, x)
 
 

@@ -37,11 +37,9 @@ def _backward(stride, residuals, gradient):
 
     # CPU: XLA puts zeros between the frames of `gradient` and multiplies those too
     by_phase = functools.partial(input_gradient_by_phase, stride=stride, length=x.shape[1])
+    x_gradient = jax.lax.platform_dependent(kernel, gradient, cpu=by_phase, default=by_x)
     by_kernel = jax.linear_transpose(lambda kernel: convolution_plain(x, kernel, stride), kernel)
-    return (
-        jax.lax.platform_dependent(kernel, gradient, cpu=by_phase, default=by_x),
-        by_kernel(gradient)[0],
-    )
+    return x_gradient, *by_kernel(gradient)
 
 
 convolution.defvjp(_forward, _backward)
@@ -50,8 +48,7 @@ convolution.defvjp(_forward, _backward)
 def input_gradient_by_phase(kernel: Array, gradient: Array, stride: int, length: int) -> Array:
     """Return the gradient by the input [B, length, C in] from that by the result [B, T, C out].
 
-    The samples of one phase of the stride meet only their own taps of the kernel, so each phase is
-    a convolution of stride 1 without zeros.
+    Samples of one phase of the stride meet only their own taps: a convolution of stride 1.
     """
     taps_each = -(-len(kernel) // stride)
     frames = gradient.shape[1] + taps_each - 1

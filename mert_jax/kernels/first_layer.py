@@ -25,14 +25,9 @@ def first_layer(wave: Array, kernel: Array, scale: Array, bias: Array, stride: i
         return jax.checkpoint(lambda *arrays: gelu(norm(*arrays, stride), False))
 
     # TPU: the folded form never reads the convolution's result for its statistics
-    return jax.lax.platform_dependent(
-        wave,
-        kernel,
-        scale,
-        bias,
-        tpu=recomputed(normed_convolution_folded),
-        default=recomputed(normed_convolution_plain),
-    )
+    forms = dict(tpu=normed_convolution_folded, default=normed_convolution_plain)
+    forms = {platform: recomputed(norm) for platform, norm in forms.items()}
+    return jax.lax.platform_dependent(wave, kernel, scale, bias, **forms)
 
 
 def normed_convolution_plain(
@@ -53,10 +48,9 @@ def normed_convolution_plain(
 def normed_convolution_folded(
     wave: Array, kernel: Array, scale: Array, bias: Array, stride: int
 ) -> Array:
-    """Return `normed_convolution_plain` with the statistics taken from the samples.
+    """Return `normed_convolution_plain`, its statistics from the samples, C / k times fewer.
 
-    A channel's mean and variance follow from the mean and covariance of the k samples under the
-    kernel, of which there are C / k times fewer.
+    They follow from the mean and covariance of the k samples under the kernel.
     """
     full = full_precision(wave.dtype)
     exact = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=full)

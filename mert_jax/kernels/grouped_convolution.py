@@ -12,10 +12,8 @@ Array = jax.Array
 
 
 def grouped_convolution_plain(x: Array, kernel: Array, groups: int) -> Array:
-    """Convolve `x` [B, T, D] with `kernel` [k, D / G, D], centred: [B, T, D].
-
-    An even kernel makes one frame too many: the official code drops the last one.
-    """
+    """Convolve `x` [B, T, D] with `kernel` [k, D / G, D], centred: [B, T, D]."""
+    # an even kernel makes one frame too many: the official code drops the last one
     return _convolution(x, kernel, groups, len(kernel) // 2)
 
 

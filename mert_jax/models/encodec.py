@@ -1,21 +1,17 @@
 """The networks of EnCodec (arXiv 2210.13438, section 3.1): causal encoder and decoder, in float32.
 
 Shapes: B clips, N samples, T = ceil(N / hop) frames, C channels, D width of a latent frame. Frame t
-depends on all samples before hop * (t + 1), through the LSTM; the first six also depend on the
-reflection before the start.
+depends on all samples before hop * (t + 1), and the first six on the reflection before the start.
 
-A long recording is encoded in parts, with the same latents: each convolution keeps the end of its
-last input, and the LSTM its state, in the flax collection `stream`.
+A long recording is encoded in parts, with the same latents: the flax collection `stream` has the
+end of each convolution's last input and the LSTM's state.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
-
-from mert_jax.constants import HOP_LENGTH
 
 Array = jax.Array
 RATIOS = (2, 4, 5, 8)  # of the encoder's downsampling: 24 kHz to 75 frames a second
@@ -24,21 +20,14 @@ PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Stream(NamedTuple):
-    """The parts of recordings that the rows of a batch hold.
+    """The parts of recordings that the rows of a batch hold."""
 
-    start: True for the first part of a recording, bool [B]
-    length: number of samples or frames before the padding, int32 [B]
-    """
-
-    start: Array
-    length: Array
+    start: Array  # True for the first part of a recording, bool [B]
+    length: Array  # number of samples or frames before the padding, int32 [B]
 
 
 def reflect_pad(x: Array, left: int, right: int) -> Array:
-    """Pad `x` [B, N, C] by reflection, after zeros at its end if it is too short to reflect.
-
-    Source: facebookresearch/encodec, `encodec/modules/conv.py`, pad1d.
-    """
+    """Pad `x` [B, N, C] by reflection, after zeros at its end if it is short (encodec, pad1d)."""
     short = max(0, max(left, right) - x.shape[1] + 1)
     x = jnp.pad(x, ((0, 0), (0, short), (0, 0)))
     x = jnp.pad(x, ((0, 0), (left, right), (0, 0)), mode="reflect")
@@ -59,24 +48,17 @@ class CausalConv(nn.Module):
             x = reflect_pad(x, left, -x.shape[1] % self.stride)
         elif left:
             x = self._continue(x, left, stream)
-        return nn.Conv(
-            self.features,
-            self.kernel_size,
-            self.stride,
-            padding="VALID",
-            precision=PRECISION,
-            name="conv",
-        )(x)
+        options = dict(padding="VALID", precision=PRECISION, name="conv")
+        return nn.Conv(self.features, self.kernel_size, self.stride, **options)(x)
 
     def _continue(self, x: Array, left: int, stream: Stream) -> Array:
         """Put the end of the row's last part before `x`, and reflect the end of a recording."""
-        start = stream.start[:, None, None]
         before = self.variable("stream", "context", jnp.zeros_like, x[:, :left])
-        x = jnp.concatenate([jnp.where(start, x[:, left:0:-1], before.value), x], 1)
+        start = jnp.where(stream.start[:, None, None], x[:, left:0:-1], before.value)
+        x = jnp.concatenate([start, x], 1)
         before.value = x[:, -left:]
         if self.stride > 1:  # the last frame may need samples beyond the end
-            last = stream.length[:, None] + left - 1
-            index = jnp.arange(x.shape[1])[None]
+            last, index = stream.length[:, None] + left - 1, jnp.arange(x.shape[1])[None]
             index = jnp.where(index > last, jnp.maximum(2 * last - index, 0), index)
             x = jnp.take_along_axis(x, index[..., None], 1)
         return x
@@ -104,8 +86,7 @@ class LSTM(nn.Module):
         kernel = self.param("recurrent", uniform, (width, 4 * width))
         # the input products of all frames at once; only the recurrent ones are sequential
         gates = nn.Dense(4 * width, precision=PRECISION, name="input")(x)
-        zeros = jnp.zeros((x.shape[0], width), x.dtype)
-        carry = (zeros, zeros)
+        carry = (jnp.zeros((x.shape[0], width), x.dtype),) * 2
         if stream is not None:
             last = self.variable("stream", "carry", lambda: carry)
             carry = jax.tree.map(lambda x: jnp.where(stream.start[:, None], 0, x), last.value)
@@ -124,10 +105,7 @@ class LSTM(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Encoder of waves at 24 kHz: [B, N] -> [B, ceil(N / 320), dim].
-
-    Source: facebookresearch/encodec, `encodec/modules/seanet.py`, SEANetEncoder.
-    """
+    """[B, N] at 24 kHz -> [B, ceil(N / 320), dim] (facebookresearch/encodec, SEANetEncoder)."""
 
     filters: int = 32
     dim: int = 128
@@ -156,8 +134,7 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        before = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-        width = self.ratio * self.features
+        before, width = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1], self.ratio * self.features
         y = nn.Dense(width, use_bias=False, name="now")(x)
         y += nn.Dense(width, use_bias=False, name="before")(before)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -183,6 +160,3 @@ class Decoder(nn.Module):
             x = Upsample(width, ratio, name=f"up_{i}")(nn.elu(x))
             x = ResidualBlock(width // 2, name=f"block_{i}")(x)
         return CausalConv(1, 7, name="conv_out")(nn.elu(x))[..., 0]
-
-
-assert np.prod(RATIOS) == HOP_LENGTH

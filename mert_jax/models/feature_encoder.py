@@ -29,9 +29,8 @@ def receptive_field(kernels: tuple[int, ...], strides: tuple[int, ...]) -> int:
 class FeatureEncoder(nn.Module):
     """Seven strided convolutions, the first one group-normed over time: [B, N] -> [B, T, C].
 
-    `norm` is the factor and shift [B, C] of the group norm, where they are known from the whole
-    recording (`extraction.group_norm`); the clips may then be parts of longer ones, or end in
-    padding.
+    `norm` is the factor and shift [B, C] of the group norm where clips are parts of recordings of
+    which they are known (`extraction.group_norm`).
     """
 
     conv_dim: int

@@ -17,19 +17,10 @@ from jax.nn.initializers import uniform
 from mert_jax.kernels.attention import ATTENDED
 from mert_jax.kernels.gelu import gelu
 from mert_jax.kernels.numerics import full_precision
-from mert_jax.models.attention import Attention
 from mert_jax.models.feature_encoder import FeatureEncoder, receptive_field
-from mert_jax.models.layers import Dropout, Norm, encoder_init, linear, logical
-from mert_jax.models.pos_conv_embed import PosConvEmbed
+from mert_jax.models.layers import Attention, Dropout, Norm, PosConvEmbed, dense, linear, logical
 
 Array = jax.Array
-
-
-def num_frames(num_samples: int, kernels: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Return the number of frames that the front end computes from `num_samples` samples."""
-    for kernel, stride in zip(kernels, strides, strict=True):
-        num_samples = max(num_samples - kernel, -stride) // stride + 1
-    return num_samples
 
 
 class Head(NamedTuple):
@@ -41,15 +32,11 @@ class Head(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The result of one forward pass.
+    """The result of one forward pass."""
 
-    last_hidden_state: [B, T, D]
-    features_penalty: mean square of the conv features, scalar
-    predictions: by teacher, features [B, T, F] or (projections [B, T, K, d], codebooks [K, V, d])
-    """
-
-    last_hidden_state: Array
-    features_penalty: Array
+    last_hidden_state: Array  # [B, T, D]
+    features_penalty: Array  # mean square of the conv features, scalar
+    # by teacher: features [B, T, F] or (projections [B, T, K, d], codebooks [K, V, d])
     predictions: dict[str, Any]
 
 
@@ -105,20 +92,15 @@ class EncoderLayer(nn.Module):
     def __call__(self, x: Array, padding: Array | None, deterministic: bool) -> tuple[Array, None]:
         config = self.config
         drop = Dropout(config.hidden_dropout)
-        attention = Attention(
-            config.num_heads, config.attention_dropout, config.dtype, name="attention"
-        )
+        sizes = config.num_heads, config.attention_dropout, config.dtype
+        attention = Attention(*sizes, name="attention")
         norm1 = Norm(config.dtype, name="layer_norm")
         norm2 = Norm(config.dtype, name="final_layer_norm")
+        up = dense(config.intermediate_size, ("embed", "mlp"), config.dtype, "intermediate_dense")
+        down = dense(x.shape[-1], ("mlp", "embed"), config.dtype, "output_dense")
 
         def feed_forward(y: Array) -> Array:
-            y = dense(config.intermediate_size, "intermediate_dense", "embed", "mlp")(y)
-            y = Dropout(config.activation_dropout)(gelu(y), deterministic)
-            return dense(x.shape[-1], "output_dense", "mlp", "embed")(y)
-
-        def dense(size: int, name: str, *axes: str) -> nn.Dense:
-            init = logical(encoder_init, *axes)
-            return nn.Dense(size, dtype=config.dtype, kernel_init=init, name=name)
+            return down(Dropout(config.activation_dropout)(gelu(up(y)), deterministic))
 
         if config.pre_norm:
             y = x + drop(attention(norm1(x), padding, deterministic), deterministic)
@@ -134,10 +116,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Positional embedding and L layers: [B, T, D] -> [B, T, D].
-
-    The layers' parameters are stacked on a leading axis.
-    """
+    """Positional embedding and L layers, their parameters stacked: [B, T, D] -> [B, T, D]."""
 
     config: EncoderConfig
 
@@ -146,9 +125,8 @@ class Encoder(nn.Module):
         config = self.config
         if padding is not None:
             x = jnp.where(padding[..., None], 0, x)
-        positions = PosConvEmbed(
-            config.pos_conv_kernel, config.pos_conv_groups, config.dtype, name="pos_conv_embed"
-        )(x)
+        sizes = config.pos_conv_kernel, config.pos_conv_groups, config.dtype
+        positions = PosConvEmbed(*sizes, name="pos_conv_embed")(x)
         self.sow("intermediates", "pos_conv_out", positions)
         norm = Norm(config.dtype, name="layer_norm")
         x = x + positions
@@ -170,26 +148,22 @@ class Encoder(nn.Module):
 
 
 def rematerialised(module: type[nn.Module], policy: str) -> type[nn.Module]:
-    """Return `module` whose backward pass recomputes what `policy` says.
-
-    "none" recomputes nothing, "dots" all but matrix products, "full" everything.
-    """
+    """Return `module` that recomputes nothing, all but products ("dots") or everything ("full")."""
     if policy == "none":
         return module
     keep = jax.checkpoint_policies
     # attention's result and sums are kept, so that its scores, T x T a head, need not be
     dots = keep.save_from_both_policies(keep.checkpoint_dots, keep.save_only_these_names(ATTENDED))
-    policies = {"dots": dots, "full": None}
-    return nn.remat(module, policy=policies[policy], prevent_cse=False, static_argnums=(3,))
+    saved = dots if policy == "dots" else None
+    return nn.remat(module, policy=saved, prevent_cse=False, static_argnums=(3,))
 
 
 class Student(nn.Module):
     """MERT: wave [B, N] -> hidden states [B, T, D] and a prediction for each teacher.
 
-    `mask` [B, T] is True at frames to hide, `padding` [B, T] at frames that are padding.
+    `mask` and `padding` [B, T] are True at frames to hide and at frames that are padding.
     `num_frames` crops the conv features to the frames of the teachers; `norm` is the front end's
-    group norm if it is known (`FeatureEncoder`). Activations are sown under "intermediates", with
-    the layers' `hidden_states` stacked as [L, B, T, D]. Raises ValueError for other shapes.
+    group norm if it is known (`FeatureEncoder`). Activations are sown under "intermediates".
     """
 
     conv_dim: int
@@ -217,7 +191,8 @@ class Student(nn.Module):
 
     def num_frames(self, num_samples: int) -> int:
         """Return the number of frames of `num_samples` samples."""
-        return num_frames(num_samples, self.conv_kernels, self.conv_strides)
+        hop = self.hop_length
+        return max(num_samples - self.receptive_field, -hop) // hop + 1
 
     @property
     def hop_length(self) -> int:
@@ -232,8 +207,7 @@ class Student(nn.Module):
     def flops(self, num_samples: int) -> float:
         """Return the FLOPs of a forward pass of one clip; a training step costs 3 times as many.
 
-        They count the products of front end, positions, layers and heads, two a multiply-add, and
-        neither norms nor activations.
+        They are those of products alone, two a multiply-add.
         """
         frames, width, total, channels = num_samples, self.hidden_size, 0, 1
         for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
@@ -262,16 +236,14 @@ class Student(nn.Module):
         if wave.ndim != 2:  # channels would be taken for clips
             raise ValueError(f"wave is {wave.shape}, not [B, N]; average its channels first")
         full = full_precision(self.dtype)
-        features = FeatureEncoder(
-            self.conv_dim, self.conv_kernels, self.conv_strides, self.dtype, name="feature_encoder"
-        )(wave, norm)
+        sizes = self.conv_dim, self.conv_kernels, self.conv_strides, self.dtype
+        features = FeatureEncoder(*sizes, name="feature_encoder")(wave, norm)
         features = scale_gradient(features, self.feature_grad_mult)[:, :num_frames]
         features_penalty = jnp.mean(jnp.square(features.astype(full)))
         self.sow("intermediates", "conv_features", features)
 
-        x = FeatureProjection(
-            self.hidden_size, self.project_equal_widths, self.dtype, name="feature_projection"
-        )(features)
+        sizes = self.hidden_size, self.project_equal_widths, self.dtype
+        x = FeatureProjection(*sizes, name="feature_projection")(features)
         self.sow("intermediates", "features_proj", x)
         x = Dropout(self.input_dropout)(x, deterministic)
         embed = self.param("masked_spec_embed", uniform(1.0), (self.hidden_size,))
@@ -286,34 +258,26 @@ class Student(nn.Module):
         return Output(x, features_penalty, predictions)
 
     def _predict(self, head: Head, x: Array) -> Any:
-        if not head.num_codebooks:
-            return linear(head.size, self.hidden_size, x.dtype, f"{head.name}_proj")(x)
-        size = head.num_codebooks * self.final_dim
+        books, width = head.num_codebooks, self.final_dim
+        size = books * width or head.size
         proj = linear(size, self.hidden_size, x.dtype, f"{head.name}_proj")(x)
-        codebooks = self.param(
-            f"{head.name}_codebooks",
-            logical(uniform(1.0), None, "vocab", None),
-            (head.num_codebooks, head.size, self.final_dim),
-        )
-        return proj.reshape(*x.shape[:2], head.num_codebooks, self.final_dim), codebooks
+        if not books:
+            return proj
+        init = logical(uniform(1.0), None, "vocab", None)
+        codebooks = self.param(f"{head.name}_codebooks", init, (books, head.size, width))
+        return proj.reshape(*x.shape[:2], books, width), codebooks
 
 
 def hidden_states(
-    student: Student,
-    params: Any,
-    wave: Array,
-    padding: Array | None = None,
-    norm: tuple[Array, Array] | None = None,
+    student: Student, params: Any, wave: Array, padding: Array | None = None, norm: Any = None
 ) -> Array:
     """Return the encoder's input and every layer's output, [L + 1, B, T, D].
 
     The last one is after the final norm of a pre-norm encoder. Arguments are those of `Student`.
     """
-    output, variables = student.apply(
-        {"params": params}, wave, padding=padding, norm=norm, mutable=["intermediates"]
-    )
+    options = dict(padding=padding, norm=norm, mutable=["intermediates"])
+    output, variables = student.apply({"params": params}, wave, **options)
     encoder = variables["intermediates"]["encoder"]
     layers = encoder["layers"]["hidden_states"][0][:-1]
-    return jnp.concatenate(
-        [encoder["encoder_input"][0][None], layers, output.last_hidden_state[None]]
-    )
+    first, last = encoder["encoder_input"][0], output.last_hidden_state
+    return jnp.concatenate([first[None], layers, last[None]])

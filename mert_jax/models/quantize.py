@@ -10,13 +10,9 @@ Array = jax.Array
 
 
 def nearest(x: Array, codebook: Array) -> Array:
-    """Return the row of `codebook` [V, d] nearest to each vector of `x` [..., d], int32 [...].
-
-    Of equally near rows the first wins. Products are in the highest precision: the default on TPUs
-    would flip near ties.
-    """
+    """Return the (first) row of `codebook` [V, d] nearest to each `x` [..., d], int32 [...]."""
     # argmin |x - e|^2 = argmin |e|^2 - 2 x.e, as one product [x, 1] . [-2 e, |e|^2]: arithmetic
-    # after the product would slow argmin down
+    # after the product would slow argmin down. The default precision on TPUs would flip near ties.
     rows = jnp.concatenate([-2 * codebook, jnp.sum(jnp.square(codebook), -1, keepdims=True)], -1)
     vectors = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
     distances = jnp.einsum("...d,vd->...v", vectors, rows, precision=jax.lax.Precision.HIGHEST)
@@ -26,8 +22,8 @@ def nearest(x: Array, codebook: Array) -> Array:
 def residual_encode(x: Array, codebooks: Array) -> tuple[Array, Array]:
     """Return the codes int32 [..., K] of `x` [..., d], and the squared residual after each.
 
-    Each of the `codebooks` [K, V, d] quantises the residual of those before it (EnCodec, arXiv
-    2210.13438, section 3.2; facebookresearch/encodec, `encodec/quantization/core_vq.py`).
+    Each of the `codebooks` [K, V, d] quantises the residual of those before it (arXiv 2210.13438,
+    section 3.2).
     """
 
     def quantise(residual: Array, codebook: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -46,11 +42,10 @@ def residual_decode(codes: Array, codebooks: Array) -> Array:
 
 
 def kmeans_step(x: Array, centres: Array) -> tuple[Array, Array, Array]:
-    """Make one step of Lloyd's algorithm on `x` [chunks, n, d].
+    """Make one step of Lloyd's algorithm on `x` [chunks, n, d], with memory for n * V distances.
 
     Return the new centres [V, d], their numbers of vectors int32 [V], and the squared distances
-    [chunks, n] to the old `centres`. A centre without vectors stays. Chunks bound the memory to
-    n * V distances.
+    [chunks, n] to the old `centres`. A centre without vectors stays.
     """
     size = centres.shape[0]
 

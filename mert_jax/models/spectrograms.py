@@ -30,19 +30,14 @@ def power_spectrum(wave: Array, n_fft: int, hop: int) -> Array:
 
 
 def normalise(wave: Array) -> Array:
-    """Return each clip of `wave` [B, N] with mean 0 and variance 1.
-
-    Source: transformers, `Wav2Vec2FeatureExtractor`, whose 1e-7 leaves clips below -70 dB quiet.
-    """
+    """Return each clip of `wave` [B, N] with mean 0 and variance 1 (Wav2Vec2FeatureExtractor)."""
+    # transformers' 1e-7 leaves clips below -70 dB quiet
     mean, variance = wave.mean(-1, keepdims=True), wave.var(-1, keepdims=True)
     return (wave - mean) / jnp.sqrt(variance + 1e-7)
 
 
 def standardise(features: Array, mean: Array, std: Array) -> Array:
-    """Return (features - mean) / std, all of one rank, and 0 in bands that never change.
-
-    Such bands are silence, or lie above the cut-off of a lossy codec.
-    """
+    """Return (features - mean) / std, all of one rank, and 0 in bands that never change."""
     return jnp.where(std > 1e-3, (features - mean) / jnp.maximum(std, 1e-3), 0)
 
 
@@ -52,10 +47,7 @@ def mel_filters(sample_rate: int, n_fft: int, n_mels: int) -> np.ndarray:
 
 
 def log_mel(wave: Array, filters: Array, hop: int) -> Array:
-    """Return log(mel power + 1e-5) of `wave` [B, N]: [B, N // hop + 1, n_mels].
-
-    `filters` [n_fft // 2 + 1, n_mels] determine the length of the transform.
-    """
+    """Return log(mel power + 1e-5) [B, T, n_mels] of `wave`, `filters` [n_fft // 2 + 1, n_mels]."""
     power = power_spectrum(wave, 2 * (filters.shape[0] - 1), hop)
     return jnp.log(jnp.einsum("btf,fm->btm", power, filters) + 1e-5)
 
@@ -69,8 +61,7 @@ def chroma_filters(sample_rate: int, n_fft: int, n_chroma: int) -> np.ndarray:
 def chroma(wave: Array, filters: Array, hop: int) -> Array:
     """Return the chroma of `wave` [B, N] relative to each frame's largest class: [B, T, n_chroma].
 
-    As librosa.feature.chroma_stft without its estimate of the tuning; frames below the floor of
-    `log_mel` fade to 0. `filters` [n_fft // 2 + 1, n_chroma] determine the transform's length.
+    As librosa.feature.chroma_stft with tuning 0; frames below the floor of `log_mel` fade to 0.
     """
     power = power_spectrum(wave, 2 * (filters.shape[0] - 1), hop)
     classes = jnp.einsum("btf,fc->btc", power, filters)

@@ -5,7 +5,7 @@ No other module of a run reads the config; all others take numbers, arrays and f
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mert_jax import sharding, teachers
-from mert_jax.checkpoints import init_from
+from mert_jax.checkpoints import init_from, tensor_names
 from mert_jax.checkpoints.formats import read_checkpoint
 from mert_jax.checkpoints.in_memory import About
 from mert_jax.checkpoints.train_state import TrainState
@@ -30,50 +30,51 @@ from mert_jax.pretraining import masking, mixture, optimizer, step
 from mert_jax.pretraining.loop import Intervals
 from mert_jax.teachers.teacher import Teacher
 
+Codes = Mapping[str, CodesInfo]  # those that come with the batches, by teacher
+NO_CODES: Codes = {}
+COUNTS = ("total_steps", "batch_size", "accumulation", "group", "log_every", "eval_every")
+
 
 def check(config: ConfigDict | None) -> ConfigDict:
     """Return `config`. Raises UserError if its numbers do not go together."""
     if config is None:
         raise UserError("--config=FILE is needed, such as --config=configs/tiny.py")
-    if config.objective.codebooks_per_step < 0:
-        raise UserError(
-            f"objective.codebooks_per_step is {config.objective.codebooks_per_step}; 0 means all"
-        )
-    for key in ("total_steps", "batch_size", "accumulation", "group", "log_every", "eval_every"):
+    if problem := next(_problems(config), None):
+        raise UserError(problem)
+    return config
+
+
+def _problems(config: ConfigDict) -> Iterator[str]:
+    data, model, objective = config.data, config.model, config.objective
+    if objective.codebooks_per_step < 0:
+        yield f"objective.codebooks_per_step is {objective.codebooks_per_step}; 0 means all"
+    for key in COUNTS:
         if config[key] < 1:
-            raise UserError(f"{key} is {config[key]}; it must be at least 1")
+            yield f"{key} is {config[key]}; it must be at least 1"
     if not config.teachers or len(set(config.teachers)) < len(config.teachers):
-        raise UserError(f"teachers are {config.teachers}; name at least one, and each once")
-    micro_batch, rest = divmod(config.batch_size, config.accumulation)
-    if rest or micro_batch % config.group:
-        raise UserError(
-            f"batch_size {config.batch_size} does not split into accumulation="
-            f"{config.accumulation} micro-batches of whole groups of {config.group} clips; make it "
-            f"a multiple of {config.accumulation * config.group} or change group"
+        yield f"teachers are {config.teachers}; name at least one, and each once"
+    size, parts, group = config.batch_size, config.accumulation, config.group
+    if size % (parts * group):
+        yield (
+            f"batch_size {size} does not split into accumulation={parts} micro-batches of whole "
+            f"groups of {group} clips; make it a multiple of {parts * group} or change group"
         )
-    if config.model.hidden_size % config.model.num_heads:
-        raise UserError(
-            f"hidden_size {config.model.hidden_size} is not a multiple of num_heads "
-            f"{config.model.num_heads}"
-        )
-    if config.model.remat not in ("none", "dots", "full"):
-        raise UserError(f"model.remat is {config.model.remat!r}; it is none, dots or full")
-    longest = config.objective.mixture_length[1]
-    if longest > config.data.num_samples:
-        raise UserError(
-            f"objective.mixture_length reaches {longest} samples, more than the "
-            f"{config.data.num_samples} of a clip (data.num_samples)"
-        )
-    if not 0 <= config.data.max_faulty <= 1:
-        raise UserError(f"data.max_faulty is {config.data.max_faulty}; it is a share, 0 to 1")
-    weights, count = tuple(config.data.weights), len(dataset_directories(config))
+    if model.hidden_size % model.num_heads:
+        yield f"hidden_size {model.hidden_size} is not a multiple of num_heads {model.num_heads}"
+    if model.remat not in ("none", "dots", "full"):
+        yield f"model.remat is {model.remat!r}; it is none, dots or full"
+    if (longest := objective.mixture_length[1]) > data.num_samples:
+        clip = f"{data.num_samples} of a clip (data.num_samples)"
+        yield f"objective.mixture_length reaches {longest} samples, more than the {clip}"
+    if not 0 <= data.max_faulty <= 1:
+        yield f"data.max_faulty is {data.max_faulty}; it is a share, 0 to 1"
+    weights, count = tuple(data.weights), len(dataset_directories(config))
     positive = all(type(x) in (int, float) and 0 < x < math.inf for x in weights)
     if weights and count and not (len(weights) == count and positive):
-        raise UserError(
+        yield (
             f"data.weights are {len(weights)} {weights} for {count} datasets (data.dir "
-            f"{config.data.dir!r}); give each dataset a number above 0, or () for all records alike"
+            f"{data.dir!r}); give each dataset a number above 0, or () for all records alike"
         )
-    return config
 
 
 def dataset_directories(config: ConfigDict) -> list[str]:
@@ -81,26 +82,22 @@ def dataset_directories(config: ConfigDict) -> list[str]:
     return [name.strip() for name in config.data.dir.split(",") if name.strip()]
 
 
-def teacher_options(config: ConfigDict, name: str) -> dict[str, Any]:
-    """Return the options that a teacher is made with."""
+def _teacher_options(config: ConfigDict, name: str) -> dict[str, Any]:
     return {k: v for k, v in config.teacher.get(name, {}).items() if k != "weight"}
 
 
 def find_stored_codes(config: ConfigDict) -> dict[str, CodesInfo]:
     """Return the codes of the config's teachers that all its datasets store, by teacher."""
-    checkpoints = {
-        name: teacher_options(config, name).get("checkpoint", "") for name in config.teachers
-    }
+    options = {name: _teacher_options(config, name) for name in config.teachers}
+    checkpoints = {name: each.get("checkpoint", "") for name, each in options.items()}
     return loader.find_stored_codes(dataset_directories(config), checkpoints)
 
 
-def open_datasets(config: ConfigDict, stored: Mapping[str, CodesInfo], split: str) -> list[Any]:
+def open_datasets(config: ConfigDict, stored: Codes, split: str) -> list[Any]:
     """Open a split of each of the config's datasets. Raises UserError as `loader` does."""
     directories, data = dataset_directories(config), config.data
     if not directories:
-        raise UserError(
-            "--config.data.dir=DIR is needed: a folder made by python -m mert_jax.prepare"
-        )
+        raise UserError("--config.data.dir=DIR is needed; make it by python -m mert_jax.prepare")
     return loader.open_datasets(directories, split, stored, data.num_samples, data.max_faulty)
 
 
@@ -116,68 +113,60 @@ def make_loader(
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
-    """Return the config's mesh, of all devices by default.
-
-    Raises UserError if the devices or a micro-batch cannot be split so.
-    """
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    """Return the config's mesh, of all devices by default. Raises UserError if it does not fit."""
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
     sharding.check_batch(config.batch_size // config.accumulation, mesh)
     return mesh
 
 
-def make_teachers(
-    config: ConfigDict, stored: Mapping[str, CodesInfo] | None = None
-) -> dict[str, Teacher]:
+def make_teachers(config: ConfigDict, stored: Codes = NO_CODES) -> dict[str, Teacher]:
     """Return the teachers of `config.teachers` by name, in their order.
 
-    A teacher with `stored` codes needs no checkpoint. Raises UserError if it has one that is not
-    of the codec that made the codes.
+    One with `stored` codes needs no checkpoint. Raises UserError if it has that of another codec.
     """
     by_name = {}
     for name in config.teachers:
-        options, info = teacher_options(config, name), (stored or {}).get(name)
-        if not info:
-            by_name[name] = teachers.make(name, **options)
-        elif not options.get("checkpoint"):
+        options, info = _teacher_options(config, name), stored.get(name)
+        if info and not options.get("checkpoint"):
             by_name[name] = Teacher(None, (), info.size)  # every batch has the codes
-        else:
-            teacher = teachers.make(name, **options)
-            if (fingerprint := teachers.fingerprint(teacher)) != info.fingerprint:
-                commands = " && ".join(
-                    f"python -m mert_jax.prepare --output={each} --codes={options['checkpoint']}"
-                    for each in dataset_directories(config)
-                )
-                raise UserError(
-                    f"{config.data.dir} stores codes of another {name} (fingerprint "
-                    f"{info.fingerprint[:8]}, {options['checkpoint']} has {fingerprint[:8]}); "
-                    f"leave teacher.{name}.checkpoint empty to use them, or store this one's: "
-                    f"{commands}"
-                )
-            # stored codes were computed from whole tracks: they need no samples before the clip
-            by_name[name] = teacher._replace(context=0)
+            continue
+        teacher = by_name[name] = teachers.make(name, **options)
+        if not info:
+            continue
+        if (fingerprint := teachers.fingerprint(teacher)) != info.fingerprint:
+            checkpoint = options["checkpoint"]
+            commands = " && ".join(
+                f"python -m mert_jax.prepare --output={each} --codes={checkpoint}"
+                for each in dataset_directories(config)
+            )
+            raise UserError(
+                f"{config.data.dir} stores codes of another {name} (fingerprint "
+                f"{info.fingerprint[:8]}, {checkpoint} has {fingerprint[:8]}); leave "
+                f"teacher.{name}.checkpoint empty to use them, or store this one's: {commands}"
+            )
+        # stored codes were computed from whole tracks: they need no samples before the clip
+        by_name[name] = teacher._replace(context=0)
     return by_name
 
 
 def student(
-    config: ConfigDict,
-    teachers: Mapping[str, Teacher],
-    stored: Mapping[str, CodesInfo] | None = None,
+    config: ConfigDict, teachers: Mapping[str, Teacher], stored: Codes = NO_CODES
 ) -> mert_v1.Student:
     """Return the student, with a head for each teacher."""
-    heads = []
-    for name, teacher in teachers.items():
-        if info := (stored or {}).get(name):
-            heads.append(mert_v1.Head(name, info.size + config.objective.special_codes, info.books))
-            continue
-        wave = jax.ShapeDtypeStruct((1, config.data.num_samples), jnp.float32)
-        target = jax.eval_shape(teacher.apply, teacher.params, wave)
-        if jnp.issubdtype(target.dtype, jnp.integer):
-            classes = teacher.size + config.objective.special_codes
-            heads.append(mert_v1.Head(name, classes, target.shape[-1]))
-        else:
-            heads.append(mert_v1.Head(name, teacher.size))
-    options = dict(config.model)
-    return mert_v1.Student(heads=tuple(heads), **options | {"dtype": jnp.dtype(options["dtype"])})
+    heads = (_head(config, name, x, stored.get(name)) for name, x in teachers.items())
+    options = dict(config.model) | {"dtype": jnp.dtype(config.model.dtype)}
+    return mert_v1.Student(heads=tuple(heads), **options)
+
+
+def _head(config: ConfigDict, name: str, teacher: Teacher, info: CodesInfo | None) -> mert_v1.Head:
+    special_codes = config.objective.special_codes
+    if info:
+        return mert_v1.Head(name, info.size + special_codes, info.books)
+    wave = jax.ShapeDtypeStruct((1, config.data.num_samples), jnp.float32)
+    target = jax.eval_shape(teacher.apply, teacher.params, wave)
+    if jnp.issubdtype(target.dtype, jnp.integer):
+        return mert_v1.Head(name, teacher.size + special_codes, target.shape[-1])
+    return mert_v1.Head(name, teacher.size)
 
 
 def objective(
@@ -185,28 +174,24 @@ def objective(
 ) -> step.Objective:
     """Return the objective that the step minimises."""
     numbers, group = config.objective, config.group
+    count, length = tuple(numbers.mixture_count), tuple(numbers.mixture_length)
 
     def apply_student(params, wave, mask, num_frames, key):
         rngs = None if key is None else {"dropout": key}
-        variables = {"params": params}
-        return student.apply(
-            variables, wave, mask, num_frames=num_frames, deterministic=key is None, rngs=rngs
-        )
+        options = dict(num_frames=num_frames, deterministic=key is None, rngs=rngs)
+        return student.apply({"params": params}, wave, mask, **options)
 
     def mask(keys, length):
-        frames = jnp.full(keys.shape, length)
-        probabilities = dict(mask_prob=numbers.mask_prob, mask_length=numbers.mask_length)
-        return masking.span_mask(keys, frames, length, group=group, **probabilities)
+        spans = dict(mask_prob=numbers.mask_prob, mask_length=numbers.mask_length)
+        return masking.span_mask(keys, jnp.full(keys.shape, length), length, group=group, **spans)
 
     def mix_clips(keys, wave):
         if group < 2:
             return wave
-        count, length = tuple(numbers.mixture_count), tuple(numbers.mixture_length)
-        prob, samples = numbers.mixture_prob, wave.shape[-1]
-        draws = mixture.draw(keys, samples, group, prob=prob, count=count, length=length)
-        return mixture.mix(
-            wave, draws, group=group, max_length=length[1], volume=numbers.mixture_volume
-        )
+        ranges = dict(prob=numbers.mixture_prob, count=count, length=length)
+        draws = mixture.draw(keys, wave.shape[-1], group, **ranges)
+        volume = numbers.mixture_volume
+        return mixture.mix(wave, draws, group=group, max_length=length[1], volume=volume)
 
     def targets_of(teacher):
         def apply(wave, params):
@@ -236,10 +221,8 @@ def objective(
 
 def schedule(config: ConfigDict) -> optax.Schedule:
     """Return the learning rate of each update."""
-    numbers = config.optimizer
-    return optimizer.warmup_linear_decay(
-        numbers.peak_learning_rate, numbers.warmup_steps, config.total_steps
-    )
+    peak, warmup = config.optimizer.peak_learning_rate, config.optimizer.warmup_steps
+    return optimizer.warmup_linear_decay(peak, warmup, config.total_steps)
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -252,33 +235,21 @@ def init(
     config: ConfigDict, student: mert_v1.Student, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Return the state of a new run; its parameters still have flax's logical axis names."""
-    params = init_params(student, config.seed)
-    return step.begin(params, optimizer, config.guard.window)
-
-
-def init_params(student: mert_v1.Student, seed: int) -> Any:
-    """Return new parameters, with flax's logical axis names."""
     # parameters do not depend on the clip's length, so a short one is enough
-    return student.init(jax.random.key(seed), jnp.zeros((1, 4000)))["params"]
+    variables = student.init(jax.random.key(config.seed), jnp.zeros((1, 4000)))
+    return step.begin(variables["params"], optimizer, config.guard.window)
 
 
 class Experiment(NamedTuple):
-    """Everything that a config specifies about the updates of a run, on a mesh.
+    """Everything that a config specifies about the updates of a run, on a mesh."""
 
-    learning_rate: rate of each update
-    init: () -> state of a new run, laid out by `shardings`
-    abstract: shapes of the state
-    train_step, eval_step: as in `step`, jitted
-    """
-
-    student: mert_v1.Student
     teachers: Mapping[str, Teacher]
     objective: step.Objective
-    learning_rate: optax.Schedule
-    init: Callable[[], TrainState]
-    abstract: TrainState
+    learning_rate: optax.Schedule  # of each update
+    init: Callable[[], TrainState]  # the state of a new run, laid out by `shardings`
+    abstract: TrainState  # its shapes
     shardings: TrainState
-    train_step: Callable[..., Any]
+    train_step: Callable[..., Any]  # as in `step`, jitted
     eval_step: Callable[..., Any]
 
     @property
@@ -291,42 +262,34 @@ def make_experiment(
     config: ConfigDict, student: mert_v1.Student, teachers: Mapping[str, Teacher], mesh: Mesh
 ) -> Experiment:
     """Return the experiment of a config, its student and teachers, compiling nothing yet."""
-    optimizer = make_optimizer(config)
+    optimizer, minimised = make_optimizer(config), objective(config, student, teachers)
 
     def begin() -> TrainState:
-        return init(config, student, optimizer)
+        return nn.unbox(init(config, student, optimizer))
 
-    def begin_unboxed() -> TrainState:
-        return nn.unbox(begin())
-
-    shardings = sharding.state_shardings(begin, mesh)
-    minimised = objective(config, student, teachers)
-    accumulation, group, factor = config.accumulation, config.group, config.guard.factor
+    shardings = sharding.state_shardings(lambda: init(config, student, optimizer), mesh)
+    sizes = dict(accumulation=config.accumulation, group=config.group)
+    options = dict(optimizer=optimizer, norm_factor=config.guard.factor, **sizes)
     return Experiment(
-        student,
         teachers,
         minimised,
         schedule(config),
         # initialised in its final layout, so that no device ever holds all of it
-        jax.jit(begin_unboxed, out_shardings=shardings),
-        jax.eval_shape(begin_unboxed),
+        jax.jit(begin, out_shardings=shardings),
+        jax.eval_shape(begin),
         shardings,
-        *step.compiled(minimised, optimizer, accumulation, group, factor, shardings),
+        *step.compiled(shardings, minimised, **options),
     )
 
 
 class Settings(NamedTuple):
-    """The numbers of a config that a run needs around its updates.
-
-    update_seconds: seconds of audio an update
-    update_flops: model FLOPs an update
-    """
+    """The numbers of a config that a run needs around its updates."""
 
     seed: int
     intervals: Intervals
     directories: Sequence[str]
-    update_seconds: float
-    update_flops: float
+    update_seconds: float  # of audio
+    update_flops: float  # of the model
     max_faulty: float
     accept_changes: bool
     keep: int
@@ -340,80 +303,68 @@ class Settings(NamedTuple):
 def settings(config: ConfigDict, student: mert_v1.Student) -> Settings:
     """Return the settings of a run."""
     data, saves, guard = config.data, config.checkpoint, config.guard
+    every = (config.log_every, config.eval_every, saves.every_steps, saves.every_minutes)
     return Settings(
         seed=config.seed,
-        intervals=Intervals(
-            config.total_steps,
-            config.log_every,
-            config.eval_every,
-            saves.every_steps,
-            saves.every_minutes,
-        ),
+        intervals=Intervals(config.total_steps, *every),
         directories=dataset_directories(config),
-        update_seconds=config.batch_size * data.num_samples / SAMPLE_RATE,
+        update_seconds=_update_seconds(config),
         update_flops=3 * config.batch_size * student.flops(data.num_samples),
-        max_faulty=data.max_faulty,
-        accept_changes=data.accept_changes,
-        keep=saves.keep,
-        keep_every=saves.keep_every,
-        streak=guard.streak,
-        rollbacks=guard.rollbacks,
         watchdog_seconds=60 * config.watchdog_minutes,
         tensorboard=config.tensorboard,
+        **{name: data[name] for name in ("max_faulty", "accept_changes")},
+        **{name: saves[name] for name in ("keep", "keep_every")},
+        **{name: guard[name] for name in ("streak", "rollbacks")},
     )
 
 
+def _update_seconds(config: ConfigDict) -> float:
+    return config.batch_size * config.data.num_samples / SAMPLE_RATE
+
+
 def fingerprints(
-    config: ConfigDict, experiment_teachers: Mapping[str, Teacher], stored: Mapping[str, CodesInfo]
+    config: ConfigDict, by_name: Mapping[str, Teacher], stored: Codes
 ) -> dict[str, str]:
     """Return what identifies each teacher: its codebooks' hash, or the options of its features."""
-    by_name = {}
-    for name, teacher in experiment_teachers.items():
+
+    def identify(name: str, teacher: Teacher) -> str:
         if name in stored:
-            by_name[name] = stored[name].fingerprint
-        elif any(head.num_codebooks for head in student(config, {name: teacher}).heads):
-            by_name[name] = teachers.fingerprint(teacher)
-        else:
-            by_name[name] = json.dumps(teacher_options(config, name), sort_keys=True)
-    return by_name
+            return stored[name].fingerprint
+        if _head(config, name, teacher, None).num_codebooks:
+            return teachers.fingerprint(teacher)
+        return json.dumps(_teacher_options(config, name), sort_keys=True)
+
+    return {name: identify(name, teacher) for name, teacher in by_name.items()}
 
 
 def read_initial_weights(
     config: ConfigDict, student: mert_v1.Student, fingerprints: Mapping[str, str]
 ) -> init_from.InitialWeights | None:
-    """Read and report what the run takes over from `init_from`, None without it.
-
-    Raises UserError if that is not a checkpoint, or one of another student.
-    """
+    """Read and report what the run takes over from `init_from`. Raises UserError if unsuitable."""
     if not config.init_from:
         return None
     checkpoint, special_codes = read_checkpoint(config.init_from), config.objective.special_codes
     initial = init_from.match_checkpoint(checkpoint, student, fingerprints, special_codes)
     peak, warmup = config.optimizer.peak_learning_rate, config.optimizer.warmup_steps
-    print(
-        f"weights from {config.init_from}",
-        *initial.lines,
-        f"learning rate: from 0 to {peak:g} in {warmup:,} updates, then to 0 at "
-        f"{config.total_steps:,}",
-        *([f"licence: {initial.about.licence} carries over"] if initial.about.licence else []),
-        sep="\n  ",
-        flush=True,
-    )
+    rate = f"from 0 to {peak:g} in {warmup:,} updates, then to 0 at {config.total_steps:,}"
+    lines = [f"weights from {config.init_from}", *initial.lines, f"learning rate: {rate}"]
+    if initial.about.licence:
+        lines.append(f"licence: {initial.about.licence} carries over")
+    print(*lines, sep="\n  ", flush=True)
     return initial
 
 
 def about(
-    config: ConfigDict,
-    fingerprints: Mapping[str, str],
-    initial: init_from.InitialWeights | None,
+    config: ConfigDict, fingerprints: Mapping[str, str], initial: init_from.InitialWeights | None
 ) -> About:
     """Return the description that this run's checkpoints carry."""
+    inherited = initial.about if initial else About()
     return About(
         special_codes=config.objective.special_codes,
         teachers=dict(fingerprints),
         data=loader.dataset_summaries(dataset_directories(config), tuple(config.data.weights)),
-        licence=initial.about.licence if initial else "",
-        lineage=initial.about.lineage if initial else (),
+        licence=inherited.licence,
+        lineage=inherited.lineage,
     )
 
 
@@ -421,9 +372,8 @@ def describe(config: ConfigDict, student: mert_v1.Student, table: bool) -> str:
     """Return the size of the student and of a batch; with `table`, every parameter first."""
     from clu import parameter_overview  # slow to import
 
-    params = jax.eval_shape(lambda: nn.unbox(init_params(student, 0)))
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    seconds = config.batch_size * config.data.num_samples / SAMPLE_RATE
+    params, seconds = tensor_names.abstract_params(student), _update_seconds(config)
+    count = sum(x.size for x in params.values())
     line = (
         f"parameters: {count:,}  (width {student.hidden_size}, {student.num_layers} layers); "
         f"{config.batch_size} clips = {seconds:,.0f} s ({seconds / 3600:.2f} h) of audio an update"

@@ -1,7 +1,6 @@
 """Rejection of updates that are not finite or whose gradient norm is far above the usual.
 
-It runs inside the jitted step on numbers of the state, so that a resumed run decides as one that
-was never stopped.
+It runs inside the jitted step on numbers of the state: a resumed run decides as an unbroken one.
 """
 
 import jax

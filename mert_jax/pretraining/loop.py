@@ -1,12 +1,10 @@
 """The loop over updates that pretraining and codec training share."""
 
-import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from mert_jax.checkpoints.manager import Checkpoints
-from mert_jax.errors import RESTART
 from mert_jax.pretraining.metrics import Speed
 from mert_jax.pretraining.run_log import SAVE, BadStreak, StepDecision
 from mert_jax.runtime.goodput import Goodput
@@ -54,7 +52,10 @@ class Trainer(Protocol):
 
 
 class Saver:
-    """Saves states when they are due, and keeps the time that it takes out of the speed."""
+    """Saves states by steps and minutes, and keeps the time that it takes out of the speed.
+
+    `before` is called ahead of each save, to write what a checkpoint relies on.
+    """
 
     def __init__(
         self,
@@ -64,12 +65,9 @@ class Saver:
         speed: Speed,
         before: Callable[[], None],
     ):
-        """Call `before` ahead of each save, to write what a checkpoint relies on."""
-        self._checkpoints, self._clock = checkpoints, clock
-        self._speed, self._before = speed, before
+        self.checkpoints, self._clock, self._speed = checkpoints, clock, speed
         self._steps, self._seconds = intervals.save_every_steps, 60 * intervals.save_every_minutes
-        self._last, self._due = time.monotonic(), False
-        self.check = checkpoints.check
+        self._before, self._last, self._due = before, time.monotonic(), False
 
     @property
     def overdue(self) -> bool:
@@ -85,15 +83,10 @@ class Saver:
         """Start saving `state`."""
         with self._clock.time_of("save"):
             self._before()
-            self._checkpoints.save(step, state)
+            self.checkpoints.save(step, state)
         self._clock.saved(step)
         self._last, self._due = time.monotonic(), False
         self._speed.pause()
-
-    def wait(self) -> None:
-        """Wait until every save is on disk."""
-        with self._clock.time_of("save"):
-            self._checkpoints.wait()
 
 
 def run(
@@ -119,11 +112,12 @@ def run(
     clock.begin(step)
     while step < intervals.total_steps and not stopping:
         beat()
-        saver.check()
+        saver.checkpoints.check()
         with clock.time_of("data_wait"):
             batch = next(stream)
         with clock.time_of(kind):
-            state, result = trainer.update(state, batch, stop.signal or SAVE * saver.overdue)
+            request = stop.signal or SAVE * saver.overdue
+            state, result = trainer.update(state, batch, request)
         step, position, kind = step + 1, position + 1, "step"
         last = step == intervals.total_steps
         decision = trainer.decide(step, position - 1, result, last)
@@ -146,11 +140,7 @@ def run(
         if last or stopping or (due and trainer.may_save(result)):
             saver.save(step, state)
     stream.close()
-    saver.wait()
+    with clock.time_of("save"):
+        saver.checkpoints.wait()
     log.close()
     return state, decision.request if step < intervals.total_steps else 0
-
-
-def exit_code(request: int) -> int:
-    """Return the exit code of a run that a signal stopped: RESTART for SIGTERM."""
-    return RESTART if request == signal.SIGTERM else 128 + request

@@ -13,17 +13,12 @@ Array = jax.Array
 
 
 class CodeLoss(NamedTuple):
-    """Sums over masked frames for each codebook.
+    """Sums over masked frames for each codebook."""
 
-    cross_entropy: in nats, [K]
-    correct: number of frames predicted correctly, [K]
-    targets, predictions: how often each class was the target and the prediction, [K, V]
-    """
-
-    cross_entropy: Array
-    correct: Array
-    targets: Array
-    predictions: Array
+    cross_entropy: Array  # in nats, [K]
+    correct: Array  # number of frames predicted correctly, [K]
+    targets: Array  # how often each class was the target, [K, V]
+    predictions: Array  # and the prediction, [K, V]
 
 
 def _unit(x: Array) -> Array:
@@ -33,26 +28,23 @@ def _unit(x: Array) -> Array:
 
 
 def cosine_logits(proj: Array, codebooks: Array, temperature: float) -> Array:
-    """Return the cosine similarities of `proj` and class embeddings, divided by `temperature`.
+    """Return cos(`proj` [..., K, d], `codebooks` [K, V, d]) / `temperature`: [..., K, V].
 
-    `proj` [..., K, d] and `codebooks` [K, V, d] give [..., K, V] (HuBERT, arXiv 2106.07447, eq. 3).
+    Source: HuBERT, arXiv 2106.07447, eq. 3.
     """
-    logits = jnp.einsum(
-        "...kd,kvd->...kv", _unit(proj), _unit(codebooks), precision=jax.lax.Precision.HIGHEST
-    )
-    return logits / temperature
+    exact = dict(precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("...kd,kvd->...kv", _unit(proj), _unit(codebooks), **exact) / temperature
 
 
 def code_loss(logits: Array, codes: Array, mask: Array, bound: float = math.inf) -> CodeLoss:
-    """Return the cross-entropy of `logits` against `codes`, summed where `mask` is True.
+    """Compare `logits` [B, T, K, V] with `codes` [B, T, K] at the frames of `mask` [B, T].
 
-    Shapes: logits [B, T, K, V], codes int [B, T, K], mask [B, T]. `bound` is the largest possible
-    |logit|; a small one saves a pass over the logits. A prediction is correct when the target's
-    logit is the largest and the logits are not all equal (fairseq, `hubert_criterion`).
+    `bound` is the largest possible |logit|; a small one saves a pass over the logits. A prediction
+    is correct when the target's logit is the largest and the logits are not all equal (fairseq,
+    `hubert_criterion`).
     """
     if logits.shape[:-1] != codes.shape:
         raise ValueError(f"logits {logits.shape} do not match codes {codes.shape}")
-    num_classes = logits.shape[-1]
     target = jnp.take_along_axis(logits, codes[..., None], -1)[..., 0]
     largest = jax.lax.stop_gradient(logits.max(-1))
     # logsumexp(logits); if no exponential can underflow, `bound` serves as well as the row's
@@ -65,16 +57,12 @@ def code_loss(logits: Array, codes: Array, mask: Array, bound: float = math.inf)
 
     def histogram(classes: Array) -> Array:
         def count(column: Array) -> Array:
-            return jnp.zeros(num_classes, jnp.int32).at[column].add(mask, mode="drop")
+            return jnp.zeros(logits.shape[-1], jnp.int32).at[column].add(mask, mode="drop")
 
         return jax.vmap(count, in_axes=-1)(classes)
 
-    return CodeLoss(
-        cross_entropy.sum((0, 1)),
-        correct.sum((0, 1)),
-        histogram(codes),
-        histogram(logits.argmax(-1)),
-    )
+    sums = cross_entropy.sum((0, 1)), correct.sum((0, 1))
+    return CodeLoss(*sums, histogram(codes), histogram(logits.argmax(-1)))
 
 
 def feature_loss(prediction: Array, target: Array, mask: Array) -> Array:

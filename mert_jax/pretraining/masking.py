@@ -7,10 +7,9 @@ Array = jax.Array
 
 
 def trim_to_equal_counts(keys: Array, mask: Array, group: int) -> Array:
-    """Drop random masked frames until all rows of a group have the same number.
+    """Drop random frames of `mask` [B, T] until all rows of a group have the same number.
 
-    `keys` [B] are PRNG keys, `mask` is bool [B, T], and `group` divides B. fairseq's
-    `require_same_masks` drops single frames and so breaks spans up; every MERT was trained so.
+    fairseq's `require_same_masks` breaks spans up in this way, and every MERT was trained so.
     """
     target = mask.sum(-1).reshape(-1, group).min(-1).repeat(group)
     scores = jax.vmap(lambda key: jax.random.uniform(key, mask.shape[1:]))(keys)
@@ -30,12 +29,11 @@ def span_mask(
 ) -> Array:
     """Return a random span mask, bool [B, length], True at frames to hide.
 
-    `keys` [B] are PRNG keys, `num_frames` int [B] valid frames; `group` neighbouring rows (the
-    official group is one GPU's batch) are trimmed to equal counts. Each row draws
-    floor(mask_prob * frames / mask_length + U[0, 1)) starts without replacement from
-    [0, frames - mask_length), and at least `min_masks` (fairseq,
-    `data_utils.compute_mask_indices`, static lengths). The last valid frame is never masked: an
-    error upstream, kept for parity.
+    `keys` [B] are PRNG keys, `num_frames` int [B] valid frames; `group` neighbouring rows
+    (officially one GPU's batch) are trimmed to equal counts. Each row draws
+    floor(mask_prob * frames / mask_length + U[0, 1)) starts, at least `min_masks`, without
+    replacement from [0, frames - mask_length) (fairseq, `data_utils.compute_mask_indices`, static
+    lengths). The last valid frame is never masked: an error upstream, kept for parity.
     """
     split = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)
     draw_keys, start_keys, trim_keys = split(keys)

@@ -18,56 +18,45 @@ from mert_jax.pretraining.losses import CodeLoss
 from mert_jax.pretraining.step import Sums
 
 
-def drawn(c: CodeLoss) -> np.ndarray:
-    """Return which codebooks the step trained on, bool [K]."""
-    return c.targets.sum(-1) > 0
-
-
-def per_book(
-    codes: Sequence[CodeLoss], value: Callable[[CodeLoss], np.ndarray]
-) -> list[float | None]:
-    """Return `value` for each codebook, None for one that was not drawn."""
+def _per_book(codes: Sequence[CodeLoss], value: Callable) -> list[float | None]:
     return [
-        round(float(x), 6) if was_drawn else None
+        round(float(x), 6) if drawn else None
         for c in codes
-        for x, was_drawn in zip(value(c), drawn(c), strict=True)
+        for x, drawn in zip(value(c), c.targets.any(-1), strict=True)
     ]
 
 
-def loss_codes(c: CodeLoss, frames: float) -> float:
-    """Return the cross-entropy a frame, in nats, summed over codebooks.
-
-    Codebooks that were not drawn count as the mean of the others.
-    """
-    return float(c.cross_entropy.sum() / frames * len(drawn(c)) / max(drawn(c).sum(), 1))
+def _loss_codes(c: CodeLoss, frames: float) -> float:
+    """Return the cross-entropy over all codebooks; those not drawn count as the mean."""
+    drawn = c.targets.any(-1)
+    return float(c.cross_entropy.sum() / frames * len(drawn) / max(drawn.sum(), 1))
 
 
 def reduce(sums: Sums) -> dict[str, Any]:
     """Return means over masked frames, losses in nats, with lists of one entry a codebook.
 
-    `code_perplexity` is that of the targets and low for a collapsed teacher;
-    `prediction_perplexity` is low for a collapsed student. `majority_accuracy` is the accuracy of
-    always guessing the most frequent target of these frames. Entries of codebooks that were not
-    drawn are None.
+    `code_perplexity` is low for a collapsed teacher, `prediction_perplexity` for a collapsed
+    student; `majority_accuracy` is that of always guessing the most frequent target. Entries of
+    codebooks that were not drawn are None.
     """
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
     frames = sums.frames
     codes = list(sums.codes.values())
     row = {
         "loss": float(sums.loss / frames),
-        "loss_codes": sum(loss_codes(c, frames) for c in codes),
+        "loss_codes": sum(_loss_codes(c, frames) for c in codes),
         **{f"loss_{name}": float(value / frames) for name, value in sums.features.items()},
         "features_penalty": float(sums.penalty / frames),
-        "masked_accuracy": per_book(codes, lambda c: c.correct / frames),
-        "majority_accuracy": per_book(codes, lambda c: c.targets.max(-1) / frames),
-        "code_perplexity": per_book(codes, lambda c: perplexity(c.targets)),
-        "prediction_perplexity": per_book(codes, lambda c: perplexity(c.predictions)),
+        "masked_accuracy": _per_book(codes, lambda c: c.correct / frames),
+        "majority_accuracy": _per_book(codes, lambda c: c.targets.max(-1) / frames),
+        "code_perplexity": _per_book(codes, lambda c: perplexity(c.targets)),
+        "prediction_perplexity": _per_book(codes, lambda c: perplexity(c.predictions)),
     }
     if sums.visible is not None:
         row["loss_codes_visible"] = float(sums.visible / frames)
     if len(codes) > 1:
         for name, c in sums.codes.items():
-            row[f"loss_codes_{name}"] = loss_codes(c, frames)
+            row[f"loss_codes_{name}"] = _loss_codes(c, frames)
     return row
 
 
@@ -78,10 +67,7 @@ def add(total: Sums, sums: Sums) -> Sums:
 
 
 def validation(sums: Sequence[Sums]) -> dict[str, Any]:
-    """Return `reduce` over all datasets' `sums`, with "validation_" before each name.
-
-    `validation_losses` has the loss of each dataset if there are several.
-    """
+    """Return `reduce` over all datasets' `sums`, and the loss of each if there are several."""
     row = {f"validation_{name}": x for name, x in reduce(functools.reduce(add, sums)).items()}
     if len(sums) > 1:
         row["validation_losses"] = [reduce(each)["loss"] for each in sums]
@@ -95,10 +81,7 @@ def mfu(flops_per_second: float) -> float | None:
 
 
 class Speed:
-    """Measures audio seconds per second, model FLOPs utilisation and the time left.
-
-    The first measurement after the start includes compilation and only sets the clock.
-    """
+    """Measures audio seconds per second, model FLOPs utilisation and the time left."""
 
     def __init__(self, start: int, total_steps: int, audio_seconds: float, flops: float):
         self._total, self._audio, self._flops = total_steps, audio_seconds, flops
@@ -107,7 +90,7 @@ class Speed:
     def measure(self, step: int) -> dict[str, float | None]:
         """Return the rates since the last call, for metrics.jsonl."""
         now = time.monotonic()
-        if self._time is not None and step > self._step:
+        if self._time is not None and step > self._step:  # the first time includes compilation
             self._rate = (step - self._step) / (now - self._time)
         self._step, self._time = step, now
         flops = mfu(self._rate * self._flops) if self._rate else None
@@ -127,7 +110,7 @@ class Speed:
 def mean(values: Sequence[float | None]) -> float:
     """Return the mean of the numbers in a list, 0 if there are none."""
     known = [x for x in values if x is not None]
-    return sum(known) / len(known) if known else 0.0
+    return sum(known) / max(len(known), 1)
 
 
 def console_line(row: dict[str, Any], total_steps: int, eta: str) -> str:
@@ -160,23 +143,20 @@ def console_line(row: dict[str, Any], total_steps: int, eta: str) -> str:
 
 
 class Writer:
-    """Appends rows to WORKDIR/metrics.jsonl and, with the extra, to TensorBoard.
+    """Appends rows to WORKDIR/metrics.jsonl and, with the extra, to TensorBoard, if it `writes`.
 
     Lines after step `start` are dropped, so that a resumed run has each step once.
     """
 
-    def __init__(self, workdir: str, start: int, tensorboard: bool):
-        self._file = JsonlFile(
-            os.path.join(workdir, "metrics.jsonl"), lambda row: row["step"] <= start
-        )
-        self._board = None
-        if tensorboard:
+    def __init__(self, workdir: str, start: int, tensorboard: bool, writes: bool = True):
+        path = os.path.join(workdir, "metrics.jsonl") if writes else None
+        self._file, self._board = JsonlFile(path, lambda row: row["step"] <= start), None
+        if tensorboard and writes:
             try:
                 from clu import metric_writers  # imports TensorFlow
             except ImportError as e:
-                raise UserError(
-                    f"tensorboard=True needs an extra: pip install -e .[tensorboard] ({e})"
-                ) from e
+                extra = "pip install -e .[tensorboard]"
+                raise UserError(f"tensorboard=True needs an extra: {extra} ({e})") from e
             self._board = metric_writers.SummaryWriter(os.path.join(workdir, "tensorboard"))
 
     def back_to(self, step: int) -> None:
@@ -188,9 +168,9 @@ class Writer:
         self._file.write(row)
         if self._board:
             scalars = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-            for name, values in row.items():
-                if isinstance(values, list):
-                    scalars |= {f"{name}/{i}": v for i, v in enumerate(values)}
+            for name in row:
+                if isinstance(row[name], list):
+                    scalars |= {f"{name}/{i}": v for i, v in enumerate(row[name])}
             self._board.write_scalars(row["step"], scalars)
 
     def close(self) -> None:

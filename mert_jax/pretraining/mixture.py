@@ -6,38 +6,26 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+Range = tuple[int, int]  # both ends included
 
 
 class Draws(NamedTuple):
-    """The random choices of a mixture with at most S segments a row.
+    """The random choices of a mixture with at most S segments a row."""
 
-    mixed: rows that get noise, bool [B]
-    count: number of segments, int [B]
-    starts: first sample of each segment in the pool of the group's other clips, int [B, S]
-    durations: samples of each segment, int [B, S]
-    positions: sample of the clip at which each segment is added, int [B, S]
-    """
-
-    mixed: Array
-    count: Array
-    starts: Array
-    durations: Array
-    positions: Array
+    mixed: Array  # rows that get noise, bool [B]
+    count: Array  # number of segments, int [B]
+    starts: Array  # first sample of each segment in the pool of the group's other clips, int [B, S]
+    durations: Array  # samples of each segment, int [B, S]
+    positions: Array  # sample of the clip at which each segment is added, int [B, S]
 
 
 def draw(
-    keys: Array,
-    num_samples: int,
-    group: int,
-    *,
-    prob: float,
-    count: tuple[int, int],
-    length: tuple[int, int],
+    keys: Array, num_samples: int, group: int, *, prob: float, count: Range, length: Range
 ) -> Draws:
     """Draw the mixture of each row from its PRNG key in `keys` [B].
 
     With probability `prob` (upstream: 1 - mixture_prob) a row gets `count` segments of `length`
-    samples; both ranges are inclusive.
+    samples, from a pool of `group` - 1 clips of `num_samples`.
     """
     pool = (group - 1) * num_samples
 
@@ -56,12 +44,9 @@ def draw(
 def mix(wave: Array, draws: Draws, *, group: int, max_length: int, volume: float) -> Array:
     """Add the drawn segments to `wave` f32 [B, N], within groups of `group` neighbouring clips.
 
-    A row's pool is the group's other clips, unmixed and joined. Segments may span two clips and
-    overlap; nothing is renormalised or clipped. Source: in-batch noise mixture of `mert_fairseq`
-    in yizhilll/MERT, which also mixes in evaluation.
+    A row's pool is the group's other clips, unmixed and joined; nothing is renormalised or clipped.
+    Source: yizhilll/MERT, `mert_fairseq`, which also mixes in evaluation.
     """
-    if group < 2:
-        return wave
     num_samples = wave.shape[-1]
     offsets = jnp.arange(max_length)
 

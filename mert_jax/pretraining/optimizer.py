@@ -10,8 +10,7 @@ from mert_jax.checkpoints.train_state import AdamState
 def warmup_linear_decay(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
     """Return the schedule that rises linearly to `peak` and falls linearly to 0.
 
-    Update k + 1 uses the rate of k completed updates, so that the first one changes only the
-    moments (fairseq, `polynomial_decay_schedule`, power 1).
+    The first update has rate 0 and changes only the moments, as in fairseq.
     """
 
     def schedule(count):
@@ -23,10 +22,9 @@ def warmup_linear_decay(peak: float, warmup_steps: int, total_steps: int) -> opt
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Return Adam with `eps` added to the square root *before* bias correction.
+    """Return Adam with `eps` added to the square root *before* bias correction, unlike optax.
 
-    optax adds it after. With fairseq's order (Kingma and Ba, arXiv 1412.6980, end of section 2)
-    the effective epsilon of update t is eps / sqrt(1 - b2**t).
+    Source: fairseq; Kingma and Ba, arXiv 1412.6980, end of section 2.
     """
 
     def init(params):
@@ -60,13 +58,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def make(
-    schedule: optax.Schedule,
-    *,
-    clip_norm: float,
-    b1: float = 0.9,
-    b2: float = 0.98,
-    eps: float = 1e-6,
-    weight_decay: float = 0.01,
+    schedule: optax.Schedule, *, clip_norm: float, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.01
 ) -> optax.GradientTransformation:
     """Return the official chain: clip, Adam, and decay of every parameter, norms and biases too.
 

@@ -18,6 +18,7 @@ from mert_jax.pretraining import guard, losses
 from mert_jax.sharding import placed
 
 Array = jax.Array
+Codes = Mapping[str, Array]  # stored codes [B, T, K] by teacher
 
 CODEBOOKS_STREAM = 0x626F  # folded into a step's key to draw codebooks
 # Parts of a batch that the step returns unchanged, so that every host sees those of all hosts:
@@ -32,33 +33,20 @@ def begin(params: Any, optimizer: optax.GradientTransformation, window: int) -> 
 
 
 class Objective(NamedTuple):
-    """The functions and weights that define the loss, fixed for a run.
+    """The functions and weights that define the loss, fixed for a run."""
 
-    student: (params, wave, mask, T, dropout key or None) -> Output
-    num_frames: N -> T
-    teachers: name -> (params, wave) -> targets [B, T, ...]
-    weights: name -> weight of the loss
-    mask: (keys [B], T) -> bool [B, T]
-    mixture: (keys [B], wave [B, N]) -> wave with noise
-    special_codes: number of classes before code 0 (4 in fairseq's dictionary)
-    penalty: weight of the features penalty
-    unmasked_weight: weight of the cross-entropy at unmasked frames
-    codebooks_per_step: codebooks of each teacher drawn for a step; 0 means all
-    context: name -> samples before the clip that the teacher hears, without targets of their own
-    """
-
-    student: Callable[..., Any]
-    num_frames: Callable[[int], int]
-    teachers: Mapping[str, Callable[[Any, Array], Array]]
-    weights: Mapping[str, float]
-    mask: Callable[[Array, int], Array]
-    mixture: Callable[[Array, Array], Array]
+    student: Callable[..., Any]  # (params, wave, mask, T, dropout key or None) -> Output
+    num_frames: Callable[[int], int]  # N -> T
+    teachers: Mapping[str, Callable[[Any, Array], Array]]  # (params, wave) -> targets [B, T, ...]
+    weights: Mapping[str, float]  # of the teachers' losses
+    mask: Callable[[Array, int], Array]  # (keys [B], T) -> bool [B, T]
+    mixture: Callable[[Array, Array], Array]  # (keys [B], wave [B, N]) -> wave with noise
     logit_temperature: float
-    special_codes: int
-    penalty: float
-    unmasked_weight: float = 0.0
-    codebooks_per_step: int = 0
-    context: Mapping[str, int] = {}
+    special_codes: int  # number of classes before code 0 (4 in fairseq's dictionary)
+    penalty: float  # weight of the features penalty
+    unmasked_weight: float = 0.0  # of the cross-entropy at unmasked frames
+    codebooks_per_step: int = 0  # of each teacher, drawn for a step; 0 means all
+    context: Mapping[str, int] = {}  # samples before the clip that a teacher hears in addition
 
     @property
     def longest_context(self) -> int:
@@ -71,22 +59,14 @@ class Objective(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over masked frames, additive over micro-batches, batches and devices.
+    """Sums over masked frames, additive over micro-batches, batches and devices."""
 
-    frames: number of masked frames
-    loss: the objective
-    codes: name -> CodeLoss of a teacher's codes
-    features: name -> regression loss of a teacher's features
-    penalty: features penalty times masked frames
-    visible: weighted cross-entropy at unmasked frames, None if its weight is 0
-    """
-
-    frames: Array
-    loss: Array
-    codes: dict[str, losses.CodeLoss]
-    features: dict[str, Array]
-    penalty: Array
-    visible: Array | None = None
+    frames: Array  # number of masked frames
+    loss: Array  # the objective
+    codes: dict[str, losses.CodeLoss]  # by teacher
+    features: dict[str, Array]  # squared error by teacher
+    penalty: Array  # features penalty times masked frames
+    visible: Array | None = None  # weighted cross-entropy at unmasked frames, None if not computed
 
 
 def row_keys(key: Array, rows: Array) -> Array:
@@ -95,16 +75,12 @@ def row_keys(key: Array, rows: Array) -> Array:
 
 
 def targets(
-    objective: Objective,
-    teacher_params: Any,
-    wave: Array,
-    length: int,
-    codes: Mapping[str, Array] | None = None,
+    objective: Objective, teacher_params: Any, wave: Array, length: int, codes: Codes | None = None
 ) -> dict[str, Array]:
     """Return each teacher's targets [B, T, ...] for the clean `wave` [B, context + N].
 
-    Stored `codes` [B, T, K] replace the teachers of these names. T is `length` or the smallest
-    number of frames of any target. Frame i of a teacher goes with frame i of the student.
+    Stored `codes` replace the teachers of these names. Frame i of a teacher goes with
+    frame i of the student; T is `length` or the number of frames of the shortest target.
     """
     targets = {}
     for name, apply in objective.teachers.items():
@@ -118,20 +94,11 @@ def targets(
 
 
 def code_sums(
-    objective: Objective,
-    prediction: tuple[Array, Array],
-    codes: Array,
-    mask: Array,
-    key: Array | None,
+    objective: Objective, prediction: tuple, codes: Array, mask: Array, key: Array | None
 ) -> losses.CodeLoss:
-    """Return the loss of a teacher's `codes` [B, T, K], with a key that of a subset of codebooks.
-
-    `prediction` is the student's projection [B, T, K, d] and class embeddings [K, V, d]. Codebooks
-    that are not drawn have zeros.
-    """
-    proj, codebooks = prediction
-    temperature = objective.logit_temperature
-    num_codebooks = codes.shape[-1]
+    """Return the loss of a teacher's `codes` [B, T, K], with a `key` zeros for those not drawn."""
+    proj, codebooks = prediction  # [B, T, K, d] and class embeddings [K, V, d]
+    num_codebooks, temperature = codes.shape[-1], objective.logit_temperature
     classes = codes + objective.special_codes
     subset = objective.subset(num_codebooks)
     if key is None or not subset:
@@ -146,17 +113,11 @@ def code_sums(
 
 
 def masked_sums(
-    objective: Objective,
-    output: Any,
-    targets: Mapping[str, Array],
-    mask: Array,
-    key: Array | None = None,
+    objective: Objective, output: Any, targets: Mapping[str, Array], mask: Array, key: Array | None
 ) -> Sums:
     """Return the objective at the masked frames (MERT, arXiv 2306.00107, eq. 1 to 3).
 
-    It is the weighted sum of the cross-entropies over codebooks, the squared errors of features,
-    and the features penalty of each frame. With a `key`, a random subset of the codebooks stands
-    for all of them, scaled up to their number.
+    With a `key`, a random subset of the codebooks stands for all of them, scaled to their number.
     """
     frames = mask.sum()
     penalty = output.features_penalty * frames
@@ -190,13 +151,9 @@ def loss_fn(
     key: Array,
     objective: Objective,
     train: bool,
-    codes: Mapping[str, Array] | None = None,
+    codes: Codes | None = None,
 ) -> tuple[Array, Sums]:
-    """Return the summed objective of a batch, and its parts.
-
-    `audio` is int16 [B, context + N], `rows` [B] are global row numbers, and `codes` stored codes
-    [B, T, K] by teacher.
-    """
+    """Return the summed objective of `audio` int16 [B, context + N], and its parts."""
     wave = audio.astype(jnp.float32) / FULL_SCALE
     clip = wave[:, objective.longest_context :]
     num_frames = objective.num_frames(clip.shape[-1])
@@ -217,10 +174,7 @@ def loss_fn(
 
 
 def split(x: Array, accumulation: int, group: int) -> Array:
-    """Split [B, ...] into micro-batches [A, B / A, ...] of whole groups, dealt out in turn.
-
-    Each micro-batch then has rows of every device.
-    """
+    """Split [B, ...] into micro-batches [A, B / A, ...] of whole groups, from every device."""
     x = x.reshape(-1, accumulation, group, *x.shape[1:])
     return jnp.moveaxis(x, 1, 0).reshape(accumulation, -1, *x.shape[3:])
 
@@ -239,26 +193,23 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Any]]:
     """Make one update on a global batch and return the new state and the metrics.
 
-    The batch has `audio` int16 [B, context + N], `looped` bool [B], stored `codes`, and `NOTES`.
-    `key` is the run's. The gradient is the sum over the batch's masked frames divided by their
-    number, for any number of micro-batches. An update that the guard rejects (see `guard.limit`
-    for `norm_factor`) changes neither parameters nor moments.
+    The batch has `audio` int16 [B, context + N], `looped` bool [B], stored `codes`, and `NOTES`;
+    `key` is the run's. The gradient is that of the sum over masked frames divided by their number.
+    An update that the guard rejects (`guard.limit`) changes neither parameters nor moments.
     """
     key = jax.random.fold_in(key, state.batch)
     gradient = jax.grad(loss_fn, has_aux=True)
 
-    def micro_batch(audio: Array, rows: Array, codes: Mapping[str, Array]) -> tuple[Any, Sums]:
+    def micro_batch(audio: Array, rows: Array, codes: Codes) -> tuple[Any, Sums]:
         return gradient(state.params, teacher_params, audio, rows, key, objective, True, codes)
 
-    rows = jnp.arange(batch["audio"].shape[0])
-    inputs = (batch["audio"], rows, batch.get("codes", {}))
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, micro_batch(*part)), None
+
+    inputs = (batch["audio"], jnp.arange(batch["audio"].shape[0]), batch.get("codes", {}))
     if accumulation == 1:
         grads, sums = micro_batch(*inputs)
     else:
-
-        def add(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, micro_batch(*part)), None
-
         parts = jax.tree.map(lambda x: split(x, accumulation, group), inputs)
         shapes = jax.eval_shape(micro_batch, *jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -267,12 +218,9 @@ def train_step(
     norm = optax.tree.norm(grads)
     accepted = guard.accepts(state.guard, sums.loss / sums.frames, norm, norm_factor)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(accepted, new, old),
-        (params, opt_state),
-        (state.params, state.opt_state),
-    )
+    new = optax.apply_updates(state.params, updates), opt_state
+    old = state.params, state.opt_state
+    params, opt_state = jax.tree.map(lambda x, y: jnp.where(accepted, x, y), new, old)
     next_guard = guard.after(state.guard, norm, accepted)
     metrics = {
         "sums": sums,
@@ -288,21 +236,12 @@ def train_step(
 
 def redirect(state: TrainState, batch: int, rollbacks: int) -> TrainState:
     """Return `state` with another next batch and number of rollbacks."""
-
-    def replace(old: Array, new: int) -> Array:
-        return placed(np.int32(new), old.sharding)
-
-    guard = state.guard._replace(rollbacks=replace(state.guard.rollbacks, rollbacks))
-    return state._replace(batch=replace(state.batch, batch), guard=guard)
+    batch, rollbacks = placed((np.int32(batch), np.int32(rollbacks)), state.batch.sharding)
+    return state._replace(batch=batch, guard=state.guard._replace(rollbacks=rollbacks))
 
 
 def eval_step(
-    params: Any,
-    teacher_params: Any,
-    batch: Mapping[str, Array],
-    key: Array,
-    *,
-    objective: Objective,
+    params: Any, teacher_params: Any, batch: Mapping[str, Array], key: Array, objective: Objective
 ) -> Sums:
     """Return the sums of a validation batch: masked, without mixture and dropout."""
     audio, codes = batch["audio"], batch.get("codes", {})
@@ -311,29 +250,13 @@ def eval_step(
 
 
 def compiled(
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    accumulation: int,
-    group: int,
-    norm_factor: float,
-    shardings: Any,
+    shardings: Any, objective: Objective, **options: Any
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return the jitted `train_step` and `eval_step`.
+    """Return the jitted `train_step` with its `options`, and the jitted `eval_step`.
 
-    The first reuses the state's memory and lays the new state out by `shardings`; metrics of both
-    are replicated on every device.
+    The state's memory is reused, the new state laid out by `shardings`, and metrics replicated.
     """
-    update = functools.partial(
-        train_step,
-        objective=objective,
-        optimizer=optimizer,
-        accumulation=accumulation,
-        group=group,
-        norm_factor=norm_factor,
-    )
+    update = functools.partial(train_step, objective=objective, **options)
     evaluate = functools.partial(eval_step, objective=objective)
-    replicated = shardings.step
-    return (
-        jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated)),
-        jax.jit(evaluate, out_shardings=replicated),
-    )
+    update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, shardings.step))
+    return update, jax.jit(evaluate, out_shardings=shardings.step)

@@ -7,7 +7,7 @@ import pytest
 
 from mert_jax.kernels import attention
 from mert_jax.kernels.dropout import hash_bits
-from mert_jax.models.attention import Attention
+from mert_jax.models.layers import Attention
 
 B, T, H, D = 2, 11, 3, 8
 RATE = 0.3

@@ -17,7 +17,9 @@ from mert_jax.models import mert_v1
 from mert_jax.pretraining import build, step
 
 PARAMETERS = Path(__file__).parents[1] / "parameters.json"
-OFFICIAL_CONVOLUTIONS = ((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2))
+OFFICIAL_CONVOLUTIONS = dict(
+    conv_kernels=(10, 3, 3, 3, 3, 2, 2), conv_strides=(5, 2, 2, 2, 2, 2, 2)
+)
 FLAVOURS = pytest.mark.parametrize("pre_norm", [False, True], ids=["post_norm", "pre_norm"])
 
 
@@ -64,12 +66,12 @@ def relative_l2(ours, exact) -> float:
     ("samples", "frames"), [(24000, 74), (24320, 75), (72000, 224), (120000, 374), (122880, 383)]
 )
 def test_frames_of_a_clip(samples, frames):
-    assert mert_v1.num_frames(samples, *OFFICIAL_CONVOLUTIONS) == frames
+    assert student(**OFFICIAL_CONVOLUTIONS).num_frames(samples) == frames
 
 
 def test_too_short_a_clip_has_no_frames():
-    assert mert_v1.num_frames(399, *OFFICIAL_CONVOLUTIONS) == 0
-    assert mert_v1.num_frames(1, *OFFICIAL_CONVOLUTIONS) == 0
+    assert student(**OFFICIAL_CONVOLUTIONS).num_frames(399) == 0
+    assert student(**OFFICIAL_CONVOLUTIONS).num_frames(1) == 0
 
 
 def test_fewer_target_frames_crop_the_conv_features_before_everything_else():

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -66,11 +65,6 @@ def test_draws_reach_both_ends_of_their_ranges():
     assert (drawn.positions + drawn.durations).max() == 100
     counts = np.bincount(drawn.count)[1:] / 20_000
     assert (abs(counts - 1 / 3) < 4 * (2 / 9 / 20_000) ** 0.5).all()
-
-
-def test_a_clip_alone_is_left_alone():
-    wave = jnp.ones((2, 100))
-    np.testing.assert_array_equal(mixture.mix(wave, None, group=1, max_length=90, volume=1.0), wave)
 
 
 def test_a_row_depends_on_its_key_alone():
