@@ -6,11 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import small
 
 CLOCK = ("audio_seconds_per_second", "mfu")  # the metrics that depend on the clock
 # two devices compile faster than eight
 ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+
+
+def slow(*cases) -> list:
+    """Mark the cases of a parametrised test as slow."""
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def command(module: str, *flags: str) -> list[str]:

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tests.runs import ENVIRONMENT, command, flags, read_jsonl, rows, run
+from tests.runs import ENVIRONMENT, command, flags, read_jsonl, rows, run, slow
 
 CONTRACT = {
     *("step", "loss", "loss_codes", "loss_cqt", "features_penalty", "masked_accuracy"),
@@ -195,15 +195,17 @@ def test_memory_does_not_grow(dataset, tmp_path):
     ("extra", "message"),
     [
         (["--config.nope=1"], "unknown config key 'nope'"),
-        (["--config.seed=abc"], "invalid literal for int"),
         (["--config.data.dir=/nowhere"], "no prepared dataset in /nowhere"),
-        (["--config.data.num_samples=96000"], "--crop_seconds=4"),
-        (["--config.data.weights=(0.8, 0.2)"], "are 2 (0.8, 0.2) for 1 datasets"),
-        (["--config.teachers=('nope',)"], "unknown teacher 'nope'"),
-        (["--config.mesh.data=3"], "does not make 2 devices"),
         (["--workdir=/proc/nowhere"], "cannot be used"),
-        (["--config=configs/nope.py"], "configs/nope.py"),
-        (["--config.init_from=/nowhere"], "/nowhere does not exist"),
+        *slow(
+            (["--config.seed=abc"], "invalid literal for int"),
+            (["--config.data.num_samples=96000"], "--crop_seconds=4"),
+            (["--config.data.weights=(0.8, 0.2)"], "are 2 (0.8, 0.2) for 1 datasets"),
+            (["--config.teachers=('nope',)"], "unknown teacher 'nope'"),
+            (["--config.mesh.data=3"], "does not make 2 devices"),
+            (["--config=configs/nope.py"], "configs/nope.py"),
+            (["--config.init_from=/nowhere"], "/nowhere does not exist"),
+        ),
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(dataset, tmp_path, extra, message):

@@ -19,6 +19,7 @@ from mert_jax.fitting import fitters
 from mert_jax.fitting.sampling import Sampler
 from mert_jax.models import spectrograms
 from mert_jax.teachers import fitted_file
+from tests.runs import slow
 
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
@@ -61,17 +62,12 @@ def clip(dataset) -> np.ndarray:
 
 def test_equal_seeds_give_equal_files_in_other_processes(dataset, tmp_path, clip):
     flags = ["--teacher=kmeans", f"--data={dataset}", "--frames=1500", "--iterations=3"]
-    outputs = [tmp_path / name for name in ("one", "two", "other")]
-    seeds = ["--seed=7", "--seed=7", "--seed=8"]
-    running = [
-        start(*flags, f"--output={output}", seed)
-        for output, seed in zip(outputs, seeds, strict=True)
-    ]
+    outputs = [tmp_path / name for name in ("one", "two")]
+    running = [start(*flags, f"--output={output}", "--seed=7") for output in outputs]
     printed = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0], printed
-    one, two, other = ((output / fitted_file.FILE).read_bytes() for output in outputs)
+    assert [process.returncode for process in running] == [0, 0], printed
+    one, two = ((output / fitted_file.FILE).read_bytes() for output in outputs)
     assert one == two
-    assert one != other
     out, error = printed[0]
     assert "warning: 1500 frames are few for a codebook of 300" in error
     assert "3000 (0.7 minutes of music, --frames=3000) are enough" in error
@@ -240,9 +236,11 @@ def test_the_output_of_another_codec_is_refused(dataset, codec):
             "--config has no effect with --teacher=kmeans",
         ),
         ([*CODEC, "--config.num_samples=5000"], "num_samples=5000"),
-        ([*CODEC, "--config.num_samples=64000"], "from 4160 to 48000"),
-        ([*CODEC, "--config.books=0"], "books=0"),
-        ([*CODEC, "--config.nothing=0"], "nothing"),
+        *slow(
+            ([*CODEC, "--config.num_samples=64000"], "from 4160 to 48000"),
+            ([*CODEC, "--config.books=0"], "books=0"),
+            ([*CODEC, "--config.nothing=0"], "nothing"),
+        ),
     ],
 )
 def test_wrong_settings_of_a_codec_are_refused(dataset, tmp_path, flags, words):

@@ -17,6 +17,7 @@ from mert_jax.planning import abstract_teachers, compilation, estimate
 from mert_jax.planning.plan import SEARCH_KEYS, Setting, make_plan, make_stages, rank, search
 from mert_jax.pretraining import build
 from tests import small
+from tests.runs import slow
 
 KEYS = """topology num_devices mesh batch_size batch_hours accumulation clips_per_device
     hbm_arguments_gib hbm_temporaries_gib hbm_peak_gib hbm_capacity_gib fits flops_per_device
@@ -52,15 +53,16 @@ def test_the_command_prints_one_json():
     ("flags", "words"),
     [
         (["--topology=v9:2x2"], "'v9:2x2' is unknown; it is v4, v5e, v5p, v6e"),
-        (["--topology=v5e"], "such as v5e:4x4"),
-        ([], "--topology=NAME is needed"),
-        (["--topology=cpu:4", "--config.mesh.tensor=3"], "does not make 4 devices"),
         (["--topology=cpu:3"], "micro-batches of 8 clips"),
-        (["--topology=cpu:4", "--config.accumulation=3"], "does not split into accumulation=3"),
-        (["--topology=cpu:4", "--codes=stored"], "none is rvq_vae"),
-        (["--topology=cpu:4", "--hlo=/nowhere/step.txt"], "--hlo=/nowhere/step.txt cannot be"),
+        *slow(
+            (["--topology=v5e"], "such as v5e:4x4"),
+            ([], "--topology=NAME is needed"),
+            (["--topology=cpu:4", "--config.mesh.tensor=3"], "does not make 4 devices"),
+            (["--topology=cpu:4", "--config.accumulation=3"], "does not split into accumulation=3"),
+            (["--topology=cpu:4", "--codes=stored"], "none is rvq_vae"),
+            (["--topology=cpu:4", "--hlo=/nowhere/step.txt"], "--hlo=/nowhere/step.txt cannot be"),
+        ),
     ],
-    ids="kind shape none mesh batch accumulation codes hlo".split(),
 )
 def test_a_mistake_is_one_line(flags, words):
     done = command(*flags)

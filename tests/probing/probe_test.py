@@ -16,6 +16,7 @@ from mert_jax.probing.run import parse_layers, probe
 from mert_jax.tasks.registry import get_task
 from tests.extraction.small_student import checkpoint
 from tests.labelled_music import COUNTS, WRITERS, with_ffmpeg
+from tests.runs import slow
 
 QUICK = head.HeadSettings(epochs=25, rates=(3e-3, 3e-2), seeds=2)
 
@@ -169,12 +170,17 @@ def test_the_command_prints_a_table_and_counts_what_it_left_out(tmp_path):
         pytest.param(
             ["--task=MUSDB18", "--baselines=log_mel"], "Download MUSDB18-HQ", marks=with_ffmpeg
         ),
-        (["--task=none", "--baselines=log_mel"], "unknown task 'none'; there are EMO"),
-        (["--task=MTT"], "nothing to probe"),
-        (["--task=MTT", "--baselines=mel"], "unknown baseline 'mel'"),
-        (["--task=MTT", "--layers=top", "--baselines=cqt"], "--layers=top: give all, sum"),
-        (["--task=MTT", "--learning_rates=x", "--baselines=cqt"], "--learning_rates: could not"),
-        (["--task=MTT", "--seeds=0"], "seeds"),
+        *slow(
+            (["--task=none", "--baselines=log_mel"], "unknown task 'none'; there are EMO"),
+            (["--task=MTT"], "nothing to probe"),
+            (["--task=MTT", "--baselines=mel"], "unknown baseline 'mel'"),
+            (["--task=MTT", "--layers=top", "--baselines=cqt"], "--layers=top: give all, sum"),
+            (
+                ["--task=MTT", "--learning_rates=x", "--baselines=cqt"],
+                "--learning_rates: could not",
+            ),
+            (["--task=MTT", "--seeds=0"], "seeds"),
+        ),
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, options, message):
