@@ -21,16 +21,17 @@ from mert_jax.models import spectrograms
 from mert_jax.teachers import fitted_file
 from tests.runs import slow
 
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+QUICKLY = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+ENVIRONMENT = QUICKLY | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # k-means runs for longer
 
 
 def command(module: str, *flags: str) -> list[str]:
     return [sys.executable, "-m", f"mert_jax.{module}", *flags]
 
 
-def start(*flags: str) -> subprocess.Popen:
+def start(*flags: str, env: dict[str, str] = ENVIRONMENT) -> subprocess.Popen:
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command("fit_teacher", *flags), env=ENVIRONMENT, **pipes)
+    return subprocess.Popen(command("fit_teacher", *flags), env=env, **pipes)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +188,7 @@ def codec(dataset, tmp_path_factory) -> tuple[str, str]:
     output = str(tmp_path_factory.mktemp("codec"))
     flags = [*CODEC, f"--data={dataset}", f"--output={output}"]
     for steps in (3, 6):
-        process = start(*flags, f"--config.total_steps={steps}")
+        process = start(*flags, f"--config.total_steps={steps}", env=QUICKLY)
         printed = process.communicate()
         assert process.returncode == 0, printed
     return output, printed[0]

