@@ -31,6 +31,7 @@ METADATA = "metadata.json"
 WRITER_OPTIONS = "group_size:1,uncompressed"
 READER_OPTIONS = dict(options="readahead_buffer_size:0", file_reader_buffer_size=32_768)
 MAX_OPEN_FILES = 256  # of a split: each takes a descriptor and 8 bytes a record
+LOCAL = ("_reader", "_example")  # not pickled
 # array_record's messages if this process has reached a limit and the file is not at fault
 _LIMITS = tuple(os.strerror(number) for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM))
 
@@ -172,7 +173,7 @@ class Shards:
         return functools.lru_cache(MAX_OPEN_FILES)(_open)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_reader"}
+        return {name: value for name, value in self.__dict__.items() if name not in LOCAL}
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -221,14 +222,18 @@ class RecordSource(Shards):
 
     def __init__(self, *files: Any):
         super().__init__(*files)
-        self.codes: dict[str, Any] = {}
+        self.__setstate__({"codes": {}})
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # not in __getitem__: threads that import tensorflow_datasets at once wait for each other
         from tensorflow_datasets.proto import tf_example_pb2
 
+        self.__dict__ |= state | {"_example": tf_example_pb2.Example}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
         serialised = super().__getitem__(index)
         try:
-            feature = tf_example_pb2.Example.FromString(serialised).features.feature
+            feature = self._example.FromString(serialised).features.feature
             track, path = (feature[key].bytes_list.value[0].decode() for key in ("track", "path"))
             audio = np.frombuffer(feature["audio"].bytes_list.value[0], "<i2")
             offset = feature["offset"].int64_list.value[0]

@@ -156,7 +156,7 @@ def test_errors_are_one_line_and_ctrl_c_leaves_nothing(dataset, tmp_path):
         "--teacher, --data and --output are needed": ["--teacher=kmeans"],
     }
     flags = ["--teacher=mel_rvq", f"--data={dataset}", f"--output={tmp_path / 'y'}"]
-    interrupted = start(*flags)
+    interrupted = start(*flags, "--iterations=100000")
     deadline, printed = time.monotonic() + 120, ""
     while "level 0" not in printed:
         assert time.monotonic() < deadline, printed
