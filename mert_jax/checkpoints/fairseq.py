@@ -25,6 +25,7 @@ SPECIAL = 4  # rows of a codebook before its codes: <s>, <pad>, </s>, <unk>
 FMIN, OCTAVES = 32.7, 7  # of the CQT head
 ORDERS = "mert_jax_row_orders"  # extra state of files that we write without their dictionaries
 FC1 = "encoder.layers.0.fc1.weight"
+OTHER = "convert --to=hf or --to=orbax"  # takes what fairseq cannot have
 # settings that name a field of Student, and settings that no MERT has otherwise
 FIELDS = dict(
     encoder_layers="num_layers",
@@ -62,8 +63,8 @@ def conv_layers(text: str) -> list[tuple[int, int, int]]:
 def student(config: Mapping, state: Mapping, path: str = "the checkpoint") -> Student:
     """Return the student of these settings and tensors; UserError if they contradict each other."""
     state = tensor_names.weight_norm(state)
-    if wrong := [f"{k}={config[k]!r}" for k, x in FIXED.items() if config.get(k, x) != x]:
-        raise UserError(f"not a MERT this program knows: {', '.join(wrong)}")
+    if wrong := [f"{k}={config[k]!r}, not {x}" for k, x in FIXED.items() if config.get(k, x) != x]:
+        raise UserError(f"not a MERT this program knows: {'; '.join(wrong)}")
     convs = conv_layers(config.get("conv_feature_layers", DEFAULT_CONV))
     channels, kernels, strides = zip(*convs, strict=True)
     heads, final_dim = [], Student.final_dim
@@ -234,11 +235,13 @@ def write_checkpoint(path: str, checkpoint: Checkpoint) -> None:
     student, about = checkpoint.student, checkpoint.about
     if sorted(bool(head.num_codebooks) for head in student.heads) != [False, True]:
         names = ", ".join(head.name for head in student.heads) or "none"
-        raise UserError(f"fairseq has one head for codes and one for the CQT; this has: {names}")
+        heads = f"one head for codes and one for the CQT; this has: {names}"
+        raise UserError(f"fairseq has {heads}; {OTHER}")
     if about.special_codes not in (0, SPECIAL):
-        raise UserError(f"codebooks have {about.special_codes} special rows, fairseq's {SPECIAL}")
+        rows = f"codebooks have {about.special_codes} special rows, fairseq's {SPECIAL}"
+        raise UserError(f"{rows}; {OTHER}")
     if student.project_equal_widths and student.conv_dim == student.hidden_size:
-        raise UserError("fairseq does not project equal widths; this student does")
+        raise UserError(f"fairseq does not project equal widths; this student does; {OTHER}")
     features, codes = sorted(student.heads, key=lambda head: head.num_codebooks)
     model = _official_state(checkpoint.params, about, codes)
     model |= cqt_tables(features.size, about.sample_rate)

@@ -27,7 +27,8 @@ def kind_of(path: str | os.PathLike) -> str:
         return "orbax"  # first, since the run's settings are a config.json too
     if "config.json" in names:
         return "hf"
-    raise UserError(f"{path} is not a checkpoint: it has neither checkpoints/ nor config.json")
+    lacks = "it has neither checkpoints/ nor config.json; give a workdir or a Hugging Face folder"
+    raise UserError(f"{path} is not a checkpoint: {lacks}")
 
 
 def read_checkpoint(path: str | os.PathLike, moments: bool = True) -> Checkpoint:

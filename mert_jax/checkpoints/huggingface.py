@@ -37,8 +37,8 @@ DROPOUTS = "hidden_dropout attention_dropout activation_dropout feat_proj_dropou
 
 def student(config: Mapping[str, Any]) -> Student:
     """Return the student of a `config.json`, whose dropouts are HuBERT's leftovers and not read."""
-    if wrong := [f"{key}={config[key]!r}" for key, x in FIXED.items() if config.get(key, x) != x]:
-        raise UserError(f"not a MERT this program knows: {', '.join(wrong)}")
+    if wrong := [f"{k}={config[k]!r}, not {x}" for k, x in FIXED.items() if config.get(k, x) != x]:
+        raise UserError(f"not a MERT this program knows: {'; '.join(wrong)}")
     config = DEFAULTS | dict(config)
     try:
         return Student(

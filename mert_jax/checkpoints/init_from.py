@@ -78,8 +78,8 @@ def _check_body(other: Student, student: Student, sample_rate: int) -> None:
     pairs = {name: pair for name, pair in pairs.items() if name not in ignored}
     pairs["sample rate"] = sample_rate, SAMPLE_RATE
     if lines := [f"{name} is {a} there and {b} here" for name, (a, b) in pairs.items() if a != b]:
-        differing = "; ".join(lines)
-        raise UserError(f"the checkpoint's student is not the config's: {differing}; change either")
+        way_out = "choose the config of its size, or set config.model to its values"
+        raise UserError(f"the checkpoint's student differs: {'; '.join(lines)}; {way_out}")
 
 
 def _head(tree: Mapping[str, Any], name: str, rows: int = 0) -> dict[str, Any]:

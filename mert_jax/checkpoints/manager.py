@@ -196,7 +196,8 @@ class Checkpoints:
         reasons = "; ".join(f"{step}: {why}" for step, why in damaged.items()) or "there is none"
         limit = "" if before is None else f" before step {before}"
         missing = f"{self._workdir}/checkpoints has no intact checkpoint{limit} ({reasons})"
-        raise UserError(f"{missing}; nothing was changed. Bring one back, or use another workdir")
+        way_out = "Bring one back, or begin another workdir with a larger checkpoint.keep"
+        raise UserError(f"{missing}; nothing was changed. {way_out}")
 
     def _read(self, step: int, target: Any, last: bool) -> Any:
         """Restore and verify `step`, the `last` to try. Raises OSError if it is damaged."""

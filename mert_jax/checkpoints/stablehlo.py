@@ -69,5 +69,6 @@ def check_program(path: str, checkpoint: Checkpoint) -> None:
         differences.append(difference / max(1, np.abs(expected).max()))
     largest = np.max(differences)  # unlike max(), NaN if any is
     if not largest <= TOLERANCE:
-        raise UserError(f"the program differs from the student by {largest:.1e}: not written")
+        problem = f"the program differs from the student by {largest:.1e}, over {TOLERANCE:g}"
+        raise UserError(f"{problem}: not written")
     print(f"reloaded: at most {largest:.1e} from the student itself", flush=True)

@@ -45,7 +45,7 @@ def read_checkpoint(path: str, moments: bool = True) -> Checkpoint:
     if os.path.exists(os.path.join(path, "_CHECKPOINT_METADATA")):
         parent, name = os.path.split(os.path.abspath(path))
         if not name.isdecimal():
-            raise UserError(f"{path} is a checkpoint away from its run: move it to its place")
+            raise UserError(f"{path} is a checkpoint away from its run: put it in checkpoints/STEP")
         workdir, step = os.path.dirname(parent), int(name)
     if step is None:
         raise UserError(f"{path} has no finished checkpoint in {CHECKPOINTS}/ yet")

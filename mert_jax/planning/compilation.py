@@ -60,7 +60,7 @@ def make_topology(name: str) -> Topology:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     devices = jax.devices("cpu")
     if not 1 <= number <= len(devices):
-        raise UserError(f"--topology={name}: jax has {len(devices)} CPU devices here")
+        raise UserError(f"--topology={name}: give cpu:1 to cpu:{len(devices)}, which jax has here")
     return Topology(name, devices[:number], None)
 
 

@@ -154,7 +154,7 @@ def executed(computation: Computation, times: int = 1) -> Iterator[tuple[Instruc
             yield from executed(x.called("to_apply" if x.opcode == "call" else "calls"), times)
         elif x.opcode == "conditional":
             names = re.findall(r"[\w.\-]+", x.attribute(r"branch_computations=\{([^}]*)\}"))
-            branches = [x.program.computations[name] for name in names]
+            branches = [x.computations[name] for name in names]
             branches = branches or [x.called(f"{k}_computation") for k in ("true", "false")]
             most = max(branches, key=lambda branch: sum(y.cycles for y in branch.instructions))
             yield from executed(most, times)

@@ -145,7 +145,7 @@ def frames(root: str, features: Features, clips: Sequence[Clip], tick: Tick) -> 
     for number, x in enumerate(features.frames(sound)):
         (i, tracks), x = read.popleft(), np.asarray(x, np.float16)
         if not np.isfinite(x).all():
-            raise UserError(f"{features.name} has features that float16 cannot hold")
+            raise UserError(f"{features.name} has features beyond float16; check the checkpoint")
         stored = decoding.to_int16(np.stack(tracks))[0] if tracks else np.zeros(0)
         size, free = (x.nbytes + stored.nbytes) * len(todo), shutil.disk_usage(folder).free
         if number == 0 and size > free:

@@ -101,7 +101,7 @@ def make(
     if unknown := [name for name in baselines if name not in BASELINES]:
         raise UserError(f"unknown baseline {unknown[0]!r}; there are {', '.join(BASELINES)}")
     if "random" in baselines and not checkpoint:
-        raise UserError("the baseline random is the checkpoint's student untrained: --checkpoint")
+        raise UserError("the baseline random is the student untrained: give its --checkpoint")
     if not checkpoint and not baselines:
         raise UserError("nothing to probe: give --checkpoint=PATH, --baselines=log_mel,cqt or both")
     if ("musicnn" in baselines) != bool(musicnn_at):

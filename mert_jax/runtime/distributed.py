@@ -150,7 +150,7 @@ def open_channel(cluster: Cluster, timeout: float) -> ControlChannel:
     peers, missing = function(cluster, (host, int(port) - 1), timeout)
     if missing:
         count, names = f"{len(missing)} of {cluster.number}", ", ".join(map(str, missing))
-        failed = f"did not connect to {cluster.address} within {timeout:.0f} s"
+        failed = f"did not connect to {cluster.address} within {timeout:.0f} s (connect_seconds)"
         raise UserError(f"{count} processes {failed}: {names}; start them, or set --num_processes")
     for connection in peers.values():
         connection.settimeout(None)

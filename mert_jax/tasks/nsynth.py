@@ -28,7 +28,7 @@ def _task(name: str, column: str, labels: tuple[str, ...]) -> Task:
             with open(path) as file:
                 classes = {x: index[str(row[column])] for x, row in json.load(file).items()}
         except (ValueError, KeyError, AttributeError, TypeError) as e:
-            raise UserError(f"{path} is not NSynth's: {type(e).__name__} {e}") from e
+            raise UserError(f"{path} is not NSynth's: {type(e).__name__} {e}. {SOURCE}") from e
         return [Clip(os.path.join(root, "audio", f"{x}.wav"), label=i) for x, i in classes.items()]
 
     def clips(data: str) -> dict[str, list[Clip]]:

@@ -45,7 +45,7 @@ def read_tensor_folder(path: str | os.PathLike) -> dict[str, np.ndarray]:
     for name in NAMES:
         if os.path.exists(file := os.path.join(path, name)):
             return read_tensors(file)
-    raise UserError(f"{path} has no {' or '.join(NAMES)}; join the shards of a larger model")
+    raise UserError(f"{path} has no {' or '.join(NAMES)}; save shards as one (max_shard_size)")
 
 
 def fingerprint(tree: Any) -> str:

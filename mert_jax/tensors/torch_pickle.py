@@ -33,7 +33,9 @@ def read_pickle(path: str | os.PathLike) -> Any:
             return _read(archive)
     except Exception as e:  # garbled bytes make pickle, zipfile and numpy raise nearly anything
         clear = isinstance(e, pickle.UnpicklingError | zipfile.BadZipFile)
-        raise UserError(f"{path} is no readable torch file: {e if clear else repr(e)}") from e
+        old = "; save one from before torch 1.6 again" if type(e) is zipfile.BadZipFile else ""
+        reason = f"{e if clear else repr(e)}{old}"
+        raise UserError(f"{path} is no readable torch file: {reason}") from e
 
 
 class Stub:

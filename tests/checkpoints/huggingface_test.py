@@ -208,7 +208,10 @@ def test_every_wrong_tensor_is_listed(folder):
         ({"conv_dim": 8}, "config.json does not describe a student"),
         ({"feat_extract_norm": "layer"}, "feat_extract_norm='layer'"),
         ({"conv_pos_batch_norm": True}, "conv_pos_batch_norm=True"),
-        ({"deepnorm": True, "hidden_act": "relu"}, "hidden_act='relu', deepnorm=True"),
+        (
+            {"deepnorm": True, "hidden_act": "relu"},
+            "hidden_act='relu', not gelu; deepnorm",
+        ),
     ],
 )
 def test_settings_that_contradict_the_tensors(folder, change, message):

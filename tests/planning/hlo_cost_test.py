@@ -96,6 +96,34 @@ def test_a_limit_that_the_loop_carries():
     assert hlo_cost.summary(text)["loops"][0]["trips"] == 5
 
 
+CONDITIONAL = """HloModule one
+
+%few (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8]{0} parameter(0)
+}
+
+%many (q: f32[8]) -> f32[8] {
+  %q = f32[8]{0} parameter(0)
+  ROOT %sum = f32[8]{0} add(%q, %q), backend_config={"estimated_cycles":"70"}
+}
+
+ENTRY %main (i: s32[], a: f32[8]) -> f32[8] {
+  %i = s32[] parameter(0)
+  %a = f32[8]{0} parameter(1)
+  ROOT %chosen = f32[8]{0} conditional(%i, %a, %a), BRANCHES
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "branches",
+    ["branch_computations={%few, %many}", "true_computation=%many, false_computation=%few"],
+)
+def test_the_costliest_branch_of_a_conditional_counts(branches):
+    costs = hlo_cost.summary(CONDITIONAL.replace("BRANCHES", branches))
+    assert costs["cycles"] == 70
+
+
 def program(out, left, right, rest):
     return f"""HloModule one
 
