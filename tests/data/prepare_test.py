@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -624,6 +625,14 @@ def test_a_full_disk_ends_in_one_line_and_the_run_resumes(music, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(records, "write_shard", full)
         with pytest.raises(UserError, match="No space left on device"):
+            run(music, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(assemble.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+        with pytest.raises(UserError, match=r"0\.00 GB free, and needs 0\.00 GB more"):
+            run(music, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(assemble.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+        with pytest.raises(UserError, match=r"0\.00 GB free, and needs 0\.00 GB more"):
             run(music, tmp_path / "out")
     with pytest.raises(UserError, match="not finished"):
         records.metadata(str(tmp_path / "out"))

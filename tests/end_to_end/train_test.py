@@ -6,8 +6,11 @@ import shutil
 import signal
 import subprocess
 
+import jax
+import numpy as np
 import pytest
 
+from mert_jax.checkpoints import workdir as workdirs
 from tests.runs import ENVIRONMENT, command, flags, read_jsonl, rows, run, slow
 
 CONTRACT = {
@@ -65,6 +68,9 @@ def test_resuming_gives_the_run_that_was_never_stopped(dataset, finished, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "at step 3 of 6" in done.stdout
     assert rows(resumed) == rows(workdir)
+    undisturbed, stopped = (workdirs.read_checkpoint(str(path)) for path in (workdir, resumed))
+    states = ((each.params, each.moments) for each in (undisturbed, stopped))
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 MESHES = {  # devices, and the mesh over data, fsdp and tensor; the finished run had 2 and (2, 1, 1)

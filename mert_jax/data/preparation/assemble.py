@@ -83,6 +83,9 @@ def build(splits: Splits, output: str, staging: str, metadata: Mapping[str, Any]
                 spans = records.chunk_spans(track.samples, chunk, overlap)
                 chunks[split] += [(track, start, stop) for start, stop in spans]
     size = 2 * sum(stop - start for each in chunks.values() for _, start, stop in each)
+    if size > (free := shutil.disk_usage(building).free):
+        lack = f"{output} has {free / 1e9:.2f} GB free, and needs {size / 1e9:.2f} GB more"
+        raise UserError(f"{lack}; make room and run the command again (decoded files are kept)")
     with progress.bar("writing", size, "B") as bar:
         for split in filter(chunks.get, splits):
             stream, num_bytes = _serialised(chunks[split], output, staging, bar), 0

@@ -132,6 +132,7 @@ def _decode(todo: Sequence[SourceFile], stage_dir: str, workers: int) -> dict[st
             outcome = result or Outcome(reason="decoder died", detail=cause)
             journal.write(sources.to_line(source, outcome))
             outcomes[source.path] = outcome
+            bar.set_postfix_str(f"{len(outcomes)} of {len(todo)} files", refresh=False)
             bar.update(source.size)
     return outcomes
 
