@@ -31,8 +31,8 @@ class Run:
     def __init__(self, **overrides):
         self.config = build.check(small.config(**overrides))
         teachers = build.make_teachers(self.config)
-        self.student = build.student(self.config, teachers)
-        self.objective = build.objective(self.config, self.student, teachers)
+        self.student = build.make_student(self.config, teachers)
+        self.objective = build.make_objective(self.config, self.student, teachers)
         self.teacher_params = {name: t.params for name, t in teachers.items()}
         self.optimizer = build.make_optimizer(self.config)
         self.key = jax.random.key(self.config.seed)

@@ -33,7 +33,7 @@ def pretrain(config: ConfigDict, workdir: str | None, describe: bool = False) ->
     """
     stored = build.find_stored_codes(config)
     teachers = build.make_teachers(config, stored)
-    student = build.student(config, teachers, stored)
+    student = build.make_student(config, teachers, stored)
     print(build.describe(config, student, table=describe), flush=True)
     if describe:
         return 0
@@ -41,12 +41,12 @@ def pretrain(config: ConfigDict, workdir: str | None, describe: bool = False) ->
         raise UserError("--workdir=DIR is needed: where checkpoints and metrics go")
     splits = ("train", "validation")
     sources = {split: build.open_datasets(config, stored, split) for split in splits}
-    mesh, settings = build.make_mesh(config), build.settings(config, student)
+    mesh, settings = build.make_mesh(config), build.make_settings(config, student)
     with RemoteWorkdir(workdir, jax.process_index() == 0) as files:
         resumes = bool(manager.checkpoint_steps(workdir))
-        fingerprints = build.fingerprints(config, teachers, stored)
+        fingerprints = build.teacher_fingerprints(config, teachers, stored)
         initial = None if resumes else build.read_initial_weights(config, student, fingerprints)
-        about = build.about(config, fingerprints, initial)
+        about = build.make_about(config, fingerprints, initial)
         lock = workdir_lock.lock_workdir(files.folder, json.loads(config.to_json()), resumes)
         if resumes:
             before = workdirs.read_about(files.folder)

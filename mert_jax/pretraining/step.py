@@ -139,7 +139,8 @@ def masked_sums(
         if objective.unmasked_weight:  # HuBERT, arXiv 2106.07447, eq. 2
             unmasked = weight * objective.unmasked_weight * sums_at(~mask).cross_entropy.sum()
             visible = unmasked if visible is None else visible + unmasked
-    loss += 0 if visible is None else visible
+    if visible is not None:
+        loss += visible
     return Sums(frames, loss, codes, features, penalty, visible)
 
 
@@ -161,14 +162,15 @@ def loss_fn(
     length = next(iter(target.values())).shape[1]
     mask_key, mixture_key, dropout_key = jax.random.split(key, 3)
     mask = objective.mask(row_keys(mask_key, rows), length)
-    codebooks_key = None
     if train:
         clip = objective.mixture(row_keys(mixture_key, rows), clip)
         # one stream for each micro-batch, named by its first row
         dropout_key = jax.random.fold_in(dropout_key, rows[0])
         # the same codebooks in all micro-batches of a step
         codebooks_key = jax.random.fold_in(key, CODEBOOKS_STREAM)
-    output = objective.student(params, clip, mask, length, dropout_key if train else None)
+    else:
+        dropout_key = codebooks_key = None
+    output = objective.student(params, clip, mask, length, dropout_key)
     sums = masked_sums(objective, output, target, mask, codebooks_key)
     return sums.loss, sums
 
@@ -247,16 +249,3 @@ def eval_step(
     audio, codes = batch["audio"], batch.get("codes", {})
     rows = jnp.arange(audio.shape[0])
     return loss_fn(params, teacher_params, audio, rows, key, objective, False, codes)[1]
-
-
-def compiled(
-    shardings: Any, objective: Objective, **options: Any
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return the jitted `train_step` with its `options`, and the jitted `eval_step`.
-
-    The state's memory is reused, the new state laid out by `shardings`, and metrics replicated.
-    """
-    update = functools.partial(train_step, objective=objective, **options)
-    evaluate = functools.partial(eval_step, objective=objective)
-    update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, shardings.step))
-    return update, jax.jit(evaluate, out_shardings=shardings.step)

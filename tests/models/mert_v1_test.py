@@ -334,7 +334,7 @@ def parameters() -> dict[str, dict[str, str]]:
     listed = {}
     for name, config in dict(tiny=tiny, base=base, large=large).items():
         config = config.get_config()
-        small = build.student(config, build.make_teachers(config))
+        small = build.make_student(config, build.make_teachers(config))
         shapes = nn.unbox(jax.eval_shape(small.init, jax.random.key(0), noise(1, 4000)))["params"]
         listed[name] = {
             jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype} {list(x.shape)}"
