@@ -145,15 +145,11 @@ class Loader:
 
     def validation(self) -> list[Iterator[Batch]]:
         """Return, for each dataset, batches of one clip of every record."""
-        size, streams = self.micro_batch_size, []
+        size, context, streams = self.micro_batch_size, self.context, []
         rows = sharding.rows_of_host(size, self.mesh)
         for source, bad in zip(self.sources["validation"], self._bad_records, strict=True):
             batches = pipeline.validation_batches(
-                source,
-                num_samples=self.num_samples,
-                batch_size=size,
-                context=self.context,
-                rows=rows,
+                source, num_samples=self.num_samples, batch_size=size, context=context, rows=rows
             )
             streams.append(self._on_mesh(bad_records.count_bad_records(batches, bad), size))
         return streams

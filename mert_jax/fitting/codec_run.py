@@ -50,7 +50,7 @@ def run(config: ConfigDict, data_dir: str, output: str, seed: int) -> int:
     training = os.path.join(output, "training")
     settings = config.to_dict() | {"seed": seed, "fingerprint": metadata["fingerprint"]}
     resumes = bool(manager.checkpoint_steps(training))
-    lock = workdir_lock.lock_workdir(training, settings, begun=resumes)
+    lock = workdir_lock.lock_workdir(training, settings, resumes)
     with lock, jax.set_mesh(trainer.mesh):
         state, request = trainer.train(training)
         if request:
@@ -91,27 +91,32 @@ class CodecTraining:
             seconds = config.batch_size * config.num_samples / SAMPLE_RATE
             speed = metrics.Speed(start, config.total_steps, audio_seconds=seconds, flops=0)
             self._speed, clock = speed, goodput.Goodput(training)
-            saver = loop.Saver(checkpoints, intervals, clock, speed, lambda: None)
-            log = metrics.Writer(training, start, tensorboard=False)
-            objects = dict(saver=saver, clock=clock, speed=speed, log=log)
-            hooks = dict(publish=clock.write, beat=lambda: None)
-            return loop.run(self, state, intervals, **objects, **hooks)
+            saver = loop.Saver(checkpoints, intervals, clock, speed, before=lambda: None)
+            writer = metrics.Writer(training, start, tensorboard=False)
+            return loop.run(
+                self, state, intervals, saver, clock, speed, writer, clock.write, lambda: None
+            )
 
-    def position(self, state: CodecState) -> int:
+    def next_batch(self, state: CodecState) -> int:
         return int(state.step)
 
-    def batches(self, position: int) -> Iterator[jax.Array]:
-        """Return the batches of int16 clips [B, N] from number `position` on."""
+    def batches(self, start: int) -> Iterator[jax.Array]:
+        """Return the batches of int16 clips [B, N] from number `start` on."""
         config = self._config
-        sizes = dict(num_samples=config.num_samples, batch_size=config.batch_size)
-        order = dict(seed=self._seed, start=position, threads=config.threads)
-        stream = pipeline.train_stream([self._source], **sizes, **order)
-        bad = bad_records.BadRecords(None, [self._source], start=position)
+        stream = pipeline.train_stream(
+            [self._source],
+            num_samples=config.num_samples,
+            batch_size=config.batch_size,
+            seed=self._seed,
+            start=start,
+            threads=config.threads,
+        )
+        bad = bad_records.BadRecords(None, [self._source], start=start)
 
         def put(batch: Any) -> jax.Array:
             return sharding.global_batch(batch["audio"], config.batch_size, self.mesh)
 
-        return pipeline.prefetch(bad_records.count_bad_records(stream, bad, position), put)
+        return pipeline.prefetch(bad_records.count_bad_records(stream, bad, start), put)
 
     def update(self, state: CodecState, batch: jax.Array, request: int) -> tuple[CodecState, Any]:
         self._request = request

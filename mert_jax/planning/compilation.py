@@ -103,7 +103,7 @@ def compile_step(config: ConfigDict, devices: Sequence[Any], codes: str = "") ->
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
         {name: teacher.params for name, teacher in teachers.items()},
     )
-    batch = _abstract_batch(config, experiment.context, stored, mesh)
+    batch = _abstract_batch(config, experiment.objective.longest_context, stored, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     start = time.monotonic()
     text, memory, used = "", None, 0.0

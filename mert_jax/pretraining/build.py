@@ -264,11 +264,6 @@ class Experiment(NamedTuple):
     train_step: Callable[..., Any]  # (state, teacher params, batch, key) -> (state, metrics)
     eval_step: Callable[..., Any]  # (params, teacher params, batch, key) -> step.Sums
 
-    @property
-    def context(self) -> int:
-        """Samples before each clip that teachers hear."""
-        return self.objective.longest_context
-
 
 def make_experiment(
     config: ConfigDict, student: mert_v1.Student, teachers: Mapping[str, Teacher], mesh: Mesh

@@ -93,8 +93,8 @@ class Speed:
         if self._time is not None and step > self._step:  # the first time includes compilation
             self._rate = (step - self._step) / (now - self._time)
         self._step, self._time = step, now
-        flops = mfu(self._rate * self._flops) if self._rate else None
-        return {"audio_seconds_per_second": self._rate * self._audio, "mfu": flops}
+        utilisation = mfu(self._rate * self._flops) if self._rate else None
+        return {"audio_seconds_per_second": self._rate * self._audio, "mfu": utilisation}
 
     def pause(self) -> None:
         """Leave out the time since `measure`, which was spent on validation or a save."""

@@ -15,7 +15,7 @@ from mert_jax import sharding
 from mert_jax.checkpoints import manager
 from mert_jax.checkpoints import workdir as workdirs
 from mert_jax.checkpoints.init_from import InitialWeights, apply_initial_weights
-from mert_jax.checkpoints.object_storage import RemoteWorkdir
+from mert_jax.checkpoints.object_storage import WorkdirMirror
 from mert_jax.checkpoints.train_state import TrainState
 from mert_jax.data import code_checks
 from mert_jax.data.bad_records import BadRecords
@@ -42,24 +42,24 @@ def pretrain(config: ConfigDict, workdir: str | None, describe: bool = False) ->
     splits = ("train", "validation")
     sources = {split: build.open_datasets(config, stored, split) for split in splits}
     mesh, settings = build.make_mesh(config), build.make_settings(config, student)
-    with RemoteWorkdir(workdir, jax.process_index() == 0) as files:
+    with WorkdirMirror(workdir, jax.process_index() == 0) as mirror:
         resumes = bool(manager.checkpoint_steps(workdir))
         fingerprints = build.teacher_fingerprints(config, teachers, stored)
         initial = None if resumes else build.read_initial_weights(config, student, fingerprints)
         about = build.make_about(config, fingerprints, initial)
-        lock = workdir_lock.lock_workdir(files.folder, json.loads(config.to_json()), resumes)
+        lock = workdir_lock.lock_workdir(mirror.folder, json.loads(config.to_json()), resumes)
         if resumes:
-            before = workdirs.read_about(files.folder)
+            before = workdirs.read_about(mirror.folder)
             check_unchanged(before.data, about.data, settings.accept_changes)
             about = before._replace(data=about.data)
         if jax.process_index() == 0:
-            workdirs.write_description(files.folder, student, about)
-        files.take()
-        seconds, every_steps = settings.watchdog_seconds, settings.intervals.save_every_steps
-        stalled = (files.folder, jax.process_index(), seconds)
-        on_timeout = functools.partial(watchdog.end_stalled_run, *stalled)
-        preserved = (settings.keep, settings.keep_every, every_steps)
-        checkpoints = manager.Checkpoints(workdir, *preserved)
+            workdirs.write_description(mirror.folder, student, about)
+        mirror.claim()
+        host, seconds = jax.process_index(), settings.watchdog_seconds
+        on_timeout = functools.partial(watchdog.end_stalled_run, mirror.folder, host, seconds)
+        checkpoints = manager.Checkpoints(
+            workdir, settings.keep, settings.keep_every, settings.intervals.save_every_steps
+        )
         with (
             lock,
             jax.set_mesh(mesh),
@@ -67,18 +67,19 @@ def pretrain(config: ConfigDict, workdir: str | None, describe: bool = False) ->
             contextlib.closing(checkpoints),
         ):
             experiment = build.make_experiment(config, student, teachers, mesh)
-            loader = build.make_loader(config, sources, mesh, experiment.context)
-            run = Pretraining(settings, experiment, loader, files, checkpoints, beat)
+            context = experiment.objective.longest_context
+            loader = build.make_loader(config, sources, mesh, context)
+            run = Pretraining(settings, experiment, loader, mirror, checkpoints, beat)
             return run.train(initial)
 
 
-def check_labels(sums: step.Sums, special_codes: int, directory: str) -> list[str]:
+def check_first_codes(sums: step.Sums, special_codes: int, directory: str) -> list[str]:
     """Return a line on each teacher's codes in a batch. Raises UserError if they are useless."""
     lines = []
     for name, codes in sums.codes.items():
         counts = np.asarray(codes.targets)[:, special_codes:]
-        label = f"labels of {name} in {directory}"
-        lines.append(code_checks.check_codes(label, counts, int(sums.frames)))
+        title = f"labels of {name} in {directory}"
+        lines.append(code_checks.check_codes(title, counts, int(sums.frames)))
     return lines
 
 
@@ -90,49 +91,47 @@ class Pretraining:
         settings: build.Settings,
         experiment: build.Experiment,
         loader: Loader,
-        files: RemoteWorkdir,
+        mirror: WorkdirMirror,
         checkpoints: manager.Checkpoints,
         beat: Callable[[], None],
     ):
         self._settings, self._experiment, self._loader = settings, experiment, loader
-        self._files, self._checkpoints, self._beat = files, checkpoints, beat
-        self._clock = goodput.Goodput(files.folder)
+        self._mirror, self._checkpoints, self._beat = mirror, checkpoints, beat
+        self._clock = goodput.Goodput(mirror.folder)
         self._key = jax.random.key(settings.seed)
         params = {name: teacher.params for name, teacher in experiment.teachers.items()}
         self._teacher_params = sharding.placed(params, sharding.replicated(loader.mesh))
 
     def train(self, initial: InitialWeights | None) -> int:
         """Train to `total_steps`, from the newest checkpoint or `initial`; return the exit code."""
-        settings, files, experiment = self._settings, self._files, self._experiment
+        settings, mirror, experiment = self._settings, self._mirror, self._experiment
         total, start = settings.intervals.total_steps, self._checkpoints.latest_step
         if start is not None and start >= total:
-            print(f"{files.workdir} is finished: {start} of {total} steps; nothing to do")
+            print(f"{mirror.workdir} is finished: {start} of {total} steps; nothing to do")
             return 0
         if start is None:
             state = experiment.init()
             state = apply_initial_weights(state, initial) if initial else state
         else:
             state = self._restore()
-            print(f"resuming {files.workdir} at step {int(state.step)} of {total}", flush=True)
-        self._check_labels(state)
+            print(f"resuming {mirror.workdir} at step {int(state.step)} of {total}", flush=True)
+        self._check_codes(state)
         step, batch, writes = int(state.step), int(state.batch), jax.process_index() == 0
-        audio, flops = settings.update_seconds, settings.update_flops
-        self._speed = metrics.Speed(step, total, audio_seconds=audio, flops=flops)
+        speed = metrics.Speed(step, total, settings.update_seconds, settings.update_flops)
         sources = self._loader.sources["train"]
-        bad_records = BadRecords(files.folder, sources, settings.max_faulty, batch, writes)
-        options = dict(streak=settings.streak, batch=batch, writes=writes)
-        self._log = run_log.RunLog(files.folder, bad_records, **options)
+        bad_records = BadRecords(mirror.folder, sources, settings.max_faulty, batch, writes)
+        folder, streak, self._speed = mirror.folder, settings.streak, speed
+        self._run_log = run_log.RunLog(folder, bad_records, streak, start=batch, writes=writes)
         # a checkpoint relies on the metrics of all its steps: flush them first
-        saver = loop.Saver(
-            self._checkpoints, settings.intervals, self._clock, self._speed, files.flush
-        )
+        intervals, clock = settings.intervals, self._clock
+        saver = loop.Saver(self._checkpoints, intervals, clock, speed, before=mirror.flush)
         if start is None:  # so that a rollback always has a checkpoint to return to
             saver.save(0, state)
-        log = metrics.Writer(files.folder, step, settings.tensorboard, writes)
-        objects = dict(saver=saver, clock=self._clock, speed=self._speed, log=log)
-        hooks = dict(publish=self._publish, beat=self._beat)
-        state, request = loop.run(self, state, settings.intervals, **objects, **hooks)
-        self._log.close()
+        writer = metrics.Writer(folder, step, settings.tensorboard, writes)
+        state, request = loop.run(
+            self, state, intervals, saver, clock, speed, writer, self._publish, self._beat
+        )
+        self._run_log.close()
         return self._end(int(state.step), request)
 
     def _restore(self, before: int | None = None) -> TrainState:
@@ -140,17 +139,17 @@ class Pretraining:
         with self._clock.time_of("restore"):
             return self._checkpoints.restore(abstract, shardings, before)
 
-    def _check_labels(self, state: TrainState) -> None:
+    def _check_codes(self, state: TrainState) -> None:
         """Print the perplexity of each dataset's codes; release the workdir if they are useless."""
         special_codes = self._experiment.objective.special_codes
         try:
             with self._clock.time_of("compile"):
                 first_sums = [next(sums) for sums in self._validation_sums(state.params)]
                 for directory, sums in zip(self._settings.directories, first_sums, strict=True):
-                    lines = check_labels(sums, special_codes, directory)
+                    lines = check_first_codes(sums, special_codes, directory)
                     print(*lines, sep="\n", flush=True)
         except UserError:
-            workdir_lock.release_workdir(self._files.folder)
+            workdir_lock.release_workdir(self._mirror.folder)
             raise
 
     def _validation_sums(self, params: Any) -> Iterator[Iterator[step.Sums]]:
@@ -165,15 +164,16 @@ class Pretraining:
     def _publish(self, step: int) -> None:
         if jax.process_index() == 0:
             self._clock.write(step)
-        self._files.push()
+        self._mirror.push()
 
     def _end(self, step: int, request: int) -> int:
-        workdir = self._files.workdir
+        workdir = self._mirror.workdir
         if jax.process_index() == 0:
             self._clock.write(step)
-            print(goodput.summary_line(goodput.read_goodput(self._files.folder)), flush=True)
+            print(goodput.summary_line(goodput.read_goodput(self._mirror.folder)), flush=True)
         if request:
             print(f"stopped and saved at step {step}; run the same command to go on", flush=True)
+            # SIGTERM is a preemption, after which launchers start the run again; Ctrl-C is not
             return RESTART if request == signal.SIGTERM else 128 + request
         print(f"finished {step} steps: checkpoints, metrics.jsonl and config.json in {workdir}")
         print(f"curves: python -m mert_jax.report --workdir={workdir}", flush=True)
@@ -181,11 +181,11 @@ class Pretraining:
 
     # as documented in `loop.Trainer`
 
-    def position(self, state: TrainState) -> int:
+    def next_batch(self, state: TrainState) -> int:
         return int(state.batch)
 
-    def batches(self, position: int) -> Iterator[Batch]:
-        return self._loader.train(position)
+    def batches(self, start: int) -> Iterator[Batch]:
+        return self._loader.train(start)
 
     def update(self, state: TrainState, batch: Batch, request: int) -> tuple[TrainState, Any]:
         # every host's request travels with the batch
@@ -193,7 +193,7 @@ class Pretraining:
         return self._experiment.train_step(state, self._teacher_params, batch, self._key)
 
     def decide(self, step: int, batch: int, result: Any, last: bool) -> run_log.StepDecision:
-        return self._log.decide(step, batch, result, last)
+        return self._run_log.decide(step, batch, result, last)
 
     def may_save(self, result: Any) -> bool:
         return not int(result["guard"].streak)
@@ -205,8 +205,8 @@ class Pretraining:
             raise UserError(
                 f"{steps} updates in a row were rejected, the first at step "
                 f"{streak.first_step}, after {rollbacks} rollbacks (guard.rollbacks): see "
-                f"{self._files.workdir}/{run_log.BAD_STEPS}. Lower optimizer.peak_learning_rate or "
-                "optimizer.clip_norm, in a new workdir"
+                f"{self._mirror.workdir}/{run_log.BAD_STEPS}. Lower optimizer.peak_learning_rate "
+                "or optimizer.clip_norm, in a new workdir"
             )
         earlier = self._restore(before=streak.first_step)
         back = int(earlier.step)
