@@ -104,7 +104,6 @@ class BadRecords:
         print(f"{bad}: {BAD_RECORD.format(**row)}", flush=True)
 
     def close(self) -> None:
-        """Close the files."""
         for file in filter(None, (self._rows, self._counts)):
             file.close()
 

@@ -17,7 +17,7 @@ from mert_jax.errors import UserError
 
 Batch = dict[str, Any]
 BATCH_KEYS = ("audio", "looped", "codes", "record", "faulty")
-Stored = Mapping[str, CodesInfo]  # by teacher
+Stored = Mapping[str, CodesInfo]  # codes that come with the batches, by teacher
 Summaries = Sequence[Mapping[str, Any]]
 
 

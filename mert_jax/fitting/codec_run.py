@@ -16,6 +16,7 @@ from mert_jax.checkpoints import manager
 from mert_jax.constants import HOP_LENGTH, SAMPLE_RATE
 from mert_jax.data import bad_records, pipeline, records
 from mert_jax.errors import UserError
+from mert_jax.files import Row
 from mert_jax.fitting import codec_report, codec_step
 from mert_jax.fitting.codec_step import Codec, CodecState
 from mert_jax.pretraining import loop, metrics
@@ -128,7 +129,7 @@ class CodecTraining:
     def may_save(self, result: Any) -> bool:
         return True
 
-    def row(self, step: int, state: CodecState, result: Any, evaluate: bool) -> loop.Row:
+    def row(self, step: int, state: CodecState, result: Any, evaluate: bool) -> Row:
         """Return the row of metrics.jsonl. Raises UserError if the loss is no longer finite."""
         row = {"step": step, **{name: np.asarray(x).tolist() for name, x in result.items()}}
         if not np.isfinite(row["loss"] + row["grad_norm"]):
@@ -143,7 +144,7 @@ class CodecTraining:
             self._speed.pause()
         return row
 
-    def line(self, row: loop.Row, eta: str) -> str:
+    def line(self, row: Row, eta: str) -> str:
         line = (
             f"step {row['step']}/{self.codec.total_steps}  loss {row['loss']:.3f} = log-mel "
             f"{row['mel_distance']:.3f} + wave {row['wave_distance']:.4f} x "

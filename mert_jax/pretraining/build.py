@@ -23,7 +23,7 @@ from mert_jax.checkpoints.in_memory import About
 from mert_jax.checkpoints.train_state import TrainState
 from mert_jax.constants import HOP_LENGTH, SAMPLE_RATE
 from mert_jax.data import loader
-from mert_jax.data.loader import Loader
+from mert_jax.data.loader import Loader, Stored
 from mert_jax.data.stored_codes import CodesInfo
 from mert_jax.errors import UserError
 from mert_jax.models import mert_v1
@@ -31,8 +31,7 @@ from mert_jax.pretraining import masking, mixture, optimizer, step
 from mert_jax.pretraining.loop import Intervals
 from mert_jax.teachers.teacher import Teacher
 
-Codes = Mapping[str, CodesInfo]  # those that come with the batches, by teacher
-NO_CODES: Codes = {}
+NO_CODES: Stored = {}
 COUNTS = ("total_steps", "batch_size", "accumulation", "group", "log_every", "eval_every")
 
 
@@ -94,7 +93,7 @@ def find_stored_codes(config: ConfigDict) -> dict[str, CodesInfo]:
     return loader.find_stored_codes(dataset_directories(config), checkpoints)
 
 
-def open_datasets(config: ConfigDict, stored: Codes, split: str) -> list[Any]:
+def open_datasets(config: ConfigDict, stored: Stored, split: str) -> list[Any]:
     """Open a split of each of the config's datasets. Raises UserError as `loader` does."""
     directories, data = dataset_directories(config), config.data
     if not directories:
@@ -128,7 +127,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     return mesh
 
 
-def make_teachers(config: ConfigDict, stored: Codes = NO_CODES) -> dict[str, Teacher]:
+def make_teachers(config: ConfigDict, stored: Stored = NO_CODES) -> dict[str, Teacher]:
     """Return the teachers of `config.teachers` by name, in their order.
 
     One with `stored` codes needs no checkpoint. Raises UserError if it has that of another codec.
@@ -159,7 +158,7 @@ def make_teachers(config: ConfigDict, stored: Codes = NO_CODES) -> dict[str, Tea
 
 
 def make_student(
-    config: ConfigDict, teachers: Mapping[str, Teacher], stored: Codes = NO_CODES
+    config: ConfigDict, teachers: Mapping[str, Teacher], stored: Stored = NO_CODES
 ) -> mert_v1.Student:
     """Return the student, with a head for each teacher."""
     heads = tuple(_head(config, name, x, stored.get(name)) for name, x in teachers.items())
@@ -308,7 +307,6 @@ class Settings(NamedTuple):
     directories: Sequence[str]
     update_seconds: float  # of audio
     update_flops: float  # of the model
-    max_faulty: float
     accept_changes: bool
     keep: int
     keep_every: int
@@ -319,7 +317,6 @@ class Settings(NamedTuple):
 
 
 def make_settings(config: ConfigDict, student: mert_v1.Student) -> Settings:
-    """Return the settings of a run."""
     data, saves, guard = config.data, config.checkpoint, config.guard
     every = (config.log_every, config.eval_every, saves.every_steps, saves.every_minutes)
     return Settings(
@@ -328,7 +325,6 @@ def make_settings(config: ConfigDict, student: mert_v1.Student) -> Settings:
         directories=dataset_directories(config),
         update_seconds=_update_seconds(config),
         update_flops=3 * config.batch_size * student.flops(data.num_samples),
-        max_faulty=data.max_faulty,
         accept_changes=data.accept_changes,
         keep=saves.keep,
         keep_every=saves.keep_every,
@@ -344,7 +340,7 @@ def _update_seconds(config: ConfigDict) -> float:
 
 
 def teacher_fingerprints(
-    config: ConfigDict, by_name: Mapping[str, Teacher], stored: Codes
+    config: ConfigDict, by_name: Mapping[str, Teacher], stored: Stored
 ) -> dict[str, str]:
     """Return what identifies each teacher: its codebooks' hash, or the options of its features."""
 

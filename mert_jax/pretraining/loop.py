@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from mert_jax.checkpoints.manager import Checkpoints
+from mert_jax.files import Row
 from mert_jax.pretraining.metrics import Speed, Writer
 from mert_jax.pretraining.run_log import SAVE, BadStreak, StepDecision
 from mert_jax.runtime.goodput import Goodput
 from mert_jax.runtime.signals import StopSignal
-
-Row = dict[str, Any]
 
 
 class Intervals(NamedTuple):

@@ -174,7 +174,6 @@ class Writer:
             self._board.write_scalars(row["step"], scalars)
 
     def close(self) -> None:
-        """Close the files."""
         self._file.close()
         if self._board:
             self._board.close()

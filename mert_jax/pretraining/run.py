@@ -21,6 +21,7 @@ from mert_jax.data import code_checks
 from mert_jax.data.bad_records import BadRecords
 from mert_jax.data.loader import Batch, Loader, check_unchanged
 from mert_jax.errors import RESTART, UserError
+from mert_jax.files import Row
 from mert_jax.pretraining import build, loop, metrics, run_log, step
 from mert_jax.runtime import goodput, watchdog, workdir_lock
 
@@ -118,8 +119,8 @@ class Pretraining:
         self._check_codes(state)
         step, batch, writes = int(state.step), int(state.batch), jax.process_index() == 0
         speed = metrics.Speed(step, total, settings.update_seconds, settings.update_flops)
-        sources = self._loader.sources["train"]
-        bad_records = BadRecords(mirror.folder, sources, settings.max_faulty, batch, writes)
+        sources, max_faulty = self._loader.sources["train"], self._loader.max_faulty
+        bad_records = BadRecords(mirror.folder, sources, max_faulty, batch, writes)
         folder, streak, self._speed = mirror.folder, settings.streak, speed
         self._run_log = run_log.RunLog(folder, bad_records, streak, start=batch, writes=writes)
         # a checkpoint relies on the metrics of all its steps: flush them first
@@ -217,9 +218,12 @@ class Pretraining:
             flush=True,
         )
         self._clock.went_back()
-        return step.redirect(earlier, streak.next_batch, rollbacks + 1)
+        # an earlier state, but the batch after the bad ones: they are passed over
+        numbers = np.int32(streak.next_batch), np.int32(rollbacks + 1)
+        batch, count = sharding.placed(numbers, earlier.batch.sharding)
+        return earlier._replace(batch=batch, guard=earlier.guard._replace(rollbacks=count))
 
-    def row(self, step: int, state: TrainState, result: Any, evaluate: bool) -> loop.Row:
+    def row(self, step: int, state: TrainState, result: Any, evaluate: bool) -> Row:
         row = {
             "step": step,
             **metrics.reduce(result["sums"]),
@@ -236,5 +240,5 @@ class Pretraining:
             self._speed.pause()
         return row
 
-    def line(self, row: loop.Row, eta: str) -> str:
+    def line(self, row: Row, eta: str) -> str:
         return metrics.console_line(row, self._settings.intervals.total_steps, eta)

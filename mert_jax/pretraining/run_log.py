@@ -75,6 +75,5 @@ class RunLog:
         )
 
     def close(self) -> None:
-        """Close the files."""
         self._bad_steps.close()
         self._bad_records.close()

@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from mert_jax.checkpoints.train_state import TrainState, initial_guard
 from mert_jax.constants import FULL_SCALE
 from mert_jax.pretraining import guard, losses
-from mert_jax.sharding import placed
 
 Array = jax.Array
 Codes = Mapping[str, Array]  # stored codes [B, T, K] by teacher
@@ -234,12 +232,6 @@ def train_step(
         "notes": {name: batch[name] for name in NOTES if name in batch},
     }
     return TrainState(state.step + 1, state.batch + 1, params, opt_state, next_guard), metrics
-
-
-def redirect(state: TrainState, batch: int, rollbacks: int) -> TrainState:
-    """Return `state` with another next batch and number of rollbacks."""
-    batch, rollbacks = placed((np.int32(batch), np.int32(rollbacks)), state.batch.sharding)
-    return state._replace(batch=batch, guard=state.guard._replace(rollbacks=rollbacks))
 
 
 def eval_step(
