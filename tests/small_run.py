@@ -62,5 +62,5 @@ class Run:
         batch = {"audio": audio, "looped": jnp.zeros(audio.shape[0], bool)}
         for _ in range(steps):
             state, result = self.step(state, self.teacher_params, batch, self.key)
-            rows.append(metrics.reduce(result["sums"]))
+            rows.append(metrics.to_row(result["sums"]))
         return state, rows

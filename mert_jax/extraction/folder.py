@@ -145,7 +145,6 @@ def _write_table(rows: list[Row], output: str, layers: Sequence[int]) -> None:
 
 
 def summary(report: dict[str, Any], output: str) -> str:
-    """Return the report in a few lines."""
     hours, upsampled, failed = report["seconds"] / 3600, report["upsampled"], report["failed"]
     files = f"{report['embedded']} of {report['files']} files"
     lines = [f"{files} ({hours:.2f} h) embedded in {output}"]

@@ -224,7 +224,7 @@ def make_objective(
         mixture=mix_clips,
         logit_temperature=numbers.logit_temperature,
         special_codes=numbers.special_codes,
-        penalty=numbers.features_penalty,
+        penalty_weight=numbers.features_penalty,
         unmasked_weight=numbers.unmasked_weight,
         codebooks_per_step=numbers.codebooks_per_step,
     )

@@ -79,7 +79,6 @@ class Saver:
         return self._due
 
     def save(self, step: int, state: Any) -> None:
-        """Start saving `state`."""
         with self._clock.time_of("save"):
             self._before()
             self.checkpoints.save(step, state)

@@ -226,7 +226,7 @@ class Pretraining:
     def row(self, step: int, state: TrainState, result: Any, evaluate: bool) -> Row:
         row = {
             "step": step,
-            **metrics.reduce(result["sums"]),
+            **metrics.to_row(result["sums"]),
             "grad_norm": float(result["grad_norm"]),
             "learning_rate": float(self._experiment.learning_rate(int(result["updates"]))),
             "looped_clips": int(result["looped"]),
@@ -236,7 +236,8 @@ class Pretraining:
         if evaluate:
             with self._clock.time_of("validation"):
                 by_dataset = self._validation_sums(state.params)
-                row |= metrics.validation([functools.reduce(metrics.add, x) for x in by_dataset])
+                totals = [functools.reduce(metrics.add, sums) for sums in by_dataset]
+                row |= metrics.validation_row(totals)
             self._speed.pause()
         return row
 

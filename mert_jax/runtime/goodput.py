@@ -68,7 +68,6 @@ class Goodput:
         self._saved, self._unsaved = step, 0.0
 
     def write(self, step: int) -> None:
-        """Write the sums up to now."""
         self._advance()
         content = {kind: round(seconds, 3) for kind, seconds in self._seconds.items()}
         content["unsaved"] = dict(step=step, saved=self._saved, seconds=round(self._unsaved, 3))

@@ -72,7 +72,7 @@ def functions(size: str, names: Sequence[str], paths: dict[str, str]) -> dict[st
     train_step = jax.jit(train_step, donate_argnums=0)
     train_step = train_step.lower(state, params, batch, jax.random.key(0)).compile()
     wave = jax.device_put(wave)
-    teach = jax.jit(functools.partial(step.targets, objective, length=wave.shape[-1]))
+    teach = jax.jit(functools.partial(step.compute_targets, objective, length=wave.shape[-1]))
     teach = teach.lower(params, wave).compile()
 
     def one_step() -> None:

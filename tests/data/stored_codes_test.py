@@ -214,7 +214,7 @@ def test_training_takes_stored_codes_without_a_checkpoint(dataset, teacher):
     codes = np.random.default_rng(0).integers(0, 16, (2, 50, 3)).astype(np.uint16)
     wave = np.zeros((2, 16_000), np.float32)
     teacher_params = {name: t.params for name, t in run_teachers.items()}
-    target = step.targets(objective, teacher_params, wave, 49, {"rvq_vae": codes})
+    target = step.compute_targets(objective, teacher_params, wave, 49, {"rvq_vae": codes})
     np.testing.assert_array_equal(target["rvq_vae"], codes[:, :49])
     assert target["rvq_vae"].dtype == np.int32
 
@@ -233,7 +233,7 @@ def test_computed_codes_use_the_context_before_the_clip(dataset, checkpoint, tea
     start = 9 * SAMPLE_RATE // HOP_LENGTH * HOP_LENGTH
     wave = audio[None, start - 38 * HOP_LENGTH : start + 16_000].astype(np.float32) / FULL_SCALE
     teacher_params = {name: t.params for name, t in run_teachers.items()}
-    target = jax.jit(lambda p, w: step.targets(objective, p, w, 49))(teacher_params, wave)
+    target = jax.jit(lambda p, w: step.compute_targets(objective, p, w, 49))(teacher_params, wave)
     expected = whole_tracks(dataset, teacher)[track][start // HOP_LENGTH :][:49]
     assert (target["rvq_vae"][0] == expected).mean() > 0.95
     without_context = jax.jit(teacher.apply)(teacher.params, wave[:, 38 * HOP_LENGTH :])[0, :8]
