@@ -56,7 +56,7 @@ def test_perplexity_is_the_number_of_codes_in_use():
     np.testing.assert_allclose(uneven, 4 / 3**0.75)
 
 
-def test_reduce():
+def test_row_of_sums():
     row = metrics.to_row(sums())
     entropy = -sum(p * math.log(p) for p in (0.1, 0.2, 0.3, 0.4))
     assert row == {
