@@ -300,7 +300,7 @@ def make_experiment(
 
 
 class Settings(NamedTuple):
-    """The numbers of a config that a run needs around its updates, named as in configs/base.py."""
+    """Numbers of a config that a run needs beside its updates; configs/base.py explains them."""
 
     seed: int
     intervals: Intervals

@@ -118,13 +118,13 @@ class Pretraining:
             print(f"resuming {mirror.workdir} at step {int(state.step)} of {total}", flush=True)
         self._check_codes(state)
         step, batch, writes = int(state.step), int(state.batch), jax.process_index() == 0
+        folder, intervals, clock = mirror.folder, settings.intervals, self._clock
         speed = metrics.Speed(step, total, settings.update_seconds, settings.update_flops)
+        self._speed = speed
         sources, max_faulty = self._loader.sources["train"], self._loader.max_faulty
-        bad_records = BadRecords(mirror.folder, sources, max_faulty, batch, writes)
-        folder, streak, self._speed = mirror.folder, settings.streak, speed
-        self._run_log = run_log.RunLog(folder, bad_records, streak, start=batch, writes=writes)
+        bad_records = BadRecords(folder, sources, max_faulty, batch, writes)
+        self._run_log = run_log.RunLog(folder, bad_records, settings.streak, batch, writes)
         # a checkpoint relies on the metrics of all its steps: flush them first
-        intervals, clock = settings.intervals, self._clock
         saver = loop.Saver(self._checkpoints, intervals, clock, speed, before=mirror.flush)
         if start is None:  # so that a rollback always has a checkpoint to return to
             saver.save(0, state)
@@ -200,7 +200,7 @@ class Pretraining:
         return not int(result["guard"].streak)
 
     def roll_back(self, state: TrainState, streak: run_log.BadStreak) -> TrainState:
-        """Return the last state before `streak`. Raises UserError after `guard.rollbacks`."""
+        """Return the last saved state before `streak`. Raises UserError after `guard.rollbacks`."""
         steps, rollbacks = self._settings.streak, int(state.guard.rollbacks)
         if rollbacks >= self._settings.rollbacks:
             raise UserError(
