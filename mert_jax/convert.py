@@ -21,7 +21,6 @@ _MOMENTS = define.bool("moments", True, "Keep Adam's moments if there are any.")
 
 
 def main() -> None:
-    """Run the command."""
     formats.convert(_INPUT.value, _OUTPUT.value, _TO.value, _LICENSE.value, _MOMENTS.value)
 
 

@@ -56,7 +56,6 @@ def _layer_numbers(text: str) -> tuple[int, ...]:
 
 
 def main() -> int:
-    """Run the command and return its exit code."""
     settings = EmbeddingSettings(
         layers=_layer_numbers(_LAYERS.value),
         pool=_POOL.value,

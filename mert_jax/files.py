@@ -39,6 +39,12 @@ def atomic_write(path: str, replace: bool = False) -> Iterator[str]:
             os.unlink(temporary)
 
 
+def write_json(path: str, content: Any) -> None:
+    """Write `content` to the file `path`, replacing it whole or not at all."""
+    with atomic_write(path, replace=True) as temporary, open(temporary, "w") as file:
+        json.dump(content, file, indent=1)
+
+
 @contextlib.contextmanager
 def directory_lock(directory: str) -> Iterator[None]:
     """Make `directory` if needed and lock it. Raises UserError if another process has locked it."""
@@ -103,7 +109,6 @@ class JsonlFile:
             raise UserError(f"{self._path} cannot be written: {e}; {todo}") from e
 
     def close(self) -> None:
-        """Close the file."""
         if self._file:
             self._file.close()
             self._file = None

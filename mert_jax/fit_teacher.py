@@ -60,7 +60,6 @@ def _check_flags() -> None:
 
 
 def main() -> int:
-    """Run the command and return its exit code."""
     _check_flags()
     if _TEACHER.value == CODEC:
         fitters.check_writable(_OUTPUT.value)

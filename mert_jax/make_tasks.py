@@ -94,7 +94,6 @@ def report(missing: dict[str, str], asked: int) -> int:
 
 
 def main() -> int:
-    """Run the command and return its exit code."""
     started, only = time.monotonic(), list(dict.fromkeys(_ONLY.value))
     options = (_SMALL.value, _TRAIN_FONT.value, _TEST_FONT.value, _DRUMKITS.value)
     code = report(make_tasks(_OUTPUT.value, only, *options), len(only))

@@ -47,7 +47,6 @@ _CODES = define.string(
 
 
 def main() -> int:
-    """Run the command and return its exit code."""
     inputs = cli.paths(_INPUT.value or [])
     if not _OUTPUT.value or not (inputs or _CODES.value):
         raise UserError(

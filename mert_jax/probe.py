@@ -47,7 +47,6 @@ _SEEDS = define.integer("seeds", 3, "Heads trained of each kind.", 1)
 
 
 def main() -> int:
-    """Run the command and return its exit code."""
     task = get_task(_TASK.value)
     layers, single, mixed = parse_layers(_LAYERS.value)
     try:

@@ -13,5 +13,4 @@ def bar(description: str, total: int, unit: str) -> tqdm:
 
 
 def note(message: str) -> None:
-    """Print one line."""
     print(message, file=sys.stderr, flush=True)

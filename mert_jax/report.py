@@ -15,7 +15,6 @@ _WORKDIR = define.string("workdir", None, "Folder of the run, as given to train.
 
 
 def main() -> None:
-    """Write the report of --workdir."""
     report.write_report(_WORKDIR.value)
 
 

@@ -71,8 +71,8 @@ def on_each_shard(
     if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return function(x, *replicated)
     specs = (BATCH, *[PartitionSpec()] * len(replicated))
-    options = dict(in_specs=specs, out_specs=BATCH, check_vma=differentiable)
-    return jax.shard_map(function, **options)(x, *replicated)
+    sharded = jax.shard_map(function, in_specs=specs, out_specs=BATCH, check_vma=differentiable)
+    return sharded(x, *replicated)
 
 
 def rows_of_host(number: int, mesh: Mesh) -> np.ndarray:

@@ -23,7 +23,6 @@ _CONNECT_SECONDS = define.float("connect_seconds", 300.0, "How long to wait for 
 
 
 def main() -> int:
-    """Train to `total_steps` and return the exit code."""
     config = build.check(cli.config_of(_CONFIG))
     timeout = _CONNECT_SECONDS.value
     processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value

@@ -58,7 +58,7 @@ def test_every_size_has_the_heads_of_its_teachers(name, size, checkpoints):
     for teacher in set(config.teachers) & set(checkpoints):
         config.teacher[teacher].checkpoint = checkpoints[teacher]
     made = build.make_teachers(config)
-    student = build.student(config, made)
+    student = build.make_student(config, made)
     expected = HEADS[name]
     if (name, size) == ("musicfm", "tiny"):
         expected = [("random_projection", 256, 1)]

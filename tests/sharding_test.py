@@ -7,12 +7,11 @@ import re
 import jax
 import numpy as np
 import pytest
-from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from mert_jax import sharding
 from mert_jax.errors import UserError
-from mert_jax.pretraining import build, step
+from mert_jax.pretraining import build
 from tests import small
 from tests.small_run import music
 
@@ -24,19 +23,13 @@ def run(mesh, **overrides):
     few = {"optimizer__peak_learning_rate": 1e-4, "batch_size": 16, "accumulation": 2}
     config = build.check(small.config(**few | overrides))
     made = build.make_teachers(config)
-    student = build.student(config, made)
-    objective = build.objective(config, student, made)
-    optimizer = build.make_optimizer(config)
-    init = functools.partial(build.init, config, student, optimizer)
+    student = build.make_student(config, made)
     mesh = sharding.make_mesh(*mesh, devices=jax.devices()[: math.prod(mesh)])
     sharding.check_batch(config.batch_size // config.accumulation, mesh)
     with jax.set_mesh(mesh):
-        shardings = sharding.state_shardings(init, mesh)
-        state = jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
+        experiment = build.make_experiment(config, student, made, mesh)
+        state = experiment.init()
         first = jax.tree.map(np.asarray, state.params)
-        sizes = dict(accumulation=config.accumulation, group=config.group)
-        options = dict(optimizer=optimizer, norm_factor=10.0, **sizes)
-        update, _ = step.compiled(shardings, objective, **options)
         params = {name: t.params for name, t in made.items()}
         params = sharding.placed(params, sharding.replicated(mesh))
         audio = np.asarray(music(config.batch_size))
@@ -44,7 +37,7 @@ def run(mesh, **overrides):
         batch = {name: sharding.global_batch(x, len(x), mesh) for name, x in batch.items()}
         seen = []
         for _ in range(5):
-            state, result = update(state, params, batch, jax.random.key(0))
+            state, result = experiment.train_step(state, params, batch, jax.random.key(0))
             loss = float(result["sums"].loss / result["sums"].frames)
             seen.append((loss, float(result["grad_norm"])))
     return seen, first, state
@@ -78,7 +71,7 @@ def test_neighbours_of_a_group_share_their_noise_and_nobody_else():
     keys = jax.random.split(jax.random.key(0), 32)
     config = small.config(group=4)
     made = build.make_teachers(config)
-    objective = build.objective(config, build.student(config, made), made)
+    objective = build.make_objective(config, build.make_student(config, made), made)
     layout = jax.NamedSharding(mesh, sharding.BATCH)
     wave = jax.ShapeDtypeStruct((32, 16_000), np.float32, sharding=layout)
     both = jax.jit(lambda wave: (objective.mixture(keys, wave), objective.mask(keys, 50)))
@@ -89,7 +82,7 @@ def test_neighbours_of_a_group_share_their_noise_and_nobody_else():
 
 def test_optimiser_state_is_sharded_like_its_parameter():
     config = small.config()
-    student = build.student(config, build.make_teachers(config))
+    student = build.make_student(config, build.make_teachers(config))
     init = functools.partial(build.init, config, student, build.make_optimizer(config))
     shardings = sharding.state_shardings(init, sharding.make_mesh(1, 8, 1))
     adam = shardings.opt_state[1]

@@ -31,8 +31,8 @@ class Run:
     def __init__(self, **overrides):
         self.config = build.check(small.config(**overrides))
         teachers = build.make_teachers(self.config)
-        self.student = build.student(self.config, teachers)
-        self.objective = build.objective(self.config, self.student, teachers)
+        self.student = build.make_student(self.config, teachers)
+        self.objective = build.make_objective(self.config, self.student, teachers)
         self.teacher_params = {name: t.params for name, t in teachers.items()}
         self.optimizer = build.make_optimizer(self.config)
         self.key = jax.random.key(self.config.seed)
@@ -62,5 +62,5 @@ class Run:
         batch = {"audio": audio, "looped": jnp.zeros(audio.shape[0], bool)}
         for _ in range(steps):
             state, result = self.step(state, self.teacher_params, batch, self.key)
-            rows.append(metrics.reduce(result["sums"]))
+            rows.append(metrics.to_row(result["sums"]))
         return state, rows

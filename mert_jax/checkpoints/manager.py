@@ -187,9 +187,9 @@ class Checkpoints:
                 damaged[step] = str(e)
                 print(f"checkpoint {step} is damaged: {e}", flush=True)
                 continue
-            for damaged_step in damaged if jax.process_index() == 0 else ():
-                self._move(damaged_step)
             if damaged:
+                for damaged_step in damaged if jax.process_index() == 0 else ():
+                    self._move(damaged_step)
                 multihost_utils.sync_global_devices("set aside")
                 self._manager.reload()
             return restored

@@ -89,8 +89,8 @@ def fetched(path: str, steps: Callable[[str], list[int]]) -> Iterator[str]:
         yield os.path.join(target, CHECKPOINTS, named) if named else target
 
 
-class RemoteWorkdir:
-    """Context manager whose `folder` holds the files of `workdir`, without its checkpoints.
+class WorkdirMirror:
+    """Context manager whose `folder` is a local `workdir`, or a copy without its checkpoints.
 
     Changes to the copy of a remote workdir are uploaded if this process `writes`.
     """
@@ -102,7 +102,7 @@ class RemoteWorkdir:
         self._upload = concurrent.futures.Future()  # the one requested last
         self._upload.set_result(None)
 
-    def __enter__(self) -> "RemoteWorkdir":
+    def __enter__(self) -> "WorkdirMirror":
         if not is_remote(self.workdir):
             return self
         self._bucket, enter = bucket(), self._resources.enter_context
@@ -121,7 +121,7 @@ class RemoteWorkdir:
             if not (self._upload.done() and self._upload.exception()):
                 self.flush()
 
-    def take(self) -> None:
+    def claim(self) -> None:
         """Claim the workdir; the next upload of any other run fails."""
         if self._writes:
             self._owner = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4()}"

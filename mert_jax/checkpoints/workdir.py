@@ -5,7 +5,6 @@ model.json describes the student, checkpoints/STEP holds a `TrainState`.
 
 import contextlib
 import errno
-import json
 import os
 
 import jax.numpy as jnp
@@ -28,9 +27,8 @@ DESCRIPTION_FIELDS = [name for name in About._fields if name not in ("config", "
 def write_description(workdir: str, student: Student, about: About) -> None:
     """Write WORKDIR/model.json, which `read_checkpoint` needs beside the weights."""
     fields = {key: getattr(about, key) for key in DESCRIPTION_FIELDS}
-    path = os.path.join(workdir, MODEL_FILE)
-    with files.atomic_write(path, replace=True) as temporary, open(temporary, "w") as file:
-        json.dump({"student": architecture(student)} | fields, file, indent=1)
+    description = {"student": architecture(student)} | fields
+    files.write_json(os.path.join(workdir, MODEL_FILE), description)
 
 
 def read_about(workdir: str) -> About:

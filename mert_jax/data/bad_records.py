@@ -65,14 +65,14 @@ class BadRecords:
         if writes:
             self._rows, self._counts = (JsonlFile(path, before_start) for path in paths)
 
-    def note(self, step: int, batch: int, clips: Mapping[str, np.ndarray]) -> None:
-        """Count `clips["faulty"]` int64 [B] of a batch drawn for `step`, once for each batch.
+    def note(self, step: int, batch: int, faulty: np.ndarray) -> None:
+        """Count the bad records that a batch drawn for `step` replaced, once for each batch.
 
+        `faulty` int32 [B] has their numbers in all sources, and -1 for a clip of a good record.
         Prints new bad records. Raises UserError beyond `max_fraction` of at least 1000 clips.
         """
         if batch < max(self._start, self._next):
             return
-        faulty = np.asarray(clips["faulty"])
         bad = faulty[faulty >= 0].tolist()
         self._drawn += (batch + 1 - self._next) * len(faulty)
         self._next = batch + 1
@@ -104,7 +104,6 @@ class BadRecords:
         print(f"{bad}: {BAD_RECORD.format(**row)}", flush=True)
 
     def close(self) -> None:
-        """Close the files."""
         for file in filter(None, (self._rows, self._counts)):
             file.close()
 
@@ -115,5 +114,5 @@ def count_bad_records(
     """Yield the batches of a stream that begins with batch `start`, each counted first."""
     with contextlib.closing(stream):
         for batch, clips in enumerate(stream, start):
-            bad_records.note(batch + 1, batch, clips)
+            bad_records.note(batch + 1, batch, clips["faulty"])
             yield clips

@@ -164,9 +164,10 @@ def _open_ffmpeg(path: str) -> Iterator[tuple[Header, Blocks]]:
     # libsndfile reads the au format from a pipe
     command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-i", "file:" + path]
     command += ["-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "-"]
-    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stderr=log, **pipes)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log
+        )
 
         def skipped(reason: str) -> SkippedFile:
             log.seek(0)

@@ -17,7 +17,7 @@ from mert_jax.errors import UserError
 
 Batch = dict[str, Any]
 BATCH_KEYS = ("audio", "looped", "codes", "record", "faulty")
-Stored = Mapping[str, CodesInfo]  # by teacher
+Stored = Mapping[str, CodesInfo]  # codes that come with the batches, by teacher
 Summaries = Sequence[Mapping[str, Any]]
 
 
@@ -101,18 +101,19 @@ def check_unchanged(before: Summaries, now: Summaries, accept: bool) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Makes global batches of a run's `sources`; each host reads the rows of its own devices.
-
-    clip: num_samples and context, as of `pipeline`. reading: weights, seed, threads, and workers.
-    """
+    """Makes global batches of a run's `sources`; each host reads the rows of its own devices."""
 
     sources: Mapping[str, Sequence[Any]]  # of the splits "train" and "validation"
     mesh: Mesh
     batch_size: int
-    micro_batch_size: int  # of validation
-    max_faulty: float
-    clip: Mapping[str, int]
-    reading: Mapping[str, Any]
+    micro_batch_size: int  # clips of a validation batch
+    num_samples: int  # of a clip
+    context: int  # samples before each clip
+    weights: Sequence[float]  # ratio of the datasets' clips, () for that of their records
+    seed: int
+    max_faulty: float  # largest fraction of clips whose record was replaced
+    threads: int
+    workers: int
 
     @functools.cached_property
     def _bad_records(self) -> list[bad_records.BadRecords]:
@@ -128,15 +129,27 @@ class Loader:
 
     def train(self, start: int) -> Iterator[Batch]:
         """Return batches `start`, `start` + 1, ..., without end."""
-        size, rows = self.batch_size, sharding.rows_of_host(self.batch_size, self.mesh)
-        options = dict(batch_size=size, rows=rows, start=start, **self.clip, **self.reading)
-        return self._on_mesh(pipeline.train_stream(self.sources["train"], **options), size)
+        stream = pipeline.train_stream(
+            self.sources["train"],
+            num_samples=self.num_samples,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            weights=self.weights,
+            context=self.context,
+            start=start,
+            rows=sharding.rows_of_host(self.batch_size, self.mesh),
+            threads=self.threads,
+            workers=self.workers,
+        )
+        return self._on_mesh(stream, self.batch_size)
 
     def validation(self) -> list[Iterator[Batch]]:
         """Return, for each dataset, batches of one clip of every record."""
-        size, streams = self.micro_batch_size, []
-        options = dict(batch_size=size, rows=sharding.rows_of_host(size, self.mesh), **self.clip)
+        size, context, streams = self.micro_batch_size, self.context, []
+        rows = sharding.rows_of_host(size, self.mesh)
         for source, bad in zip(self.sources["validation"], self._bad_records, strict=True):
-            batches = pipeline.validation_batches(source, **options)
+            batches = pipeline.validation_batches(
+                source, num_samples=self.num_samples, batch_size=size, context=context, rows=rows
+            )
             streams.append(self._on_mesh(bad_records.count_bad_records(batches, bad), size))
         return streams

@@ -131,7 +131,6 @@ class StatesFile:
         return self.source._asdict() | {"output": name} | self._row
 
     def discard(self) -> None:
-        """Remove the temporary file."""
         if self._file:
             self._file.close()
             os.unlink(self._path)

@@ -15,7 +15,7 @@ from mert_jax.data.preparation.sources import SourceFile, SourceList, find_sourc
 from mert_jax.errors import UserError
 from mert_jax.extraction.embedder import Embedder, EmbeddingSettings, Model, load
 from mert_jax.extraction.files import embed_files
-from mert_jax.files import JsonlFile, Row, atomic_write, directory_lock, read_jsonl
+from mert_jax.files import JsonlFile, Row, atomic_write, directory_lock, read_jsonl, write_json
 
 SETTINGS, FILES, REPORT, TABLE = "settings.json", "files.jsonl", "report.json", "features.parquet"
 NOT_AUDIO = "not audio"  # reason of `find_sources` for a file whose suffix is not an audio format's
@@ -65,7 +65,7 @@ def _extract(
         "upsampled": [row["name"] for row in rows if row["sample_rate"] < model.sample_rate],
         "settings": recorded,
     }
-    _write_json(os.path.join(output, REPORT), report)
+    write_json(os.path.join(output, REPORT), report)
     if not rows:
         raise UserError(f"none of {len(failed)} files can be used; {': '.join(failed[0])}")
     return report
@@ -118,7 +118,7 @@ def output_names(names: Sequence[str]) -> list[str]:
 def _check_settings(output: str, settings: dict[str, Any]) -> None:
     path = os.path.join(output, SETTINGS)
     if not os.path.exists(path):
-        return _write_json(path, settings)
+        return write_json(path, settings)
     with open(path) as file:
         before = json.load(file)
     for key, value in settings.items():
@@ -144,13 +144,7 @@ def _write_table(rows: list[Row], output: str, layers: Sequence[int]) -> None:
         writer.close()
 
 
-def _write_json(path: str, value: Any) -> None:
-    with atomic_write(path, replace=True) as temporary, open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-
-
 def summary(report: dict[str, Any], output: str) -> str:
-    """Return the report in a few lines."""
     hours, upsampled, failed = report["seconds"] / 3600, report["upsampled"], report["failed"]
     files = f"{report['embedded']} of {report['files']} files"
     lines = [f"{files} ({hours:.2f} h) embedded in {output}"]

@@ -39,7 +39,6 @@ class Moments:
         self._patches, self._first, self._second = 0, 0.0, 0.0
 
     def add(self, block: np.ndarray) -> None:
-        """Add the next samples."""
         self.samples += len(block)
         exact = block.astype(np.float64)
         self._sum += exact.sum()
@@ -55,7 +54,6 @@ class Moments:
         self._rest = wave[number * self._stride :]
 
     def norm(self) -> Norm:
-        """Return the norm of the wave."""
         offset, gain = 0.0, 1.0
         if self._normalised:
             offset = self._sum / self.samples

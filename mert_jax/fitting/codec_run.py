@@ -16,6 +16,7 @@ from mert_jax.checkpoints import manager
 from mert_jax.constants import HOP_LENGTH, SAMPLE_RATE
 from mert_jax.data import bad_records, pipeline, records
 from mert_jax.errors import UserError
+from mert_jax.files import Row
 from mert_jax.fitting import codec_report, codec_step
 from mert_jax.fitting.codec_step import Codec, CodecState
 from mert_jax.pretraining import loop, metrics
@@ -50,7 +51,7 @@ def run(config: ConfigDict, data_dir: str, output: str, seed: int) -> int:
     training = os.path.join(output, "training")
     settings = config.to_dict() | {"seed": seed, "fingerprint": metadata["fingerprint"]}
     resumes = bool(manager.checkpoint_steps(training))
-    lock = workdir_lock.lock_workdir(training, settings, begun=resumes)
+    lock = workdir_lock.lock_workdir(training, settings, resumes)
     with lock, jax.set_mesh(trainer.mesh):
         state, request = trainer.train(training)
         if request:
@@ -91,27 +92,32 @@ class CodecTraining:
             seconds = config.batch_size * config.num_samples / SAMPLE_RATE
             speed = metrics.Speed(start, config.total_steps, audio_seconds=seconds, flops=0)
             self._speed, clock = speed, goodput.Goodput(training)
-            saver = loop.Saver(checkpoints, intervals, clock, speed, lambda: None)
-            log = metrics.Writer(training, start, tensorboard=False)
-            objects = dict(saver=saver, clock=clock, speed=speed, log=log)
-            hooks = dict(publish=clock.write, beat=lambda: None)
-            return loop.run(self, state, intervals, **objects, **hooks)
+            saver = loop.Saver(checkpoints, intervals, clock, speed, before=lambda: None)
+            writer = metrics.Writer(training, start, tensorboard=False)
+            return loop.run(
+                self, state, intervals, saver, clock, speed, writer, clock.write, lambda: None
+            )
 
-    def position(self, state: CodecState) -> int:
+    def next_batch(self, state: CodecState) -> int:
         return int(state.step)
 
-    def batches(self, position: int) -> Iterator[jax.Array]:
-        """Return the batches of int16 clips [B, N] from number `position` on."""
+    def batches(self, start: int) -> Iterator[jax.Array]:
+        """Return the batches of int16 clips [B, N] from number `start` on."""
         config = self._config
-        sizes = dict(num_samples=config.num_samples, batch_size=config.batch_size)
-        order = dict(seed=self._seed, start=position, threads=config.threads)
-        stream = pipeline.train_stream([self._source], **sizes, **order)
-        bad = bad_records.BadRecords(None, [self._source], start=position)
+        stream = pipeline.train_stream(
+            [self._source],
+            num_samples=config.num_samples,
+            batch_size=config.batch_size,
+            seed=self._seed,
+            start=start,
+            threads=config.threads,
+        )
+        bad = bad_records.BadRecords(None, [self._source], start=start)
 
         def put(batch: Any) -> jax.Array:
             return sharding.global_batch(batch["audio"], config.batch_size, self.mesh)
 
-        return pipeline.prefetch(bad_records.count_bad_records(stream, bad, position), put)
+        return pipeline.prefetch(bad_records.count_bad_records(stream, bad, start), put)
 
     def update(self, state: CodecState, batch: jax.Array, request: int) -> tuple[CodecState, Any]:
         self._request = request
@@ -123,7 +129,7 @@ class CodecTraining:
     def may_save(self, result: Any) -> bool:
         return True
 
-    def row(self, step: int, state: CodecState, result: Any, evaluate: bool) -> loop.Row:
+    def row(self, step: int, state: CodecState, result: Any, evaluate: bool) -> Row:
         """Return the row of metrics.jsonl. Raises UserError if the loss is no longer finite."""
         row = {"step": step, **{name: np.asarray(x).tolist() for name, x in result.items()}}
         if not np.isfinite(row["loss"] + row["grad_norm"]):
@@ -138,7 +144,7 @@ class CodecTraining:
             self._speed.pause()
         return row
 
-    def line(self, row: loop.Row, eta: str) -> str:
+    def line(self, row: Row, eta: str) -> str:
         line = (
             f"step {row['step']}/{self.codec.total_steps}  loss {row['loss']:.3f} = log-mel "
             f"{row['mel_distance']:.3f} + wave {row['wave_distance']:.4f} x "

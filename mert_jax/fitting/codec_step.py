@@ -82,7 +82,6 @@ def _quantize(codec: Codec, latents: Array, is_training: bool) -> dict[str, Any]
 
 
 def init(codec: Codec, key: Array) -> CodecState:
-    """Return the state of a new run."""
     keys = jax.random.split(key, 3)
     latents = jnp.zeros((1, 8, codec.dim))
     encoder = codec.encoder.init(keys[0], jnp.zeros((1, 3200)))["params"]

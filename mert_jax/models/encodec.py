@@ -48,8 +48,8 @@ class CausalConv(nn.Module):
             x = reflect_pad(x, left, -x.shape[1] % self.stride)
         elif left:
             x = self._continue(x, left, stream)
-        options = dict(padding="VALID", precision=PRECISION, name="conv")
-        return nn.Conv(self.features, self.kernel_size, self.stride, **options)(x)
+        sizes = self.features, self.kernel_size, self.stride
+        return nn.Conv(*sizes, padding="VALID", precision=PRECISION, name="conv")(x)
 
     def _continue(self, x: Array, left: int, stream: Stream) -> Array:
         """Put the end of the row's last part before `x`, and reflect the end of a recording."""
@@ -65,7 +65,7 @@ class CausalConv(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """[B, N, C] -> [B, N, C]: shortcut(x) + conv1(elu(conv3(elu(x))))."""
+    """[B, N, C] -> [B, N, C]: shortcut(x) + conv2(elu(conv1(elu(x))))."""
 
     hidden: int
 

@@ -66,7 +66,7 @@ class FeatureProjection(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes and dropout rates of the transformer; post-norm at 95M, pre-norm at 330M."""
+    """The fields of `Student` that the transformer needs; post-norm at 95M, pre-norm at 330M."""
 
     num_layers: int
     num_heads: int
@@ -218,8 +218,9 @@ class Student(nn.Module):
         layer = attention + 2 * width * self.intermediate_size
         positions = width**2 // self.pos_conv_groups * self.pos_conv_kernel
         heads = 0
-        for _, size, books in self.heads:
-            heads += books * self.final_dim * (width + size) if books else width * size
+        for _, size, num_codebooks in self.heads:
+            projected = num_codebooks * self.final_dim
+            heads += projected * (width + size) if num_codebooks else width * size
         total += frames * (channels * width + positions + self.num_layers * layer + heads)
         return 2.0 * total
 
@@ -236,19 +237,20 @@ class Student(nn.Module):
         if wave.ndim != 2:  # channels would be taken for clips
             raise ValueError(f"wave is {wave.shape}, not [B, N]; average its channels first")
         full = full_precision(self.dtype)
-        sizes = self.conv_dim, self.conv_kernels, self.conv_strides, self.dtype
-        features = FeatureEncoder(*sizes, name="feature_encoder")(wave, norm)
+        kernels, strides, dtype = self.conv_kernels, self.conv_strides, self.dtype
+        encoder = FeatureEncoder(self.conv_dim, kernels, strides, dtype, name="feature_encoder")
+        features = encoder(wave, norm)
         features = scale_gradient(features, self.feature_grad_mult)[:, :num_frames]
         features_penalty = jnp.mean(jnp.square(features.astype(full)))
         self.sow("intermediates", "conv_features", features)
 
-        sizes = self.hidden_size, self.project_equal_widths, self.dtype
-        x = FeatureProjection(*sizes, name="feature_projection")(features)
+        width, always = self.hidden_size, self.project_equal_widths
+        x = FeatureProjection(width, always, dtype, name="feature_projection")(features)
         self.sow("intermediates", "features_proj", x)
         x = Dropout(self.input_dropout)(x, deterministic)
-        embed = self.param("masked_spec_embed", uniform(1.0), (self.hidden_size,))
+        embed = self.param("masked_spec_embed", uniform(1.0), (width,))
         if mask is not None:
-            x = jnp.where(mask[..., None], embed.astype(self.dtype)[None, None, :], x)
+            x = jnp.where(mask[..., None], embed.astype(dtype)[None, None, :], x)
         self.sow("intermediates", "masked_input", x)
 
         names = (field.name for field in dataclasses.fields(EncoderConfig))
@@ -275,8 +277,9 @@ def hidden_states(
 
     The last one is after the final norm of a pre-norm encoder. Arguments are those of `Student`.
     """
-    options = dict(padding=padding, norm=norm, mutable=["intermediates"])
-    output, variables = student.apply({"params": params}, wave, **options)
+    output, variables = student.apply(
+        {"params": params}, wave, padding=padding, norm=norm, mutable=["intermediates"]
+    )
     encoder = variables["intermediates"]["encoder"]
     layers = encoder["layers"]["hidden_states"][0][:-1]
     first, last = encoder["encoder_input"][0], output.last_hidden_state

@@ -92,11 +92,10 @@ def _tpu_devices(name: str, chip: Chip, number: int) -> Sequence[Any]:
 
 def compile_step(config: ConfigDict, devices: Sequence[Any], codes: str = "") -> Compiled:
     """Compile the training step of a checked `config`; codes: as in `stored_codes`."""
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    sharding.check_batch(config.batch_size // config.accumulation, mesh)
+    mesh = build.make_mesh(config, devices)
     stored = abstract_teachers.stored_codes(config, codes)
     teachers = abstract_teachers.make(config, stored)
-    student = build.student(config, teachers, stored)
+    student = build.make_student(config, teachers, stored)
     experiment = build.make_experiment(config, student, teachers, mesh)
     layouts, everywhere = experiment.shardings, sharding.replicated(mesh)
     state = jax.tree.map(lambda x, at: x.update(sharding=at), experiment.abstract, layouts)
@@ -104,7 +103,7 @@ def compile_step(config: ConfigDict, devices: Sequence[Any], codes: str = "") ->
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
         {name: teacher.params for name, teacher in teachers.items()},
     )
-    batch = _abstract_batch(config, experiment.context, stored, mesh)
+    batch = _abstract_batch(config, experiment.objective.longest_context, stored, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     start = time.monotonic()
     text, memory, used = "", None, 0.0

@@ -3,6 +3,7 @@
 No other module of a run reads the config; all others take numbers, arrays and functions.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from mert_jax.checkpoints.in_memory import About
 from mert_jax.checkpoints.train_state import TrainState
 from mert_jax.constants import HOP_LENGTH, SAMPLE_RATE
 from mert_jax.data import loader
-from mert_jax.data.loader import Loader
+from mert_jax.data.loader import Loader, Stored
 from mert_jax.data.stored_codes import CodesInfo
 from mert_jax.errors import UserError
 from mert_jax.models import mert_v1
@@ -30,8 +31,7 @@ from mert_jax.pretraining import masking, mixture, optimizer, step
 from mert_jax.pretraining.loop import Intervals
 from mert_jax.teachers.teacher import Teacher
 
-Codes = Mapping[str, CodesInfo]  # those that come with the batches, by teacher
-NO_CODES: Codes = {}
+NO_CODES: Stored = {}
 COUNTS = ("total_steps", "batch_size", "accumulation", "group", "log_every", "eval_every")
 
 
@@ -93,7 +93,7 @@ def find_stored_codes(config: ConfigDict) -> dict[str, CodesInfo]:
     return loader.find_stored_codes(dataset_directories(config), checkpoints)
 
 
-def open_datasets(config: ConfigDict, stored: Codes, split: str) -> list[Any]:
+def open_datasets(config: ConfigDict, stored: Stored, split: str) -> list[Any]:
     """Open a split of each of the config's datasets. Raises UserError as `loader` does."""
     directories, data = dataset_directories(config), config.data
     if not directories:
@@ -105,11 +105,19 @@ def make_loader(
     config: ConfigDict, sources: Mapping[str, Sequence[Any]], mesh: Mesh, context: int
 ) -> Loader:
     """Return the loader of the config's batches, with `context` samples before each clip."""
-    data, size = config.data, config.batch_size
-    clip = dict(num_samples=data.num_samples, context=context)
-    reading = dict(weights=data.weights, threads=data.threads, workers=data.workers)
-    reading["seed"] = config.seed
-    return Loader(sources, mesh, size, size // config.accumulation, data.max_faulty, clip, reading)
+    return Loader(
+        sources,
+        mesh,
+        batch_size=config.batch_size,
+        micro_batch_size=config.batch_size // config.accumulation,
+        num_samples=config.data.num_samples,
+        context=context,
+        weights=config.data.weights,
+        seed=config.seed,
+        max_faulty=config.data.max_faulty,
+        threads=config.data.threads,
+        workers=config.data.workers,
+    )
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
@@ -119,7 +127,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     return mesh
 
 
-def make_teachers(config: ConfigDict, stored: Codes = NO_CODES) -> dict[str, Teacher]:
+def make_teachers(config: ConfigDict, stored: Stored = NO_CODES) -> dict[str, Teacher]:
     """Return the teachers of `config.teachers` by name, in their order.
 
     One with `stored` codes needs no checkpoint. Raises UserError if it has that of another codec.
@@ -149,13 +157,13 @@ def make_teachers(config: ConfigDict, stored: Codes = NO_CODES) -> dict[str, Tea
     return by_name
 
 
-def student(
-    config: ConfigDict, teachers: Mapping[str, Teacher], stored: Codes = NO_CODES
+def make_student(
+    config: ConfigDict, teachers: Mapping[str, Teacher], stored: Stored = NO_CODES
 ) -> mert_v1.Student:
     """Return the student, with a head for each teacher."""
-    heads = (_head(config, name, x, stored.get(name)) for name, x in teachers.items())
-    options = dict(config.model) | {"dtype": jnp.dtype(config.model.dtype)}
-    return mert_v1.Student(heads=tuple(heads), **options)
+    heads = tuple(_head(config, name, x, stored.get(name)) for name, x in teachers.items())
+    fields = dict(config.model) | {"dtype": jnp.dtype(config.model.dtype)}
+    return mert_v1.Student(heads=heads, **fields)
 
 
 def _head(config: ConfigDict, name: str, teacher: Teacher, info: CodesInfo | None) -> mert_v1.Head:
@@ -169,7 +177,7 @@ def _head(config: ConfigDict, name: str, teacher: Teacher, info: CodesInfo | Non
     return mert_v1.Head(name, teacher.size)
 
 
-def objective(
+def make_objective(
     config: ConfigDict, student: mert_v1.Student, teachers: Mapping[str, Teacher]
 ) -> step.Objective:
     """Return the objective that the step minimises."""
@@ -177,24 +185,27 @@ def objective(
     count, length = tuple(numbers.mixture_count), tuple(numbers.mixture_length)
 
     def apply_student(params, wave, mask, num_frames, key):
-        rngs = None if key is None else {"dropout": key}
-        options = dict(num_frames=num_frames, deterministic=key is None, rngs=rngs)
-        return student.apply({"params": params}, wave, mask, **options)
+        variables, train = {"params": params}, key is not None
+        rngs = {"dropout": key} if train else None
+        return student.apply(
+            variables, wave, mask, num_frames=num_frames, deterministic=not train, rngs=rngs
+        )
 
-    def mask(keys, length):
-        spans = dict(mask_prob=numbers.mask_prob, mask_length=numbers.mask_length)
-        return masking.span_mask(keys, jnp.full(keys.shape, length), length, group=group, **spans)
+    def draw_mask(keys, num_frames):
+        valid, prob, span = jnp.full(keys.shape, num_frames), numbers.mask_prob, numbers.mask_length
+        return masking.span_mask(
+            keys, valid, num_frames, mask_prob=prob, mask_length=span, group=group
+        )
 
     def mix_clips(keys, wave):
-        if group < 2:
+        if group < 2:  # no other clip to take noise from
             return wave
-        ranges = dict(prob=numbers.mixture_prob, count=count, length=length)
-        draws = mixture.draw(keys, wave.shape[-1], group, **ranges)
-        volume = numbers.mixture_volume
+        num_samples, prob, volume = wave.shape[-1], numbers.mixture_prob, numbers.mixture_volume
+        draws = mixture.draw(keys, num_samples, group, prob=prob, count=count, length=length)
         return mixture.mix(wave, draws, group=group, max_length=length[1], volume=volume)
 
     def targets_of(teacher):
-        def apply(wave, params):
+        def apply(wave, params):  # without the frames of the context
             return teacher.apply(params, wave)[:, teacher.context // HOP_LENGTH :]
 
         def apply_on_shards(params, wave):
@@ -209,17 +220,17 @@ def objective(
         teachers={name: targets_of(teacher) for name, teacher in teachers.items()},
         context={name: teacher.context for name, teacher in teachers.items() if teacher.context},
         weights={name: config.teacher.get(name, {}).get("weight", 1.0) for name in teachers},
-        mask=mask,
+        mask=draw_mask,
         mixture=mix_clips,
         logit_temperature=numbers.logit_temperature,
         special_codes=numbers.special_codes,
-        penalty=numbers.features_penalty,
+        penalty_weight=numbers.features_penalty,
         unmasked_weight=numbers.unmasked_weight,
         codebooks_per_step=numbers.codebooks_per_step,
     )
 
 
-def schedule(config: ConfigDict) -> optax.Schedule:
+def make_schedule(config: ConfigDict) -> optax.Schedule:
     """Return the learning rate of each update."""
     peak, warmup = config.optimizer.peak_learning_rate, config.optimizer.warmup_steps
     return optimizer.warmup_linear_decay(peak, warmup, config.total_steps)
@@ -228,7 +239,7 @@ def schedule(config: ConfigDict) -> optax.Schedule:
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """Return the official optimiser with the config's numbers."""
     names = ("clip_norm", "b1", "b2", "eps", "weight_decay")
-    return optimizer.make(schedule(config), **{name: config.optimizer[name] for name in names})
+    return optimizer.make(make_schedule(config), **{name: config.optimizer[name] for name in names})
 
 
 def init(
@@ -241,7 +252,7 @@ def init(
 
 
 class Experiment(NamedTuple):
-    """Everything that a config specifies about the updates of a run, on a mesh."""
+    """The jitted steps of a config on a mesh, and what they take."""
 
     teachers: Mapping[str, Teacher]
     objective: step.Objective
@@ -249,48 +260,53 @@ class Experiment(NamedTuple):
     init: Callable[[], TrainState]  # the state of a new run, laid out by `shardings`
     abstract: TrainState  # its shapes
     shardings: TrainState
-    train_step: Callable[..., Any]  # as in `step`, jitted
-    eval_step: Callable[..., Any]
-
-    @property
-    def context(self) -> int:
-        """Samples before each clip that teachers hear."""
-        return self.objective.longest_context
+    train_step: Callable[..., Any]  # (state, teacher params, batch, key) -> (state, metrics)
+    eval_step: Callable[..., Any]  # (params, teacher params, batch, key) -> step.Sums
 
 
 def make_experiment(
     config: ConfigDict, student: mert_v1.Student, teachers: Mapping[str, Teacher], mesh: Mesh
 ) -> Experiment:
     """Return the experiment of a config, its student and teachers, compiling nothing yet."""
-    optimizer, minimised = make_optimizer(config), objective(config, student, teachers)
+    objective, optimizer = make_objective(config, student, teachers), make_optimizer(config)
+    init_with_axes = functools.partial(init, config, student, optimizer)
+    shardings = sharding.state_shardings(init_with_axes, mesh)
+    replicated = shardings.step
 
-    def begin() -> TrainState:
-        return nn.unbox(init(config, student, optimizer))
+    def init_state() -> TrainState:
+        return nn.unbox(init_with_axes())
 
-    shardings = sharding.state_shardings(lambda: init(config, student, optimizer), mesh)
-    sizes = dict(accumulation=config.accumulation, group=config.group)
-    options = dict(optimizer=optimizer, norm_factor=config.guard.factor, **sizes)
+    train_step = functools.partial(
+        step.train_step,
+        objective=objective,
+        optimizer=optimizer,
+        accumulation=config.accumulation,
+        group=config.group,
+        norm_factor=config.guard.factor,
+    )
+    eval_step = functools.partial(step.eval_step, objective=objective)
     return Experiment(
-        teachers,
-        minimised,
-        schedule(config),
+        teachers=teachers,
+        objective=objective,
+        learning_rate=make_schedule(config),
         # initialised in its final layout, so that no device ever holds all of it
-        jax.jit(begin, out_shardings=shardings),
-        jax.eval_shape(begin),
-        shardings,
-        *step.compiled(shardings, minimised, **options),
+        init=jax.jit(init_state, out_shardings=shardings),
+        abstract=jax.eval_shape(init_state),
+        shardings=shardings,
+        # the new state takes the memory of the old one
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated)),
+        eval_step=jax.jit(eval_step, out_shardings=replicated),
     )
 
 
 class Settings(NamedTuple):
-    """The numbers of a config that a run needs around its updates."""
+    """Numbers of a config that a run needs beside its updates; configs/base.py explains them."""
 
     seed: int
     intervals: Intervals
     directories: Sequence[str]
     update_seconds: float  # of audio
     update_flops: float  # of the model
-    max_faulty: float
     accept_changes: bool
     keep: int
     keep_every: int
@@ -300,8 +316,7 @@ class Settings(NamedTuple):
     tensorboard: bool
 
 
-def settings(config: ConfigDict, student: mert_v1.Student) -> Settings:
-    """Return the settings of a run."""
+def make_settings(config: ConfigDict, student: mert_v1.Student) -> Settings:
     data, saves, guard = config.data, config.checkpoint, config.guard
     every = (config.log_every, config.eval_every, saves.every_steps, saves.every_minutes)
     return Settings(
@@ -310,11 +325,13 @@ def settings(config: ConfigDict, student: mert_v1.Student) -> Settings:
         directories=dataset_directories(config),
         update_seconds=_update_seconds(config),
         update_flops=3 * config.batch_size * student.flops(data.num_samples),
+        accept_changes=data.accept_changes,
+        keep=saves.keep,
+        keep_every=saves.keep_every,
+        streak=guard.streak,
+        rollbacks=guard.rollbacks,
         watchdog_seconds=60 * config.watchdog_minutes,
         tensorboard=config.tensorboard,
-        **{name: data[name] for name in ("max_faulty", "accept_changes")},
-        **{name: saves[name] for name in ("keep", "keep_every")},
-        **{name: guard[name] for name in ("streak", "rollbacks")},
     )
 
 
@@ -322,8 +339,8 @@ def _update_seconds(config: ConfigDict) -> float:
     return config.batch_size * config.data.num_samples / SAMPLE_RATE
 
 
-def fingerprints(
-    config: ConfigDict, by_name: Mapping[str, Teacher], stored: Codes
+def teacher_fingerprints(
+    config: ConfigDict, by_name: Mapping[str, Teacher], stored: Stored
 ) -> dict[str, str]:
     """Return what identifies each teacher: its codebooks' hash, or the options of its features."""
 
@@ -354,7 +371,7 @@ def read_initial_weights(
     return initial
 
 
-def about(
+def make_about(
     config: ConfigDict, fingerprints: Mapping[str, str], initial: init_from.InitialWeights | None
 ) -> About:
     """Return the description that this run's checkpoints carry."""

@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from mert_jax.checkpoints.manager import Checkpoints
-from mert_jax.pretraining.metrics import Speed
+from mert_jax.files import Row
+from mert_jax.pretraining.metrics import Speed, Writer
 from mert_jax.pretraining.run_log import SAVE, BadStreak, StepDecision
 from mert_jax.runtime.goodput import Goodput
 from mert_jax.runtime.signals import StopSignal
-
-Row = dict[str, Any]
 
 
 class Intervals(NamedTuple):
@@ -26,11 +25,11 @@ class Intervals(NamedTuple):
 class Trainer(Protocol):
     """The model in training, as the loop sees it; states, batches and results are its own."""
 
-    def position(self, state: Any) -> int:
+    def next_batch(self, state: Any) -> int:
         """Return the number of the next batch."""
 
-    def batches(self, position: int) -> Iterator[Any]:
-        """Return batches `position`, `position` + 1, ..., without end."""
+    def batches(self, start: int) -> Iterator[Any]:
+        """Return batches `start`, `start` + 1, ..., without end."""
 
     def update(self, state: Any, batch: Any, request: int) -> tuple[Any, Any]:
         """Make one update; `request` is SAVE, the number of a signal, or 0."""
@@ -52,7 +51,7 @@ class Trainer(Protocol):
 
 
 class Saver:
-    """Saves states by steps and minutes, and keeps the time that it takes out of the speed.
+    """Saves states by steps and minutes, and leaves the time that this takes out of the speed.
 
     `before` is called ahead of each save, to write what a checkpoint relies on.
     """
@@ -80,7 +79,6 @@ class Saver:
         return self._due
 
     def save(self, step: int, state: Any) -> None:
-        """Start saving `state`."""
         with self._clock.time_of("save"):
             self._before()
             self.checkpoints.save(step, state)
@@ -93,22 +91,21 @@ def run(
     trainer: Trainer,
     state: Any,
     intervals: Intervals,
-    *,
     saver: Saver,
     clock: Goodput,
     speed: Speed,
-    log: Any,
+    writer: Writer,
     publish: Callable[[int], None],
     beat: Callable[[], None],
 ) -> tuple[Any, int]:
     """Train from `state` to `total_steps` or a stop request; return the last state and the signal.
 
-    `log` takes rows (write, back_to, close), `publish` is called after each row, and `beat` before
-    each step. The signal is 0 for a finished run; the last state is saved in either case.
+    `publish` is called after each row, and `beat` before each step. The signal is 0 for a finished
+    run; the last state is saved in either case.
     """
-    step, position = int(state.step), trainer.position(state)
+    step, next_batch = int(state.step), trainer.next_batch(state)
     stop, stopping = StopSignal(), False
-    stream, kind = trainer.batches(position), "compile"
+    stream, kind = trainer.batches(next_batch), "compile"  # which the first step does
     clock.begin(step)
     while step < intervals.total_steps and not stopping:
         beat()
@@ -116,24 +113,24 @@ def run(
         with clock.time_of("data_wait"):
             batch = next(stream)
         with clock.time_of(kind):
-            request = stop.signal or SAVE * saver.overdue
+            request = stop.signal or (SAVE if saver.overdue else 0)
             state, result = trainer.update(state, batch, request)
-        step, position, kind = step + 1, position + 1, "step"
+        step, next_batch, kind = step + 1, next_batch + 1, "step"
         last = step == intervals.total_steps
-        decision = trainer.decide(step, position - 1, result, last)
+        decision = trainer.decide(step, next_batch - 1, result, last)
         if decision.streak:
             state = trainer.roll_back(state, decision.streak)
-            step, position = int(state.step), trainer.position(state)
+            step, next_batch = int(state.step), trainer.next_batch(state)
             stream.close()
-            stream = trainer.batches(position)
-            log.back_to(step)
+            stream = trainer.batches(next_batch)
+            writer.back_to(step)
             speed.pause()
             continue
-        stopping = decision.request > SAVE
+        stopping = decision.request > SAVE  # the number of a signal
         evaluate = step % intervals.eval_every == 0 or last
         if step % intervals.log_every == 0 or evaluate:
             row = trainer.row(step, state, result, evaluate)
-            log.write(row)
+            writer.write(row)
             publish(step)
             print(trainer.line(row, speed.eta(step)), flush=True)
         due = saver.due(step, decision.request == SAVE)
@@ -142,5 +139,6 @@ def run(
     stream.close()
     with clock.time_of("save"):
         saver.checkpoints.wait()
-    log.close()
-    return state, decision.request if step < intervals.total_steps else 0
+    writer.close()
+    finished = step >= intervals.total_steps
+    return state, 0 if finished else decision.request

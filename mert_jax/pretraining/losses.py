@@ -32,8 +32,8 @@ def cosine_logits(proj: Array, codebooks: Array, temperature: float) -> Array:
 
     Source: HuBERT, arXiv 2106.07447, eq. 3.
     """
-    exact = dict(precision=jax.lax.Precision.HIGHEST)
-    return jnp.einsum("...kd,kvd->...kv", _unit(proj), _unit(codebooks), **exact) / temperature
+    pair, exact = (_unit(proj), _unit(codebooks)), jax.lax.Precision.HIGHEST
+    return jnp.einsum("...kd,kvd->...kv", *pair, precision=exact) / temperature
 
 
 def code_loss(logits: Array, codes: Array, mask: Array, bound: float = math.inf) -> CodeLoss:

@@ -32,7 +32,7 @@ def _loss_codes(c: CodeLoss, frames: float) -> float:
     return float(c.cross_entropy.sum() / frames * len(drawn) / max(drawn.sum(), 1))
 
 
-def reduce(sums: Sums) -> dict[str, Any]:
+def to_row(sums: Sums) -> dict[str, Any]:
     """Return means over masked frames, losses in nats, with lists of one entry a codebook.
 
     `code_perplexity` is low for a collapsed teacher, `prediction_perplexity` for a collapsed
@@ -52,8 +52,8 @@ def reduce(sums: Sums) -> dict[str, Any]:
         "code_perplexity": _per_book(codes, lambda c: perplexity(c.targets)),
         "prediction_perplexity": _per_book(codes, lambda c: perplexity(c.predictions)),
     }
-    if sums.visible is not None:
-        row["loss_codes_visible"] = float(sums.visible / frames)
+    if sums.unmasked is not None:
+        row["loss_codes_visible"] = float(sums.unmasked / frames)
     if len(codes) > 1:
         for name, c in sums.codes.items():
             row[f"loss_codes_{name}"] = _loss_codes(c, frames)
@@ -66,11 +66,11 @@ def add(total: Sums, sums: Sums) -> Sums:
     return jax.tree.map(lambda a, b: np.add(a, b, dtype=np.float64), total, sums)
 
 
-def validation(sums: Sequence[Sums]) -> dict[str, Any]:
-    """Return `reduce` over all datasets' `sums`, and the loss of each if there are several."""
-    row = {f"validation_{name}": x for name, x in reduce(functools.reduce(add, sums)).items()}
+def validation_row(sums: Sequence[Sums]) -> dict[str, Any]:
+    """Return `to_row` over all datasets' `sums`, and the loss of each if there are several."""
+    row = {f"validation_{name}": x for name, x in to_row(functools.reduce(add, sums)).items()}
     if len(sums) > 1:
-        row["validation_losses"] = [reduce(each)["loss"] for each in sums]
+        row["validation_losses"] = [to_row(each)["loss"] for each in sums]
     return row
 
 
@@ -93,8 +93,8 @@ class Speed:
         if self._time is not None and step > self._step:  # the first time includes compilation
             self._rate = (step - self._step) / (now - self._time)
         self._step, self._time = step, now
-        flops = mfu(self._rate * self._flops) if self._rate else None
-        return {"audio_seconds_per_second": self._rate * self._audio, "mfu": flops}
+        utilisation = mfu(self._rate * self._flops) if self._rate else None
+        return {"audio_seconds_per_second": self._rate * self._audio, "mfu": utilisation}
 
     def pause(self) -> None:
         """Leave out the time since `measure`, which was spent on validation or a save."""
@@ -174,7 +174,6 @@ class Writer:
             self._board.write_scalars(row["step"], scalars)
 
     def close(self) -> None:
-        """Close the files."""
         self._file.close()
         if self._board:
             self._board.close()

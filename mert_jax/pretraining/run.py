@@ -15,12 +15,13 @@ from mert_jax import sharding
 from mert_jax.checkpoints import manager
 from mert_jax.checkpoints import workdir as workdirs
 from mert_jax.checkpoints.init_from import InitialWeights, apply_initial_weights
-from mert_jax.checkpoints.object_storage import RemoteWorkdir
+from mert_jax.checkpoints.object_storage import WorkdirMirror
 from mert_jax.checkpoints.train_state import TrainState
 from mert_jax.data import code_checks
 from mert_jax.data.bad_records import BadRecords
 from mert_jax.data.loader import Batch, Loader, check_unchanged
 from mert_jax.errors import RESTART, UserError
+from mert_jax.files import Row
 from mert_jax.pretraining import build, loop, metrics, run_log, step
 from mert_jax.runtime import goodput, watchdog, workdir_lock
 
@@ -33,7 +34,7 @@ def pretrain(config: ConfigDict, workdir: str | None, describe: bool = False) ->
     """
     stored = build.find_stored_codes(config)
     teachers = build.make_teachers(config, stored)
-    student = build.student(config, teachers, stored)
+    student = build.make_student(config, teachers, stored)
     print(build.describe(config, student, table=describe), flush=True)
     if describe:
         return 0
@@ -41,25 +42,25 @@ def pretrain(config: ConfigDict, workdir: str | None, describe: bool = False) ->
         raise UserError("--workdir=DIR is needed: where checkpoints and metrics go")
     splits = ("train", "validation")
     sources = {split: build.open_datasets(config, stored, split) for split in splits}
-    mesh, settings = build.make_mesh(config), build.settings(config, student)
-    with RemoteWorkdir(workdir, jax.process_index() == 0) as files:
+    mesh, settings = build.make_mesh(config), build.make_settings(config, student)
+    with WorkdirMirror(workdir, jax.process_index() == 0) as mirror:
         resumes = bool(manager.checkpoint_steps(workdir))
-        fingerprints = build.fingerprints(config, teachers, stored)
+        fingerprints = build.teacher_fingerprints(config, teachers, stored)
         initial = None if resumes else build.read_initial_weights(config, student, fingerprints)
-        about = build.about(config, fingerprints, initial)
-        lock = workdir_lock.lock_workdir(files.folder, json.loads(config.to_json()), resumes)
+        about = build.make_about(config, fingerprints, initial)
+        lock = workdir_lock.lock_workdir(mirror.folder, json.loads(config.to_json()), resumes)
         if resumes:
-            before = workdirs.read_about(files.folder)
+            before = workdirs.read_about(mirror.folder)
             check_unchanged(before.data, about.data, settings.accept_changes)
             about = before._replace(data=about.data)
         if jax.process_index() == 0:
-            workdirs.write_description(files.folder, student, about)
-        files.take()
-        seconds, every_steps = settings.watchdog_seconds, settings.intervals.save_every_steps
-        stalled = (files.folder, jax.process_index(), seconds)
-        on_timeout = functools.partial(watchdog.end_stalled_run, *stalled)
-        preserved = (settings.keep, settings.keep_every, every_steps)
-        checkpoints = manager.Checkpoints(workdir, *preserved)
+            workdirs.write_description(mirror.folder, student, about)
+        mirror.claim()
+        host, seconds = jax.process_index(), settings.watchdog_seconds
+        on_timeout = functools.partial(watchdog.end_stalled_run, mirror.folder, host, seconds)
+        checkpoints = manager.Checkpoints(
+            workdir, settings.keep, settings.keep_every, settings.intervals.save_every_steps
+        )
         with (
             lock,
             jax.set_mesh(mesh),
@@ -67,18 +68,19 @@ def pretrain(config: ConfigDict, workdir: str | None, describe: bool = False) ->
             contextlib.closing(checkpoints),
         ):
             experiment = build.make_experiment(config, student, teachers, mesh)
-            loader = build.make_loader(config, sources, mesh, experiment.context)
-            run = Pretraining(settings, experiment, loader, files, checkpoints, beat)
+            context = experiment.objective.longest_context
+            loader = build.make_loader(config, sources, mesh, context)
+            run = Pretraining(settings, experiment, loader, mirror, checkpoints, beat)
             return run.train(initial)
 
 
-def check_labels(sums: step.Sums, special_codes: int, directory: str) -> list[str]:
+def check_first_codes(sums: step.Sums, special_codes: int, directory: str) -> list[str]:
     """Return a line on each teacher's codes in a batch. Raises UserError if they are useless."""
     lines = []
     for name, codes in sums.codes.items():
         counts = np.asarray(codes.targets)[:, special_codes:]
-        label = f"labels of {name} in {directory}"
-        lines.append(code_checks.check_codes(label, counts, int(sums.frames)))
+        title = f"labels of {name} in {directory}"
+        lines.append(code_checks.check_codes(title, counts, int(sums.frames)))
     return lines
 
 
@@ -90,49 +92,47 @@ class Pretraining:
         settings: build.Settings,
         experiment: build.Experiment,
         loader: Loader,
-        files: RemoteWorkdir,
+        mirror: WorkdirMirror,
         checkpoints: manager.Checkpoints,
         beat: Callable[[], None],
     ):
         self._settings, self._experiment, self._loader = settings, experiment, loader
-        self._files, self._checkpoints, self._beat = files, checkpoints, beat
-        self._clock = goodput.Goodput(files.folder)
+        self._mirror, self._checkpoints, self._beat = mirror, checkpoints, beat
+        self._clock = goodput.Goodput(mirror.folder)
         self._key = jax.random.key(settings.seed)
         params = {name: teacher.params for name, teacher in experiment.teachers.items()}
         self._teacher_params = sharding.placed(params, sharding.replicated(loader.mesh))
 
     def train(self, initial: InitialWeights | None) -> int:
         """Train to `total_steps`, from the newest checkpoint or `initial`; return the exit code."""
-        settings, files, experiment = self._settings, self._files, self._experiment
+        settings, mirror, experiment = self._settings, self._mirror, self._experiment
         total, start = settings.intervals.total_steps, self._checkpoints.latest_step
         if start is not None and start >= total:
-            print(f"{files.workdir} is finished: {start} of {total} steps; nothing to do")
+            print(f"{mirror.workdir} is finished: {start} of {total} steps; nothing to do")
             return 0
         if start is None:
             state = experiment.init()
             state = apply_initial_weights(state, initial) if initial else state
         else:
             state = self._restore()
-            print(f"resuming {files.workdir} at step {int(state.step)} of {total}", flush=True)
-        self._check_labels(state)
+            print(f"resuming {mirror.workdir} at step {int(state.step)} of {total}", flush=True)
+        self._check_codes(state)
         step, batch, writes = int(state.step), int(state.batch), jax.process_index() == 0
-        audio, flops = settings.update_seconds, settings.update_flops
-        self._speed = metrics.Speed(step, total, audio_seconds=audio, flops=flops)
-        sources = self._loader.sources["train"]
-        bad_records = BadRecords(files.folder, sources, settings.max_faulty, batch, writes)
-        options = dict(streak=settings.streak, batch=batch, writes=writes)
-        self._log = run_log.RunLog(files.folder, bad_records, **options)
+        folder, intervals, clock = mirror.folder, settings.intervals, self._clock
+        speed = metrics.Speed(step, total, settings.update_seconds, settings.update_flops)
+        self._speed = speed
+        sources, max_faulty = self._loader.sources["train"], self._loader.max_faulty
+        bad_records = BadRecords(folder, sources, max_faulty, batch, writes)
+        self._run_log = run_log.RunLog(folder, bad_records, settings.streak, batch, writes)
         # a checkpoint relies on the metrics of all its steps: flush them first
-        saver = loop.Saver(
-            self._checkpoints, settings.intervals, self._clock, self._speed, files.flush
-        )
+        saver = loop.Saver(self._checkpoints, intervals, clock, speed, before=mirror.flush)
         if start is None:  # so that a rollback always has a checkpoint to return to
             saver.save(0, state)
-        log = metrics.Writer(files.folder, step, settings.tensorboard, writes)
-        objects = dict(saver=saver, clock=self._clock, speed=self._speed, log=log)
-        hooks = dict(publish=self._publish, beat=self._beat)
-        state, request = loop.run(self, state, settings.intervals, **objects, **hooks)
-        self._log.close()
+        writer = metrics.Writer(folder, step, settings.tensorboard, writes)
+        state, request = loop.run(
+            self, state, intervals, saver, clock, speed, writer, self._publish, self._beat
+        )
+        self._run_log.close()
         return self._end(int(state.step), request)
 
     def _restore(self, before: int | None = None) -> TrainState:
@@ -140,17 +140,17 @@ class Pretraining:
         with self._clock.time_of("restore"):
             return self._checkpoints.restore(abstract, shardings, before)
 
-    def _check_labels(self, state: TrainState) -> None:
+    def _check_codes(self, state: TrainState) -> None:
         """Print the perplexity of each dataset's codes; release the workdir if they are useless."""
         special_codes = self._experiment.objective.special_codes
         try:
             with self._clock.time_of("compile"):
                 first_sums = [next(sums) for sums in self._validation_sums(state.params)]
                 for directory, sums in zip(self._settings.directories, first_sums, strict=True):
-                    lines = check_labels(sums, special_codes, directory)
+                    lines = check_first_codes(sums, special_codes, directory)
                     print(*lines, sep="\n", flush=True)
         except UserError:
-            workdir_lock.release_workdir(self._files.folder)
+            workdir_lock.release_workdir(self._mirror.folder)
             raise
 
     def _validation_sums(self, params: Any) -> Iterator[Iterator[step.Sums]]:
@@ -165,15 +165,16 @@ class Pretraining:
     def _publish(self, step: int) -> None:
         if jax.process_index() == 0:
             self._clock.write(step)
-        self._files.push()
+        self._mirror.push()
 
     def _end(self, step: int, request: int) -> int:
-        workdir = self._files.workdir
+        workdir = self._mirror.workdir
         if jax.process_index() == 0:
             self._clock.write(step)
-            print(goodput.summary_line(goodput.read_goodput(self._files.folder)), flush=True)
+            print(goodput.summary_line(goodput.read_goodput(self._mirror.folder)), flush=True)
         if request:
             print(f"stopped and saved at step {step}; run the same command to go on", flush=True)
+            # SIGTERM is a preemption, after which launchers start the run again; Ctrl-C is not
             return RESTART if request == signal.SIGTERM else 128 + request
         print(f"finished {step} steps: checkpoints, metrics.jsonl and config.json in {workdir}")
         print(f"curves: python -m mert_jax.report --workdir={workdir}", flush=True)
@@ -181,11 +182,11 @@ class Pretraining:
 
     # as documented in `loop.Trainer`
 
-    def position(self, state: TrainState) -> int:
+    def next_batch(self, state: TrainState) -> int:
         return int(state.batch)
 
-    def batches(self, position: int) -> Iterator[Batch]:
-        return self._loader.train(position)
+    def batches(self, start: int) -> Iterator[Batch]:
+        return self._loader.train(start)
 
     def update(self, state: TrainState, batch: Batch, request: int) -> tuple[TrainState, Any]:
         # every host's request travels with the batch
@@ -193,20 +194,20 @@ class Pretraining:
         return self._experiment.train_step(state, self._teacher_params, batch, self._key)
 
     def decide(self, step: int, batch: int, result: Any, last: bool) -> run_log.StepDecision:
-        return self._log.decide(step, batch, result, last)
+        return self._run_log.decide(step, batch, result, last)
 
     def may_save(self, result: Any) -> bool:
         return not int(result["guard"].streak)
 
     def roll_back(self, state: TrainState, streak: run_log.BadStreak) -> TrainState:
-        """Return the last state before `streak`. Raises UserError after `guard.rollbacks`."""
+        """Return the last saved state before `streak`. Raises UserError after `guard.rollbacks`."""
         steps, rollbacks = self._settings.streak, int(state.guard.rollbacks)
         if rollbacks >= self._settings.rollbacks:
             raise UserError(
                 f"{steps} updates in a row were rejected, the first at step "
                 f"{streak.first_step}, after {rollbacks} rollbacks (guard.rollbacks): see "
-                f"{self._files.workdir}/{run_log.BAD_STEPS}. Lower optimizer.peak_learning_rate or "
-                "optimizer.clip_norm, in a new workdir"
+                f"{self._mirror.workdir}/{run_log.BAD_STEPS}. Lower optimizer.peak_learning_rate "
+                "or optimizer.clip_norm, in a new workdir"
             )
         earlier = self._restore(before=streak.first_step)
         back = int(earlier.step)
@@ -217,12 +218,15 @@ class Pretraining:
             flush=True,
         )
         self._clock.went_back()
-        return step.redirect(earlier, streak.next_batch, rollbacks + 1)
+        # an earlier state, but the batch after the bad ones: they are passed over
+        numbers = np.int32(streak.next_batch), np.int32(rollbacks + 1)
+        batch, count = sharding.placed(numbers, earlier.batch.sharding)
+        return earlier._replace(batch=batch, guard=earlier.guard._replace(rollbacks=count))
 
-    def row(self, step: int, state: TrainState, result: Any, evaluate: bool) -> loop.Row:
+    def row(self, step: int, state: TrainState, result: Any, evaluate: bool) -> Row:
         row = {
             "step": step,
-            **metrics.reduce(result["sums"]),
+            **metrics.to_row(result["sums"]),
             "grad_norm": float(result["grad_norm"]),
             "learning_rate": float(self._experiment.learning_rate(int(result["updates"]))),
             "looped_clips": int(result["looped"]),
@@ -232,9 +236,10 @@ class Pretraining:
         if evaluate:
             with self._clock.time_of("validation"):
                 by_dataset = self._validation_sums(state.params)
-                row |= metrics.validation([functools.reduce(metrics.add, x) for x in by_dataset])
+                totals = [functools.reduce(metrics.add, sums) for sums in by_dataset]
+                row |= metrics.validation_row(totals)
             self._speed.pause()
         return row
 
-    def line(self, row: loop.Row, eta: str) -> str:
+    def line(self, row: Row, eta: str) -> str:
         return metrics.console_line(row, self._settings.intervals.total_steps, eta)

@@ -31,16 +31,16 @@ class StepDecision(NamedTuple):
 class RunLog:
     """Judges steps, and writes rejected updates and bad records to the workdir.
 
-    All hosts come to the same decisions; the one that `writes` keeps the files. A run resumes at
-    `batch`: lines of later ones are dropped. `streak` rejected steps in a row are rolled back.
+    All hosts come to the same decisions; the one that `writes` keeps the files. A resumed run drops
+    the lines from batch `start` on. `streak` rejected steps in a row are rolled back.
     """
 
     def __init__(
-        self, workdir: str, bad_records: BadRecords, *, streak: int, batch: int, writes: bool
+        self, workdir: str, bad_records: BadRecords, streak: int, start: int, writes: bool
     ):
         self._streak, self._bad_records = streak, bad_records
         path = os.path.join(workdir, BAD_STEPS) if writes else None
-        self._bad_steps = JsonlFile(path, lambda row: row["batch"] < batch)
+        self._bad_steps = JsonlFile(path, lambda row: row["batch"] < start)
         self._waiting: collections.deque[tuple[int, int, Any]] = collections.deque()
 
     def decide(self, step: int, batch: int, result: Any, last: bool) -> StepDecision:
@@ -54,7 +54,7 @@ class RunLog:
             step, batch, result = self._waiting.popleft()
             notes = {name: np.asarray(x) for name, x in result["notes"].items()}
             request = max(request, int(notes["requests"].max()))
-            self._bad_records.note(step, batch, notes)
+            self._bad_records.note(step, batch, notes["faulty"])
             if in_a_row := int(result["guard"].streak):
                 self._note_rejected(step, batch, in_a_row, result)
                 if in_a_row >= self._streak:
@@ -65,9 +65,9 @@ class RunLog:
     def _note_rejected(self, step: int, batch: int, in_a_row: int, result: Any) -> None:
         loss = float(result["sums"].loss / result["sums"].frames)
         norm, limit = float(result["grad_norm"]), float(result["norm_limit"])
-        row = dict(step=step, batch=batch, loss=loss, grad_norm=norm, norm_limit=limit)
+        numbers = dict(step=step, batch=batch, loss=loss, grad_norm=norm, norm_limit=limit)
         records = np.asarray(result["notes"]["record"]).tolist()
-        self._bad_steps.write(row | dict(in_a_row=in_a_row, records=records))
+        self._bad_steps.write(numbers | dict(in_a_row=in_a_row, records=records))
         print(
             f"step {step} skipped: loss {loss:.4g}, gradient norm {norm:.4g} (limit {limit:.4g}), "
             f"{in_a_row} in a row; its records are in {BAD_STEPS}",
@@ -75,6 +75,5 @@ class RunLog:
         )
 
     def close(self) -> None:
-        """Close the files."""
         self._bad_steps.close()
         self._bad_records.close()

@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from mert_jax.checkpoints.train_state import TrainState, initial_guard
 from mert_jax.constants import FULL_SCALE
 from mert_jax.pretraining import guard, losses
-from mert_jax.sharding import placed
 
 Array = jax.Array
 Codes = Mapping[str, Array]  # stored codes [B, T, K] by teacher
@@ -43,7 +41,7 @@ class Objective(NamedTuple):
     mixture: Callable[[Array, Array], Array]  # (keys [B], wave [B, N]) -> wave with noise
     logit_temperature: float
     special_codes: int  # number of classes before code 0 (4 in fairseq's dictionary)
-    penalty: float  # weight of the features penalty
+    penalty_weight: float  # of the features penalty
     unmasked_weight: float = 0.0  # of the cross-entropy at unmasked frames
     codebooks_per_step: int = 0  # of each teacher, drawn for a step; 0 means all
     context: Mapping[str, int] = {}  # samples before the clip that a teacher hears in addition
@@ -66,7 +64,7 @@ class Sums(NamedTuple):
     codes: dict[str, losses.CodeLoss]  # by teacher
     features: dict[str, Array]  # squared error by teacher
     penalty: Array  # features penalty times masked frames
-    visible: Array | None = None  # weighted cross-entropy at unmasked frames, None if not computed
+    unmasked: Array | None = None  # weighted cross-entropy at the other frames, if computed
 
 
 def row_keys(key: Array, rows: Array) -> Array:
@@ -74,7 +72,7 @@ def row_keys(key: Array, rows: Array) -> Array:
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
-def targets(
+def compute_targets(
     objective: Objective, teacher_params: Any, wave: Array, length: int, codes: Codes | None = None
 ) -> dict[str, Array]:
     """Return each teacher's targets [B, T, ...] for the clean `wave` [B, context + N].
@@ -96,7 +94,7 @@ def targets(
 def code_sums(
     objective: Objective, prediction: tuple, codes: Array, mask: Array, key: Array | None
 ) -> losses.CodeLoss:
-    """Return the loss of a teacher's `codes` [B, T, K], with a `key` zeros for those not drawn."""
+    """Return the loss of a teacher's `codes` [B, T, K]; with a `key`, of a random subset."""
     proj, codebooks = prediction  # [B, T, K, d] and class embeddings [K, V, d]
     num_codebooks, temperature = codes.shape[-1], objective.logit_temperature
     classes = codes + objective.special_codes
@@ -121,8 +119,8 @@ def masked_sums(
     """
     frames = mask.sum()
     penalty = output.features_penalty * frames
-    loss = objective.penalty * penalty
-    codes, features, visible = {}, {}, None
+    loss = objective.penalty_weight * penalty
+    codes, features, unmasked = {}, {}, None
     for i, (name, target) in enumerate(targets.items()):
         prediction, weight = output.predictions[name], objective.weights[name]
         if not jnp.issubdtype(target.dtype, jnp.integer):
@@ -137,10 +135,11 @@ def masked_sums(
         codes[name] = sums_at(mask)
         loss += weight * codes[name].cross_entropy.sum()
         if objective.unmasked_weight:  # HuBERT, arXiv 2106.07447, eq. 2
-            unmasked = weight * objective.unmasked_weight * sums_at(~mask).cross_entropy.sum()
-            visible = unmasked if visible is None else visible + unmasked
-    loss += 0 if visible is None else visible
-    return Sums(frames, loss, codes, features, penalty, visible)
+            part = weight * objective.unmasked_weight * sums_at(~mask).cross_entropy.sum()
+            unmasked = part if unmasked is None else unmasked + part
+    if unmasked is not None:
+        loss += unmasked
+    return Sums(frames, loss, codes, features, penalty, unmasked)
 
 
 def loss_fn(
@@ -153,23 +152,27 @@ def loss_fn(
     train: bool,
     codes: Codes | None = None,
 ) -> tuple[Array, Sums]:
-    """Return the summed objective of `audio` int16 [B, context + N], and its parts."""
+    """Return the summed objective of `audio` int16 [B, context + N], and its parts.
+
+    `rows` int [B] are the clips' numbers in the global batch, `key` is that of the step.
+    """
     wave = audio.astype(jnp.float32) / FULL_SCALE
     clip = wave[:, objective.longest_context :]
     num_frames = objective.num_frames(clip.shape[-1])
-    target = targets(objective, teacher_params, wave, num_frames, codes)
-    length = next(iter(target.values())).shape[1]
+    targets = compute_targets(objective, teacher_params, wave, num_frames, codes)
+    length = next(iter(targets.values())).shape[1]
     mask_key, mixture_key, dropout_key = jax.random.split(key, 3)
     mask = objective.mask(row_keys(mask_key, rows), length)
-    codebooks_key = None
     if train:
         clip = objective.mixture(row_keys(mixture_key, rows), clip)
         # one stream for each micro-batch, named by its first row
         dropout_key = jax.random.fold_in(dropout_key, rows[0])
         # the same codebooks in all micro-batches of a step
         codebooks_key = jax.random.fold_in(key, CODEBOOKS_STREAM)
-    output = objective.student(params, clip, mask, length, dropout_key if train else None)
-    sums = masked_sums(objective, output, target, mask, codebooks_key)
+    else:
+        dropout_key = codebooks_key = None
+    output = objective.student(params, clip, mask, length, dropout_key)
+    sums = masked_sums(objective, output, targets, mask, codebooks_key)
     return sums.loss, sums
 
 
@@ -194,8 +197,9 @@ def train_step(
     """Make one update on a global batch and return the new state and the metrics.
 
     The batch has `audio` int16 [B, context + N], `looped` bool [B], stored `codes`, and `NOTES`;
-    `key` is the run's. The gradient is that of the sum over masked frames divided by their number.
-    An update that the guard rejects (`guard.limit`) changes neither parameters nor moments.
+    `key` is the run's. The gradient is that of the sum over masked frames divided by their number,
+    computed in `accumulation` micro-batches of whole groups (`group` clips share their noise). An
+    update that the guard rejects (`guard.limit`) changes neither parameters nor moments.
     """
     key = jax.random.fold_in(key, state.batch)
     gradient = jax.grad(loss_fn, has_aux=True)
@@ -234,12 +238,6 @@ def train_step(
     return TrainState(state.step + 1, state.batch + 1, params, opt_state, next_guard), metrics
 
 
-def redirect(state: TrainState, batch: int, rollbacks: int) -> TrainState:
-    """Return `state` with another next batch and number of rollbacks."""
-    batch, rollbacks = placed((np.int32(batch), np.int32(rollbacks)), state.batch.sharding)
-    return state._replace(batch=batch, guard=state.guard._replace(rollbacks=rollbacks))
-
-
 def eval_step(
     params: Any, teacher_params: Any, batch: Mapping[str, Array], key: Array, objective: Objective
 ) -> Sums:
@@ -247,16 +245,3 @@ def eval_step(
     audio, codes = batch["audio"], batch.get("codes", {})
     rows = jnp.arange(audio.shape[0])
     return loss_fn(params, teacher_params, audio, rows, key, objective, False, codes)[1]
-
-
-def compiled(
-    shardings: Any, objective: Objective, **options: Any
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return the jitted `train_step` with its `options`, and the jitted `eval_step`.
-
-    The state's memory is reused, the new state laid out by `shardings`, and metrics replicated.
-    """
-    update = functools.partial(train_step, objective=objective, **options)
-    evaluate = functools.partial(eval_step, objective=objective)
-    update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, shardings.step))
-    return update, jax.jit(evaluate, out_shardings=shardings.step)

@@ -31,8 +31,9 @@ def targets(times: Sequence[float], size: int, frame_rate: float) -> np.ndarray:
 def decode(activation: np.ndarray, frame_rate: float, how: float | str) -> np.ndarray:
     """Return beat times in seconds from probabilities [T], by one of DECODERS."""
     if how == "dynamic":
-        options = dict(sr=frame_rate, hop_length=1, trim=False)
-        at = librosa.beat.beat_track(onset_envelope=activation, **options)[1]
+        at = librosa.beat.beat_track(
+            onset_envelope=activation, sr=frame_rate, hop_length=1, trim=False
+        )[1]
     else:
         distance = max(1, round(SHORTEST * frame_rate))
         at = scipy.signal.find_peaks(activation, height=how, distance=distance)[0]

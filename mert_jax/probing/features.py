@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mert_jax import teachers
-from mert_jax.constants import SAMPLE_RATE
+from mert_jax.constants import HOP_LENGTH, SAMPLE_RATE
 from mert_jax.errors import UserError
 from mert_jax.extraction import embedder
 from mert_jax.models import spectrograms
 from mert_jax.probing import musicnn
 from mert_jax.tensors import state_dict
 
-HOP = 320  # of the baselines, 75 frames a second as the student
 BASELINES = ("log_mel", "cqt", "random", "musicnn")
 Stream = Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]
 
@@ -49,9 +48,9 @@ def student(model: Any, name: str = "student", layers: Sequence[int] = ()) -> Fe
 
 def log_mel() -> Features:
     """Return means and deviations of log-mel bands; frames come with their differences."""
-    filters = jnp.asarray(spectrograms.mel_filters(SAMPLE_RATE, 2048, 128))
-    compute = jax.jit(lambda filters, wave: spectrograms.log_mel(wave[None], filters, HOP)[0])
-    return _baseline("log_mel", f"128 2048 {HOP}", lambda wave: compute(filters, wave))
+    filters, hop = jnp.asarray(spectrograms.mel_filters(SAMPLE_RATE, 2048, 128)), HOP_LENGTH
+    compute = jax.jit(lambda filters, wave: spectrograms.log_mel(wave[None], filters, hop)[0])
+    return _baseline("log_mel", f"128 2048 {hop}", lambda wave: compute(filters, wave))
 
 
 def cqt() -> Features:
@@ -76,7 +75,7 @@ def _baseline(name: str, about: str, spectrogram: Callable[[np.ndarray], Any]) -
     def bins(wave: np.ndarray) -> np.ndarray:
         # [T, F]; padding to whole seconds limits the number of compiled lengths
         padded = np.pad(wave, (0, -len(wave) % SAMPLE_RATE)).astype(np.float32)
-        return np.asarray(spectrogram(padded))[: len(wave) // HOP + 1]
+        return np.asarray(spectrogram(padded))[: len(wave) // HOP_LENGTH + 1]
 
     def mean_and_std(wave: np.ndarray) -> np.ndarray:
         frames = bins(wave)
@@ -88,7 +87,7 @@ def _baseline(name: str, about: str, spectrogram: Callable[[np.ndarray], Any]) -
 
     fingerprint = hashlib.blake2b(f"{name} {about}".encode(), digest_size=8).hexdigest()
     streams = functools.partial(map, mean_and_std), functools.partial(map, with_difference)
-    return Features(name, fingerprint, 1, SAMPLE_RATE, SAMPLE_RATE / HOP, *streams)
+    return Features(name, fingerprint, 1, SAMPLE_RATE, SAMPLE_RATE / HOP_LENGTH, *streams)
 
 
 def make(

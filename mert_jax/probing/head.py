@@ -110,7 +110,7 @@ def _optimizer(settings: HeadSettings) -> optax.GradientTransformation:
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "settings"))
-def _train(state, keys, x, y, statistics, epoch, *, objective, settings):
+def _train(state, keys, x, y, statistics, epoch, objective, settings):
     """Train one epoch on x [N, L, D] in minibatches, each seed in its own order."""
     size = max(1, min(settings.batch_size, len(x) // 4))
     steps = len(x) // size
@@ -138,7 +138,7 @@ def _train(state, keys, x, y, statistics, epoch, *, objective, settings):
 
 
 @functools.partial(jax.jit, static_argnames=("objective",))
-def _keep_best(params, best, quality, validation, statistics, *, objective):
+def _keep_best(params, best, quality, validation, statistics, objective):
     """Update the `best` heads and their quality [S, R, Q] on chunks of x, y and weights."""
     of_row = objective.quality or (lambda logits, target: -objective.loss(logits, target))
 
@@ -197,10 +197,9 @@ def fit(
     with progress.bar("heads", settings.epochs, "epoch") as bar:
         for epoch in range(settings.epochs):
             x, y = jax.tree.map(jnp.asarray, draw(epoch) if epoch else (x, y))
-            options = dict(objective=objective, settings=settings)
-            params, moments = _train((params, moments), keys, x, y, statistics, epoch, **options)
-            arguments = (params, best, quality, validation, statistics)
-            best, quality = _keep_best(*arguments, objective=objective)
+            state = params, moments
+            params, moments = _train(state, keys, x, y, statistics, epoch, objective, settings)
+            best, quality = _keep_best(params, best, quality, validation, statistics, objective)
             bar.update(1)
     return Fitted(*jax.tree.map(np.asarray, (best, *statistics, quality)))
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from mert_jax.checkpoints import object_storage
-from mert_jax.checkpoints.object_storage import RemoteWorkdir
+from mert_jax.checkpoints.object_storage import WorkdirMirror
 from mert_jax.errors import UserError
 from mert_jax.files import atomic_write
 from mert_jax.pretraining import metrics
@@ -66,7 +66,7 @@ def write_report(workdir: str | None) -> None:
     """Write report.png and report.html into `workdir` and print the headline figures."""
     if not workdir:
         raise UserError("--workdir=DIR is needed: the folder a run was trained in")
-    with RemoteWorkdir(workdir, writes=True) as local:
+    with WorkdirMirror(workdir, writes=True) as local:
         folder, workdir = local.folder, object_storage.absolute(workdir)
         rows, config = summary.read_run(folder)
         panels, figures = plots.panels(rows), summary.summarize(rows, config)

@@ -9,11 +9,10 @@ import numpy as np
 
 from mert_jax.constants import CONFIG_FILE, SAMPLE_RATE
 from mert_jax.errors import UserError
-from mert_jax.files import read_jsonl
+from mert_jax.files import Row, read_jsonl
 from mert_jax.pretraining import metrics
 from mert_jax.reporting.plots import SPEED, series
 
-Row = dict[str, Any]
 # the metrics with one value a codebook, and the heading of each in the table
 PER_CODEBOOK = {
     "masked_accuracy": "accuracy",

@@ -68,12 +68,10 @@ class Goodput:
         self._saved, self._unsaved = step, 0.0
 
     def write(self, step: int) -> None:
-        """Write the sums up to now."""
         self._advance()
         content = {kind: round(seconds, 3) for kind, seconds in self._seconds.items()}
         content["unsaved"] = dict(step=step, saved=self._saved, seconds=round(self._unsaved, 3))
-        with files.atomic_write(self._path, replace=True) as path, open(path, "w") as f:
-            json.dump(content, f, indent=1)
+        files.write_json(self._path, content)
 
 
 def read_goodput(workdir: str) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from flax.traverse_util import flatten_dict
 from mert_jax.constants import CONFIG_FILE, LOCK_FILE, MODEL_FILE
 from mert_jax.errors import UserError
 
-# settings that may change on resume
-FREE = (
+# settings and groups of settings that may change on resume
+CHANGEABLE = (
     *("total_steps", "log_every", "eval_every", "checkpoint", "mesh", "tensorboard"),
     *("watchdog_minutes", "data.dir", "data.threads", "data.workers", "data.accept_changes"),
     *("data.max_faulty", "model.remat", "model.unroll"),
@@ -39,14 +39,15 @@ def _lock(path: str) -> Any:
 
 
 def lock_workdir(
-    workdir: str, config: dict[str, Any], begun: bool = False
+    workdir: str, config: dict[str, Any], resumes: bool = False
 ) -> contextlib.AbstractContextManager:
     """Lock `workdir` until the result is closed, and write its config.json or check the old one.
 
-    Raises UserError if it is in use or unusable, or holds checkpoints (`begun`) of another config.
+    `resumes` says that it holds checkpoints. Raises UserError if it is in use or unusable, or holds
+    a run of another config.
     """
     path = os.path.join(workdir, CONFIG_FILE)
-    if begun and not os.path.exists(path):  # a workdir of convert --to=orbax
+    if resumes and not os.path.exists(path):  # a workdir of convert --to=orbax
         todo = f"begin one with --config.init_from={workdir} and another --workdir"
         raise UserError(f"--workdir={workdir} holds a checkpoint without a run; {todo}")
     try:
@@ -66,11 +67,11 @@ def lock_workdir(
         raise UserError(f"--workdir={workdir} cannot be used: {e}") from e
     old, new = (flatten_dict(x, sep=".") for x in (before, json.loads(json.dumps(config))))
     old = {key: x for key, x in old.items() if key not in REMOVED or x != REMOVED[key]}
-    free = tuple(f"{key}." for key in FREE)
+    changeable = tuple(f"{key}." for key in CHANGEABLE)
     changed = [
         f"{key}: {old.get(key)} there, {new.get(key)} now"
         for key in sorted(old | new)
-        if old.get(key) != new.get(key) and not f"{key}.".startswith(free)
+        if old.get(key) != new.get(key) and not f"{key}.".startswith(changeable)
     ]
     if changed:
         todo = "choose another workdir or restore the setting"

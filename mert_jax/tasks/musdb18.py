@@ -45,4 +45,4 @@ def _clips(data: str) -> dict[str, list[Clip]]:
 
 LICENCE = "for education and research only; each song has its own"
 PAPER = "Rafii et al., 2017 (doi 10.5281/zenodo.1117372)"
-TASKS = (Task("MUSDB18", "separation", STEMS, _clips, SECONDS, LICENCE, SOURCE, PAPER),)
+TASKS = (Task("MUSDB18", "separation", STEMS, _clips, LICENCE, SOURCE, PAPER, SECONDS),)

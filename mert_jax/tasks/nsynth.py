@@ -35,7 +35,7 @@ def _task(name: str, column: str, labels: tuple[str, ...]) -> Task:
         return {split: read(os.path.join(data, f"nsynth-{split}")) for split in SPLITS}
 
     paper = "Engel et al., arXiv 1704.01279"
-    return Task(name, "classes", labels, clips, 0.0, "CC BY 4.0", SOURCE, paper)
+    return Task(name, "classes", labels, clips, licence="CC BY 4.0", source=SOURCE, paper=paper)
 
 
 TASKS = (

@@ -47,10 +47,10 @@ class Task(NamedTuple):
     labels: tuple[str, ...]
     # data folder -> clips of each split; raises UserError for missing data
     clips: Callable[[str], dict[str, list[Clip]]]
-    seconds: float  # of the clips that files are cut to, 0 for whole files
     licence: str
     source: str  # where to get the data
     paper: str
+    seconds: float = 0.0  # of the clips that files are cut to, 0 for whole files
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ def jsonl_task(
 
     A row has `audio_path`, `label`, the recording that a clip belongs to in the column `group`, and
     `duration` or `num_samples` and `sample_rate`, which save reading the audio's header. `about`
-    are the task's source, licence and paper.
+    are the fields `licence`, `source` and `paper` of `Task`.
     """
     index = {label: i for i, label in enumerate(labels)}
 
@@ -102,7 +102,7 @@ def jsonl_task(
                     raise UserError(f"{problem}; {way_out}") from e
         return splits
 
-    return Task(name, kind, labels, clips, seconds, **about)
+    return Task(name, kind, labels, clips, seconds=seconds, **about)
 
 
 def existing(path: str, source: str) -> str:

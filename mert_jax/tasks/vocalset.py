@@ -38,7 +38,7 @@ def _task(name: str, labels: tuple[str, ...], suffix: str) -> Task:
         return {x: read(data, os.path.join(data, f"{x}_{suffix}.txt")) for x in SPLITS}
 
     paper = "Wilkins et al., ISMIR 2018"
-    return Task(name, "classes", labels, clips, 0.0, "CC BY 4.0", SOURCE, paper)
+    return Task(name, "classes", labels, clips, licence="CC BY 4.0", source=SOURCE, paper=paper)
 
 
 TASKS = (_task("VocalSetT", TECHNIQUES, "t"), _task("VocalSetS", SINGERS, "s"))

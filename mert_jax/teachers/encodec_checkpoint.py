@@ -5,7 +5,6 @@ directory or its weights file, in each spelling of weight norm; writes a Hugging
 State dicts are in torch's layout, parameters {"encoder", "decoder", "codebooks" [K, V, D]}.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from flax import traverse_util
 
 from mert_jax.constants import HOP_LENGTH, SAMPLE_RATE
 from mert_jax.errors import UserError
-from mert_jax.files import atomic_write
+from mert_jax.files import atomic_write, write_json
 from mert_jax.models import encodec
 from mert_jax.teachers.fitted_file import differences
 from mert_jax.tensors import state_dict
@@ -115,9 +114,7 @@ def write_encodec(directory: str, params: Mapping[str, Any]) -> None:
         torch_dtype="float32",
     )
     # the weights last: a directory without them is not taken for a codec
-    config_file = os.path.join(directory, "config.json")
-    with atomic_write(config_file, replace=True) as path, open(path, "w") as file:
-        json.dump(config, file, indent=1)
+    write_json(os.path.join(directory, "config.json"), config)
     with atomic_write(os.path.join(directory, "model.safetensors"), replace=True) as path:
         arrays = {name: np.asarray(x, np.float32) for name, x in state.items()}
         state_dict.write_tensors(path, arrays, {"format": "pt"})

@@ -56,9 +56,9 @@ def functions(size: str, names: Sequence[str], paths: dict[str, str]) -> dict[st
     for name in set(names) & set(paths):
         config.teacher[name] = {"checkpoint": paths[name]}
     made = build.make_teachers(build.check(config))
-    student = build.student(config, made)
+    student = build.make_student(config, made)
     optimizer = build.make_optimizer(config)
-    objective = build.objective(config, student, made)
+    objective = build.make_objective(config, student, made)
     state = jax.jit(lambda: nn.unbox(build.init(config, student, optimizer)))()
     params = jax.device_put({name: teacher.params for name, teacher in made.items()})
     before = max(objective.context.values(), default=0)  # samples of context for teachers only
@@ -72,7 +72,7 @@ def functions(size: str, names: Sequence[str], paths: dict[str, str]) -> dict[st
     train_step = jax.jit(train_step, donate_argnums=0)
     train_step = train_step.lower(state, params, batch, jax.random.key(0)).compile()
     wave = jax.device_put(wave)
-    teach = jax.jit(functools.partial(step.targets, objective, length=wave.shape[-1]))
+    teach = jax.jit(functools.partial(step.compute_targets, objective, length=wave.shape[-1]))
     teach = teach.lower(params, wave).compile()
 
     def one_step() -> None:

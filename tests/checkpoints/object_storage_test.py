@@ -10,7 +10,7 @@ import pytest
 
 from mert_jax.checkpoints import formats, manager, object_storage
 from mert_jax.checkpoints.formats import read_checkpoint
-from mert_jax.checkpoints.object_storage import RemoteWorkdir
+from mert_jax.checkpoints.object_storage import WorkdirMirror
 from mert_jax.errors import RetryableError, UserError
 from tests.object_store import BUCKET, serving, upload
 from tests.runs import ENVIRONMENT, command, flags, rows
@@ -40,16 +40,16 @@ def stored(name):
 
 
 def test_a_local_workdir_is_its_own_folder(tmp_path):
-    with RemoteWorkdir(str(tmp_path), writes=True) as mirror:
+    with WorkdirMirror(str(tmp_path), writes=True) as mirror:
         assert mirror.folder == str(tmp_path)
-        mirror.take()
+        mirror.claim()
         mirror.flush()
     assert not os.listdir(tmp_path)
 
 
 def test_changed_files_are_uploaded_and_fetched(line):
-    with RemoteWorkdir(f"{BUCKET}/a/run", writes=True) as mirror:
-        mirror.take()
+    with WorkdirMirror(f"{BUCKET}/a/run", writes=True) as mirror:
+        mirror.claim()
         append(mirror, "one\n")
         append(mirror, "events", "tensorboard/events")
         append(mirror, "half", ".metrics.jsonl.tmp")
@@ -62,7 +62,7 @@ def test_changed_files_are_uploaded_and_fetched(line):
         "bucket/a/run/metrics.jsonl",
         "bucket/a/run/owner",
     ]
-    with RemoteWorkdir(f"{BUCKET}/a/run/", writes=False) as mirror:
+    with WorkdirMirror(f"{BUCKET}/a/run/", writes=False) as mirror:
         assert Path(mirror.folder, "metrics.jsonl").read_text() == "one\ntwo\n"
         append(mirror, "of another host\n")
         mirror.flush()
@@ -70,12 +70,12 @@ def test_changed_files_are_uploaded_and_fetched(line):
 
 
 def test_the_last_run_to_start_owns_the_workdir(line):
-    first = RemoteWorkdir(f"{BUCKET}/b/run", writes=True).__enter__()
-    first.take()
+    first = WorkdirMirror(f"{BUCKET}/b/run", writes=True).__enter__()
+    first.claim()
     append(first, "mine\n")
     first.flush()
-    with RemoteWorkdir(f"{BUCKET}/b/run", writes=True) as second:
-        second.take()
+    with WorkdirMirror(f"{BUCKET}/b/run", writes=True) as second:
+        second.claim()
         append(second, "and mine\n")
     append(first, "late\n")
     with pytest.raises(UserError, match="another run has taken gs://bucket/b/run over") as caught:
@@ -87,8 +87,8 @@ def test_the_last_run_to_start_owns_the_workdir(line):
 
 def test_a_cut_connection_is_retried(line):
     line.cut_every = 4
-    with RemoteWorkdir(f"{BUCKET}/c/run", writes=True) as mirror:
-        mirror.take()
+    with WorkdirMirror(f"{BUCKET}/c/run", writes=True) as mirror:
+        mirror.claim()
         for i in range(4):
             append(mirror, f"{i}\n")
             mirror.flush()
@@ -98,8 +98,8 @@ def test_a_cut_connection_is_retried(line):
 
 
 def test_push_does_not_wait_for_a_slow_server(line):
-    with RemoteWorkdir(f"{BUCKET}/d/run", writes=True) as mirror:
-        mirror.take()
+    with WorkdirMirror(f"{BUCKET}/d/run", writes=True) as mirror:
+        mirror.claim()
         line.delay = 0.5
         begin = time.monotonic()
         for i in range(20):
@@ -114,8 +114,8 @@ def test_push_does_not_wait_for_a_slow_server(line):
 def test_an_unreachable_server_is_a_retryable_error(line, monkeypatch):
     sleep = asyncio.sleep
     monkeypatch.setattr(asyncio, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
-    with RemoteWorkdir(f"{BUCKET}/e/run", writes=True) as mirror:
-        mirror.take()
+    with WorkdirMirror(f"{BUCKET}/e/run", writes=True) as mirror:
+        mirror.claim()
         line.dead = True
         append(mirror, "lost\n")
         with pytest.raises(
@@ -133,7 +133,7 @@ def test_a_path_that_does_not_exist(line, path):
 def test_the_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"pip install -e \.\[gcs\]"):
-        RemoteWorkdir(f"{BUCKET}/run", writes=True).__enter__()
+        WorkdirMirror(f"{BUCKET}/run", writes=True).__enter__()
 
 
 def stored_rows(workdir, tmp_path):

@@ -353,7 +353,7 @@ def count(workdir, directories, stream, **options) -> bad_records.BadRecords:
     sources = [opened(directory) for directory in directories]
     counter = bad_records.BadRecords(workdir, sources, **dict(max_fraction=1.0) | options)
     for batch, clips in enumerate(stream, options.get("start", 0)):
-        counter.note(batch + 1, batch, clips)
+        counter.note(batch + 1, batch, clips["faulty"])
     counter.close()
     return counter
 
@@ -422,13 +422,13 @@ def test_a_batch_that_comes_again_is_not_counted_again(damaged, tmp_path):
     stream = batches(8, directories)
     counter = bad_records.BadRecords(str(tmp_path), [opened(d) for d in directories], 1.0)
     for batch in (0, 1, 2, 3, 4, 5, 4, 5, 6, 7):
-        counter.note(batch, batch, stream[batch])
+        counter.note(batch, batch, stream[batch]["faulty"])
     assert counter._drawn == 32
     assert counter.replaced == sum((batch["faulty"] >= 0).sum() for batch in stream)
 
 
-def clips(faulty: int, count: int) -> dict[str, np.ndarray]:
-    return {"faulty": np.array([5] * faulty + [-1] * (count - faulty))}
+def clips(faulty: int, count: int) -> np.ndarray:
+    return np.array([5] * faulty + [-1] * (count - faulty))
 
 
 def test_too_many_replaced_clips_stop_the_run(tmp_path):

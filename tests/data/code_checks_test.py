@@ -5,7 +5,7 @@ import pytest
 
 from mert_jax.data import code_checks
 from mert_jax.errors import UserError
-from mert_jax.pretraining.run import check_labels
+from mert_jax.pretraining.run import check_first_codes
 from tests import small
 from tests.small_run import Run, music
 
@@ -32,14 +32,14 @@ def test_a_batch_is_checked_as_it_is_trained_on():
     run = Run()
     batch = {"audio": music(8), "looped": np.zeros(8, bool)}
     sums = run.evaluate(run.init().params, run.teacher_params, batch, run.key)
-    (line,) = check_labels(sums, small.config().objective.special_codes, "music")
+    (line,) = check_first_codes(sums, small.config().objective.special_codes, "music")
     assert "labels of random_projection in music: 2 codebooks of 64, perplexity" in line
     silent = batch | {"audio": np.zeros_like(batch["audio"])}
     sums = run.evaluate(run.init().params, run.teacher_params, silent, run.key)
     with pytest.raises(UserError, match="degenerate"):
-        check_labels(sums, small.config().objective.special_codes, "music")
+        check_first_codes(sums, small.config().objective.special_codes, "music")
     codes = sums.codes["random_projection"]
     special = np.eye(68)[[2, 2]] * int(sums.frames)  # <unk> everywhere
     sums.codes["random_projection"] = codes._replace(targets=special)
     with pytest.raises(UserError, match="lie outside its 64"):
-        check_labels(sums, small.config().objective.special_codes, "music")
+        check_first_codes(sums, small.config().objective.special_codes, "music")

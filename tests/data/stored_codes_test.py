@@ -207,14 +207,14 @@ def test_training_takes_stored_codes_without_a_checkpoint(dataset, teacher):
     config = config_of(dataset)
     stored_info = build.find_stored_codes(config)
     run_teachers = build.make_teachers(config, stored_info)
-    student = build.student(config, run_teachers, stored_info)
+    student = build.make_student(config, run_teachers, stored_info)
     assert student.heads[0] == mert_v1.Head("rvq_vae", 16 + 4, 3)
-    objective = build.objective(config, student, run_teachers)
+    objective = build.make_objective(config, student, run_teachers)
     assert objective.context == {}
     codes = np.random.default_rng(0).integers(0, 16, (2, 50, 3)).astype(np.uint16)
     wave = np.zeros((2, 16_000), np.float32)
     teacher_params = {name: t.params for name, t in run_teachers.items()}
-    target = step.targets(objective, teacher_params, wave, 49, {"rvq_vae": codes})
+    target = step.compute_targets(objective, teacher_params, wave, 49, {"rvq_vae": codes})
     np.testing.assert_array_equal(target["rvq_vae"], codes[:, :49])
     assert target["rvq_vae"].dtype == np.int32
 
@@ -223,7 +223,7 @@ def test_computed_codes_use_the_context_before_the_clip(dataset, checkpoint, tea
     """With the context, a crop's codes are nearly those of the track; without, they are not."""
     config = config_of(dataset, teacher__rvq_vae__checkpoint=checkpoint)
     run_teachers = build.make_teachers(config)
-    objective = build.objective(config, build.student(config, run_teachers), run_teachers)
+    objective = build.make_objective(config, build.make_student(config, run_teachers), run_teachers)
     assert objective.context == {"rvq_vae": 38 * HOP_LENGTH}
     (track, stored_track), *_ = [
         x for x in stored_tracks(dataset).items() if x[1].samples > 20 * SAMPLE_RATE
@@ -233,7 +233,7 @@ def test_computed_codes_use_the_context_before_the_clip(dataset, checkpoint, tea
     start = 9 * SAMPLE_RATE // HOP_LENGTH * HOP_LENGTH
     wave = audio[None, start - 38 * HOP_LENGTH : start + 16_000].astype(np.float32) / FULL_SCALE
     teacher_params = {name: t.params for name, t in run_teachers.items()}
-    target = jax.jit(lambda p, w: step.targets(objective, p, w, 49))(teacher_params, wave)
+    target = jax.jit(lambda p, w: step.compute_targets(objective, p, w, 49))(teacher_params, wave)
     expected = whole_tracks(dataset, teacher)[track][start // HOP_LENGTH :][:49]
     assert (target["rvq_vae"][0] == expected).mean() > 0.95
     without_context = jax.jit(teacher.apply)(teacher.params, wave[:, 38 * HOP_LENGTH :])[0, :8]

@@ -103,7 +103,7 @@ def student_run(file: str) -> dict[str, np.ndarray]:
         mixture=lambda row_keys, wave: wave,
         logit_temperature=temperature,
         special_codes=SPECIALS,
-        penalty=10.0,
+        penalty_weight=10.0,
     )
 
     @jax.jit

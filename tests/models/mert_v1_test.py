@@ -92,7 +92,7 @@ def test_the_shortest_teacher_sets_the_length_of_all_targets():
         teachers=dict(codes=lambda *_: codes, features=lambda *_: features), context={}
     )
     nothing = dict(codes=None, features=None)
-    target = step.targets(step.Objective(**objective), nothing, noise(2, 24000), 74)
+    target = step.compute_targets(step.Objective(**objective), nothing, noise(2, 24000), 74)
     assert {name: t.shape for name, t in target.items()} == dict(
         codes=(2, 60, 3), features=(2, 60, 5)
     )
@@ -239,7 +239,7 @@ def objective(small, target, mask):
         mixture=None,
         logit_temperature=0.1,
         special_codes=4,
-        penalty=10.0,
+        penalty_weight=10.0,
     )
 
 
@@ -334,7 +334,7 @@ def parameters() -> dict[str, dict[str, str]]:
     listed = {}
     for name, config in dict(tiny=tiny, base=base, large=large).items():
         config = config.get_config()
-        small = build.student(config, build.make_teachers(config))
+        small = build.make_student(config, build.make_teachers(config))
         shapes = nn.unbox(jax.eval_shape(small.init, jax.random.key(0), noise(1, 4000)))["params"]
         listed[name] = {
             jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype} {list(x.shape)}"

@@ -82,7 +82,7 @@ def test_codes_can_be_computed_on_many_devices():
     """The codec's recurrent layers begin with zeros, which are the same on all devices."""
     config = small.config(teachers=("rvq_vae",))
     teachers = abstract_teachers.make(config, {})
-    objective = build.objective(config, build.student(config, teachers), teachers)
+    objective = build.make_objective(config, build.make_student(config, teachers), teachers)
     wave = jax.ShapeDtypeStruct((8, 16_000), jnp.float32)
     with jax.set_mesh(sharding.make_mesh(-1, 1, 1)):
         teacher = jax.jit(objective.teachers["rvq_vae"])

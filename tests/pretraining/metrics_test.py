@@ -36,11 +36,11 @@ def sums(**codes) -> step.Sums:
 
 def test_validation_is_of_all_records_and_of_each_dataset():
     small = sums()._replace(frames=np.float32(30))
-    row = metrics.validation([sums(), small])
+    row = metrics.validation_row([sums(), small])
     assert row["validation_loss"] == 100 / 40
     assert row["validation_losses"] == [50 / 10, 50 / 30]
-    alone = metrics.validation([small])
-    assert alone == {f"validation_{name}": x for name, x in metrics.reduce(small).items()}
+    alone = metrics.validation_row([small])
+    assert alone == {f"validation_{name}": x for name, x in metrics.to_row(small).items()}
 
 
 def one_book(correct: int) -> losses.CodeLoss:
@@ -56,8 +56,8 @@ def test_perplexity_is_the_number_of_codes_in_use():
     np.testing.assert_allclose(uneven, 4 / 3**0.75)
 
 
-def test_reduce():
-    row = metrics.reduce(sums())
+def test_row_of_sums():
+    row = metrics.to_row(sums())
     entropy = -sum(p * math.log(p) for p in (0.1, 0.2, 0.3, 0.4))
     assert row == {
         "loss": 5.0,
@@ -74,7 +74,7 @@ def test_reduce():
 
 def test_several_code_teachers_are_also_told_apart_in_the_order_of_names():
     # what a compiled step returns has its dicts sorted
-    row = metrics.reduce(jax.jit(lambda: sums(b=one_book(2), a=one_book(1)))())
+    row = metrics.to_row(jax.jit(lambda: sums(b=one_book(2), a=one_book(1)))())
     assert (row["loss_codes"], row["loss_codes_a"], row["loss_codes_b"]) == (3.0, 1.0, 2.0)
     assert row["masked_accuracy"] == [0.1, 0.2]
 
@@ -82,8 +82,8 @@ def test_several_code_teachers_are_also_told_apart_in_the_order_of_names():
 def test_sums_add_up_to_the_mean_over_all_frames():
     small = sums(a=one_book(1))._replace(frames=np.float32(30))
     total = metrics.add(sums(a=one_book(1)), small)
-    assert metrics.reduce(total)["loss"] == 100 / 40
-    assert metrics.reduce(total)["masked_accuracy"] == [2 / 40]
+    assert metrics.to_row(total)["loss"] == 100 / 40
+    assert metrics.to_row(total)["masked_accuracy"] == [2 / 40]
 
 
 def test_many_batches_add_up_beyond_float32():
@@ -125,7 +125,7 @@ def test_speed_leaves_out_compilation_and_pauses(monkeypatch):
 
 def row(number: int) -> dict:
     extra = {"grad_norm": 1.0, "learning_rate": 1e-3, "audio_seconds_per_second": 9.0, "mfu": None}
-    return {"step": number, **metrics.reduce(sums()), **extra}
+    return {"step": number, **metrics.to_row(sums()), **extra}
 
 
 def test_console_line():
@@ -133,7 +133,7 @@ def test_console_line():
     assert line.startswith("step 3/10  loss 5.000 = codes 3.000 cqt 0.4000 penalty 0.2000")
     assert "accuracy [0.50 0.10]" in line
     assert "\n" not in line
-    validation = {f"validation_{name}": value for name, value in metrics.reduce(sums()).items()}
+    validation = {f"validation_{name}": value for name, value in metrics.to_row(sums()).items()}
     second = metrics.console_line(row(3) | validation, 10, "?").split("\n")[1]
     assert "validation loss 5.000, masked accuracy 0.3000" in second
     assert "0.7000" in second

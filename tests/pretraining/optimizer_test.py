@@ -15,7 +15,7 @@ from mert_jax.pretraining import build, optimizer
 )
 def test_the_recipes_have_the_official_numbers(config, peak, clip):
     config = config.get_config()
-    schedule = build.schedule(config)
+    schedule = build.make_schedule(config)
     rates = [schedule(jnp.asarray(k)) for k in (0, 1, 16_000, 32_000, 216_000, 400_000, 500_000)]
     np.testing.assert_allclose(
         rates, [0, peak / 32_000, peak / 2, peak, peak / 2, 0, 0], rtol=1e-6, atol=0

@@ -58,7 +58,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_run_goes_on(run, value)
 def test_loss_is_the_weighted_sum_of_its_parts(run):
     other = Run(teacher__cqt__weight=3.0, teacher__random_projection__weight=0.5)
     given = (run.init().params, run.teacher_params, {"audio": music(8)}, run.key)
-    row = metrics.reduce(other.evaluate(*given))
+    row = metrics.to_row(other.evaluate(*given))
     parts = 0.5 * row["loss_codes"] + 3 * row["loss_cqt"] + 10 * row["features_penalty"]
     assert row["loss"] == pytest.approx(parts, rel=1e-5)
 
@@ -101,9 +101,9 @@ def test_evaluation_neither_mixes_nor_drops_out(run):
 def test_visible_frames_count_where_they_have_a_weight(run):
     given = (run.init().params, run.teacher_params, {"audio": music(8)}, run.key)
     masked, both = run.evaluate(*given), Run(objective__unmasked_weight=0.5).evaluate(*given)
-    assert masked.visible is None
-    assert float(both.visible) > 0
-    assert float(both.loss) == pytest.approx(float(masked.loss + both.visible), rel=1e-6)
+    assert masked.unmasked is None
+    assert float(both.unmasked) > 0
+    assert float(both.loss) == pytest.approx(float(masked.loss + both.unmasked), rel=1e-6)
     np.testing.assert_array_equal(*(s.codes["random_projection"].correct for s in (masked, both)))
 
 
@@ -135,7 +135,7 @@ def test_shorter_targets_shorten_the_student(run):
     teachers = other.objective.teachers | {"random_projection": codes}
     other.objective = other.objective._replace(teachers=teachers)
     target = jax.eval_shape(
-        lambda wave: step.targets(other.objective, run.teacher_params, wave, 49),
+        lambda wave: step.compute_targets(other.objective, run.teacher_params, wave, 49),
         jnp.zeros((2, SAMPLES)),
     )
     assert {t.shape[1] for t in target.values()} == {30}
@@ -210,7 +210,7 @@ def test_a_subset_of_the_codebooks():
         drawn.add(books)
     assert len(drawn) > 3
     assert {book for books in drawn for book in books} == {0, 1, 2, 3}
-    row = metrics.reduce(sums)
+    row = metrics.to_row(sums)
     assert [x is None for x in row["masked_accuracy"]] == [k not in books for k in range(4)]
     assert "-" in metrics.console_line(
         row | {"step": 1, "learning_rate": 0.0, "audio_seconds_per_second": 0.0}, 2, "?"

@@ -100,7 +100,7 @@ def test_a_checkpoint_without_a_run_is_not_resumed(tmp_path):
     checkpoints.close()
     assert manager.checkpoint_steps(str(tmp_path)) == [3]
     with pytest.raises(UserError, match=r"--config\.init_from="):
-        workdir_lock.lock_workdir(str(tmp_path), CONFIG, begun=True)
+        workdir_lock.lock_workdir(str(tmp_path), CONFIG, resumes=True)
 
 
 def test_every_change_is_named(tmp_path):
