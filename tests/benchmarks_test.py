@@ -92,6 +92,7 @@ def failing():
     raise ValueError("no such thing")
 
 
+@pytest.mark.slow
 def test_sides_take_turns_in_processes_of_their_own(tmp_path):
     path = tmp_path / "calls"
     sides = {"ours": (noting, str(path), 10), "peer": (noting, str(path), 210)}

@@ -32,6 +32,7 @@ def test_metrics_are_those_of_the_contract(finished):
     assert "validation loss" in printed
 
 
+@pytest.mark.slow
 def test_two_datasets_are_mixed_and_validated_each(music, dataset, finished, tmp_path):
     other, workdir = tmp_path / "other", tmp_path / "mix"
     two = f"--input={music / '1.wav'},{music / '2.wav'}"

@@ -28,7 +28,11 @@ def our_initial_parameters(name: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "key"),
-    [(name, key) for name, listed in read_json("init_stats.json").items() for key in listed],
+    [
+        pytest.param(name, key, marks=() if name == "95m" else pytest.mark.slow)
+        for name, listed in read_json("init_stats.json").items()
+        for key in listed
+    ],
 )
 def test_initialisation(name, key):
     """Mean, spread and shape of each tensor, both being one draw: 5 standard errors of both."""

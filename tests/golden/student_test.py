@@ -171,9 +171,16 @@ def results(student, grads, sums, seen, case, mask, padding, temperature, source
     return {key: x if key == "grads" else np.asarray(x) for key, x in ours.items()}
 
 
-@pytest.mark.parametrize(
-    ("file", "key"), [(file, key) for file in STUDENT_FILES for key in keys(file, INPUTS)]
-)
+def cases(numbers) -> list:
+    """The numbers of each file; a model's first case is quick, the others are slow."""
+    return [
+        pytest.param(file, name, marks=() if "caseA" in file else pytest.mark.slow)
+        for file in STUDENT_FILES
+        for name in numbers(file)
+    ]
+
+
+@pytest.mark.parametrize(("file", "key"), cases(lambda file: keys(file, INPUTS)))
 def test_student(file, key, record_property):
     ours, stored = student_run(file), npz(file)[key]
     if first := re.fullmatch(r"(act/conv_layer\d+)_b0_first(\d+)", key):
@@ -233,7 +240,7 @@ SUMMARISED = (
 
 @pytest.mark.parametrize(
     ("file", "field"),
-    [(file, field) for file in STUDENT_FILES for field in SUMMARISED if field in summary(file)],
+    cases(lambda file: [field for field in SUMMARISED if field in summary(file)]),
 )
 def test_student_summary(file, field, record_property):
     ours, stored, case = student_run(file), summary(file)[field], npz(file)

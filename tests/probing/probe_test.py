@@ -125,6 +125,7 @@ def test_a_checkpoint_beside_its_untrained_self(tmp_path):
     assert names[:-1] == [str(i) for i in range(len(names) - 1)]
 
 
+@pytest.mark.slow
 def test_a_students_frames_of_some_layers_go_into_beats(tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "TRAIN", 1024)
     monkeypatch.setattr(sampling, "VALID", 256)

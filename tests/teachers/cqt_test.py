@@ -156,6 +156,7 @@ def test_rows_are_independent():
     np.testing.assert_allclose(compute(wave)[1:2], compute(wave[1:2]), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_librosas_recursive_downsampling_differs_by_a_percent():
     import librosa
 
