@@ -72,9 +72,9 @@ class Ours:
         computed = config.teacher.rvq_vae.checkpoint
         stored = abstract_teachers.stored_codes(config, "computed" if computed else "stored")
         made = recipe.make_teachers(recipe.check(config), stored)
-        self.student = recipe.student(config, made, stored)
+        self.student = recipe.make_student(config, made, stored)
         self.optimizer = recipe.make_optimizer(config)
-        self.objective = recipe.objective(config, self.student, made)
+        self.objective = recipe.make_objective(config, self.student, made)
         self.teachers = jax.device_put({name: teacher.params for name, teacher in made.items()})
         self.batch = jax.device_put(batch(config))
         self.config = config
