@@ -84,7 +84,11 @@ def _tpu_devices(name: str, chip: Chip, number: int) -> Sequence[Any]:
         options["chips_per_host_bounds"] = (2, 4, 1)
     try:
         return topologies.get_topology_desc(name, "tpu", **options).devices
-    except (RuntimeError, ValueError, NotImplementedError) as e:
+    except (
+        RuntimeError,
+        ValueError,
+        NotImplementedError,
+    ) as e:  # libtpu raises any of them
         reason = f"is not a slice that libtpu knows ({str(e).splitlines()[0].rstrip('.')})"
         shapes = "Cloud TPU's documentation lists the shapes, such as v5e:4x4, v4:2x2x4"
         raise UserError(f"--topology={name!r} {reason}; {shapes}") from e

@@ -32,7 +32,6 @@ from mert_jax.pretraining.loop import Intervals
 from mert_jax.teachers.teacher import Teacher
 
 NO_CODES: Stored = {}
-COUNTS = ("total_steps", "batch_size", "accumulation", "group", "log_every", "eval_every")
 
 
 def check(config: ConfigDict | None) -> ConfigDict:
@@ -48,7 +47,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     data, model, objective = config.data, config.model, config.objective
     if objective.codebooks_per_step < 0:
         yield f"objective.codebooks_per_step is {objective.codebooks_per_step}; 0 means all"
-    for key in COUNTS:
+    for key in "total_steps batch_size accumulation group log_every eval_every".split():
         if config[key] < 1:
             yield f"{key} is {config[key]}; it must be at least 1"
     if not config.teachers or len(set(config.teachers)) < len(config.teachers):

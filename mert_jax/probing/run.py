@@ -100,7 +100,7 @@ def _probe_one(
         settings = settings._replace(single=True, mixed=False)
     if layers and features.layers > 1 and task.kind not in FRAMEWISE:
         if wrong := [layer for layer in layers if layer not in numbers]:
-            raise UserError(f"--layers: there is no layer {wrong[0]}, only 0 to {numbers[-1]}")
+            raise UserError(f"--layers: layer {wrong[0]} is not one of 0 to {numbers[-1]}")
         numbers = layers
         tables = {k: table._replace(x=table.x[:, list(layers)]) for k, table in tables.items()}
     names = [str(number) for number in numbers] if settings.single else []

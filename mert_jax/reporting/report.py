@@ -53,7 +53,7 @@ def page(
         curves="".join(curves),
         kind=escape(f"{figures['kind']} at step {figures['kind_step']:,}"),
         books="".join([*books, means.replace("<tr>", "<tr class=mean>")]),
-        config="".join(settings or ["<tr><td>there is no config.json</td></tr>"]),
+        config="".join(settings or ["<tr><td>config.json is missing</td></tr>"]),
     )
 
 

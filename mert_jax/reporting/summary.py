@@ -70,7 +70,7 @@ def list_warnings(rows: list[Row], figures: dict[str, Any]) -> list[str]:
     used, predicted = figures["code_perplexity"], figures["prediction_perplexity"]
     accuracies = zip(figures["masked_accuracy"], figures["majority_accuracy"], strict=False)
     student = "Collapsed student: it predicts hardly more than one code"
-    guess = "accuracy is no better than always guessing the most frequent code"
+    guess = "accuracy does not exceed that of always guessing the most frequent code"
     problems = {
         "Collapsed teacher: fewer than 2 codes are in use": [x < 2 for x in used],
         # relative to the targets: with more codes in use, a student must predict more of them

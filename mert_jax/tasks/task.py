@@ -129,7 +129,7 @@ def find_audio(data: str, path: str) -> str:
 def cut(path: str, seconds: float, length: float | None = None, keep: float = 0.8) -> list[float]:
     """Return the starts of the clips of `seconds` in a file of `length` seconds; [0] for 0 seconds.
 
-    The rest counts if it has the fraction `keep` of a clip (MARBLE's), or if there is no other.
+    The rest counts if it has the fraction `keep` of a clip (MARBLE's), or if it is the only one.
     """
     if not seconds:
         return [0.0]

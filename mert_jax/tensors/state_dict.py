@@ -25,7 +25,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         try:
             return load_file(path)
         except (OSError, SafetensorError) as e:
-            raise UserError(f"{path} is no readable safetensors file: {e}") from e
+            raise UserError(f"{path} is not a readable safetensors file: {e}") from e
     content = torch_pickle.read_pickle(path)
     check_state_dict(content, path)
     return content
@@ -37,7 +37,7 @@ def check_state_dict(content: Any, path: str | os.PathLike) -> None:
         raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
     if odd := [str(name) for name, x in content.items() if not isinstance(x, np.ndarray)]:
         count, names = f"{len(odd)} of its {len(content)} entries", ", ".join(odd[:5])
-        raise UserError(f"{path} is no state dict: {count} are not tensors ({names})")
+        raise UserError(f"{path} is not a state dict: {count} are not tensors ({names})")
 
 
 def read_tensor_folder(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -33,7 +33,7 @@ def read_tf_checkpoint(folder: Any, prefix: str = "") -> dict[str, np.ndarray]:
     try:
         return _tensors(index, data)
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as e:  # garbled bytes
-        raise UserError(f"{name} is no readable TensorFlow index: {e}") from e
+        raise UserError(f"{name} is not a readable TensorFlow index: {e}") from e
 
 
 def _tensors(index: bytes, data: bytes) -> dict[str, np.ndarray]:

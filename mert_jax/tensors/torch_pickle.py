@@ -35,7 +35,7 @@ def read_pickle(path: str | os.PathLike) -> Any:
         clear = isinstance(e, pickle.UnpicklingError | zipfile.BadZipFile)
         old = "; save one from before torch 1.6 again" if type(e) is zipfile.BadZipFile else ""
         reason = f"{e if clear else repr(e)}{old}"
-        raise UserError(f"{path} is no readable torch file: {reason}") from e
+        raise UserError(f"{path} is not a readable torch file: {reason}") from e
 
 
 class Stub:

@@ -363,7 +363,7 @@ def test_a_file_cut_short(base, tmp_path):
     content = (tmp_path / "x.pt").read_bytes()
     for length in (0, 100, len(content) // 2, len(content) - 30):
         (tmp_path / "x.pt").write_bytes(content[:length])
-        with pytest.raises(UserError, match=r"x\.pt is no readable torch file"):
+        with pytest.raises(UserError, match=r"x\.pt is not a readable torch file"):
             read_checkpoint(path)
 
 

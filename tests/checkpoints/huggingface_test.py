@@ -235,14 +235,14 @@ def test_weights_cut_short(tmp_path, file):
     content = (tmp_path / "m" / file).read_bytes()
     for length in (0, 100, len(content) // 2, len(content) - 1):
         (tmp_path / "m" / file).write_bytes(content[:length])
-        with pytest.raises(UserError, match=f"{file} is no readable"):
+        with pytest.raises(UserError, match=f"{file} is not a readable"):
             read_checkpoint(path)
 
 
 def test_a_trainers_state_in_place_of_weights(tmp_path):
     path = hf_folder(tmp_path / "m", hf_student(), {}, "pytorch_model.bin")
     torch_pickle.write_pickle(f"{path}/pytorch_model.bin", {"model": {}, "epoch": 1})
-    with pytest.raises(UserError, match=r"no state dict: 2 of its 2 entries.*model, epoch"):
+    with pytest.raises(UserError, match=r"not a state dict: 2 of its 2 entries.*model, epoch"):
         read_checkpoint(path)
 
 

@@ -58,7 +58,7 @@ def test_another_head_and_other_layers_embed_nothing_again(tmp_path):
     assert row["layer"] == "1"
     found = probe(task, data, output, made, wide._replace(single=False), (), str(tmp_path / "kept"))
     assert [entry["layer"] for entry in found["features"][0]["by_layer"]] == ["sum"]
-    with pytest.raises(UserError, match="there is no layer 9, only 0 to 2"):
+    with pytest.raises(UserError, match="layer 9 is not one of 0 to 2"):
         probe(task, data, output, made, wide, (9,), str(tmp_path / "kept"))
 
 

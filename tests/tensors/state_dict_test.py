@@ -42,7 +42,7 @@ def test_safetensors_cut_short(tmp_path):
     save_file({"x": X, "y": X}, tmp_path / "model.safetensors")
     content = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:-4])
-    with pytest.raises(UserError, match="no readable safetensors file"):
+    with pytest.raises(UserError, match="not a readable safetensors file"):
         state_dict.read_tensors(tmp_path / "model.safetensors")
 
 

@@ -99,7 +99,7 @@ def test_files_cut_short_or_garbled(tmp_path):
     assert refused > 100
     for cut_index, cut_data, message in (
         (index[:-1], data, "it does not end as one"),
-        (index[1:], data, "is no readable TensorFlow index"),
+        (index[1:], data, "is not a readable TensorFlow index"),
         (b"", data, "it does not end as one"),
         (index, data[:-1], "buffer is smaller than requested size"),
     ):
